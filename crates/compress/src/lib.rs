@@ -1,0 +1,1 @@
+//! The compression pipeline: calibration stream, statistics, stages, allocation, build, report.

@@ -1,0 +1,1 @@
+//! The compressed checkpoint: manifest, dense part, expert records.

@@ -1,0 +1,1 @@
+//! The program: arguments, progress, tables, `--json`, exit codes. Holds no algorithm.

@@ -1,0 +1,1 @@
+//! Data sets and loaders: CIFAR, the built-in glyphs, text.

@@ -1,0 +1,1 @@
+//! The shared hardware model: profiles, the Probe trait, predictions, expectation tables.

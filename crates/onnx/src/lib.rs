@@ -1,0 +1,1 @@
+//! ONNX reader and writer (QDQ), ONNX Runtime sessions, timing probes.

@@ -1,0 +1,1 @@
+//! Group codes, the byte layout of planes, and the allocator of choices under budgets.

@@ -1,0 +1,1 @@
+//! MoeRuntimes: where expert weights live, caches and routing modes.

@@ -1,0 +1,1 @@
+//! The Trainable on tch: super-kernels, bit ladder, training loop, checkpoints.
