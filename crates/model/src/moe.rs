@@ -1,0 +1,390 @@
+//! The seam [`MoeRuntime`]: a layer, hidden states and router scores go in, the mixed expert output and a record of
+//! what was done come out. The model does not know where expert weights live; the laws of every runtime are `laws`.
+//! Not here: the shared expert, which is dense and belongs to the model.
+
+use cotk_run::units::{ExpertId, LayerId};
+use serde::{Deserialize, Serialize};
+
+/// How a token's scores become experts and gates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RoutingRule {
+    /// Routed experts of a layer, in the original numbering.
+    pub experts: usize,
+    /// Experts per token.
+    pub top_k: usize,
+    /// Whether the chosen gates are divided by their sum.
+    pub norm_topk: bool,
+}
+
+/// Router scores of a batch of tokens: softmax over *all* experts of the original model, f32.
+#[derive(Debug, Clone, Copy)]
+pub struct RouterScores<'a> {
+    scores: &'a [f32],
+    rule: &'a RoutingRule,
+}
+
+impl<'a> RouterScores<'a> {
+    /// `scores` is `[tokens, experts]`, row major.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Shape`] when its length is no multiple of the number of experts.
+    pub fn new(scores: &'a [f32], rule: &'a RoutingRule) -> Result<Self, RuntimeError> {
+        if rule.experts == 0 || !scores.len().is_multiple_of(rule.experts) {
+            return Err(RuntimeError::Shape {
+                what: "router scores",
+                found: scores.len(),
+                expected: format!("a multiple of {} experts", rule.experts),
+            });
+        }
+        Ok(Self { scores, rule })
+    }
+
+    /// Number of tokens.
+    pub fn tokens(&self) -> usize {
+        self.scores.len() / self.rule.experts
+    }
+
+    /// `[tokens, experts]`.
+    pub fn scores(&self) -> &'a [f32] {
+        self.scores
+    }
+
+    /// The scores of one token, `[experts]`.
+    pub fn of(&self, token: usize) -> &'a [f32] {
+        &self.scores[token * self.rule.experts..][..self.rule.experts]
+    }
+
+    /// The rule that turns them into gates.
+    pub fn rule(&self) -> &'a RoutingRule {
+        self.rule
+    }
+}
+
+/// Which experts may be chosen, and what their absence does to the gates (`true` = there; original numbering).
+#[derive(Debug, Clone, Copy)]
+pub enum Alive<'a> {
+    All,
+    /// Router rows kept, selection forbidden: gates stay those of the softmax over all experts.
+    Masked(&'a [bool]),
+    /// Router rows deleted: the softmax runs over the living, so gates are divided by their mass.
+    Removed(&'a [bool]),
+}
+
+/// Chosen experts and their gates, best first, `[tokens, slots]` each.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Routed {
+    /// Experts per token: `top_k`, or the number of living experts where that is less.
+    pub slots: usize,
+    pub experts: Vec<ExpertId>,
+    pub gates: Vec<f32>,
+}
+
+/// Chooses `top_k` experts per token by score, ties by the lower index; gates are the scores, sum-normalised if the
+/// rule says so.
+pub fn route(router: &RouterScores<'_>, alive: Alive<'_>) -> Routed {
+    let rule = router.rule();
+    let living = match alive {
+        Alive::All => None,
+        Alive::Masked(living) | Alive::Removed(living) => {
+            assert_eq!(living.len(), rule.experts, "one flag per expert");
+            Some(living)
+        }
+    };
+    let count = living.map_or(rule.experts, |l| l.iter().filter(|&&a| a).count());
+    let slots = rule.top_k.min(count);
+    let mut experts = Vec::with_capacity(router.tokens() * slots);
+    let mut gates = Vec::with_capacity(router.tokens() * slots);
+    let mut best: Vec<(f32, usize)> = Vec::with_capacity(slots + 1);
+    for token in 0..router.tokens() {
+        let scores = router.of(token);
+        best.clear();
+        for (expert, &score) in scores.iter().enumerate() {
+            if living.is_some_and(|l| !l[expert]) {
+                continue;
+            }
+            // A later expert must be strictly better: ties go to the lower index.
+            let at = best.partition_point(|(other, _)| other.total_cmp(&score).is_ge());
+            if at < slots {
+                best.insert(at, (score, expert));
+                best.truncate(slots);
+            }
+        }
+        let divisor = if rule.norm_topk {
+            best.iter().map(|(score, _)| score).sum()
+        } else {
+            match alive {
+                Alive::All | Alive::Masked(_) => 1.0,
+                Alive::Removed(living) => scores.iter().zip(living).filter(|(_, a)| **a).map(|(s, _)| s).sum(),
+            }
+        };
+        for &(score, expert) in &best {
+            experts.push(ExpertId(u32::try_from(expert).expect("expert counts fit 32 bits")));
+            gates.push(score / divisor);
+        }
+    }
+    Routed { slots, experts, gates }
+}
+
+/// Which computation a request asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Every expert at its full stored width.
+    Exact,
+    /// Every expert by its short prefix.
+    Little,
+}
+
+impl Mode {
+    /// As requests and tables spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Little => "little",
+        }
+    }
+}
+
+impl std::fmt::Display for Mode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// How one chosen expert was computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    /// At its full stored width.
+    Full,
+    /// By a prefix of its planes.
+    Prefix,
+    /// By a stored constant in its place.
+    Constant,
+    /// Not at all.
+    Skipped,
+}
+
+/// One chosen expert of one token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ExpertUse {
+    pub expert: ExpertId,
+    /// What its output was multiplied by.
+    pub gate: f32,
+    /// Bits per weight that were read: 32 for f32, 0 for nothing.
+    pub bits: u8,
+    pub precision: Precision,
+}
+
+/// What a runtime did in one layer.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct MoeRecord {
+    /// Experts per token.
+    pub slots: usize,
+    /// `[tokens, slots]`, best first.
+    pub uses: Vec<ExpertUse>,
+}
+
+impl MoeRecord {
+    /// Share of the gate mass that ran below full width: by a prefix or by a constant. 0 without any mass.
+    pub fn low_bit_fraction(&self) -> f64 {
+        self.fraction(|p| matches!(p, Precision::Prefix | Precision::Constant))
+    }
+
+    /// Share of the gate mass that was not computed at all.
+    pub fn skipped_mass(&self) -> f64 {
+        self.fraction(|p| matches!(p, Precision::Skipped))
+    }
+
+    fn fraction(&self, is_counted: impl Fn(Precision) -> bool) -> f64 {
+        let mass: f64 = self.uses.iter().map(|u| f64::from(u.gate)).sum();
+        let counted: f64 = self
+            .uses
+            .iter()
+            .filter(|u| is_counted(u.precision))
+            .map(|u| f64::from(u.gate))
+            .sum();
+        if mass > 0.0 { counted / mass } else { 0.0 }
+    }
+}
+
+/// What a runtime serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MoeShape {
+    /// Width of hidden states.
+    pub hidden: usize,
+    pub rule: RoutingRule,
+    /// Layers with routed experts, ascending.
+    pub layers: Vec<LayerId>,
+}
+
+/// Why a runtime cannot answer.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    #[error("no experts in {layer}, expected one of {} layers", offered.len())]
+    Layer { layer: LayerId, offered: Vec<LayerId> },
+    #[error("{what}: {found} values, expected {expected}")]
+    Shape {
+        what: &'static str,
+        found: usize,
+        expected: String,
+    },
+    #[error("mode `{mode}` is not offered, expected one of: {}", offered.iter().map(|m| m.name()).collect::<Vec<_>>().join(", "))]
+    Mode { mode: Mode, offered: Vec<Mode> },
+    /// An expert's weights cannot be had: a checksum, a read.
+    #[error("{layer}, {expert}: {source}")]
+    Expert {
+        layer: LayerId,
+        expert: ExpertId,
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// Where routed experts live and how they are computed.
+pub trait MoeRuntime: Send + Sync {
+    /// What it serves.
+    fn shape(&self) -> &MoeShape;
+
+    /// The modes it offers, [`Mode::Exact`] first.
+    fn modes(&self) -> &[Mode];
+
+    /// Mixes the routed experts of one layer: `out[t] = Σ gate · expert(hidden[t])` over the chosen experts, in slot
+    /// order. `hidden` (normed) and `out` are `[tokens, hidden]`; `out` is overwritten.
+    ///
+    /// # Errors
+    /// [`RuntimeError`]; `out` then holds nothing of use.
+    fn forward(
+        &self,
+        layer: LayerId,
+        hidden: &[f32],
+        router: RouterScores<'_>,
+        mode: Mode,
+        out: &mut [f32],
+    ) -> Result<MoeRecord, RuntimeError>;
+
+    /// The gate for every implementation of [`forward`](Self::forward): refuses what it cannot serve, and says how
+    /// many tokens there are.
+    ///
+    /// # Errors
+    /// An unknown layer, a mode that is not offered, lengths that do not fit each other.
+    fn check_call(
+        &self,
+        layer: LayerId,
+        hidden: &[f32],
+        router: &RouterScores<'_>,
+        mode: Mode,
+        out: &[f32],
+    ) -> Result<usize, RuntimeError> {
+        let shape = self.shape();
+        let wrong = |what, found, expected: String| Err(RuntimeError::Shape { what, found, expected });
+        if !shape.layers.contains(&layer) {
+            return Err(RuntimeError::Layer {
+                layer,
+                offered: shape.layers.clone(),
+            });
+        }
+        if !self.modes().contains(&mode) {
+            return Err(RuntimeError::Mode {
+                mode,
+                offered: self.modes().to_vec(),
+            });
+        }
+        if *router.rule() != shape.rule {
+            return wrong(
+                "router scores",
+                router.rule().experts,
+                format!("those of {:?}", shape.rule),
+            );
+        }
+        let expected = router.tokens() * shape.hidden;
+        if hidden.len() != expected {
+            return wrong(
+                "hidden states",
+                hidden.len(),
+                format!("{expected} ({} tokens)", router.tokens()),
+            );
+        }
+        if out.len() != expected {
+            return wrong("output", out.len(), format!("{expected} ({} tokens)", router.tokens()));
+        }
+        Ok(router.tokens())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn rule(experts: usize, top_k: usize, norm_topk: bool) -> RoutingRule {
+        RoutingRule {
+            experts,
+            top_k,
+            norm_topk,
+        }
+    }
+
+    #[test]
+    fn ties_go_to_the_lower_index() {
+        let rule = rule(4, 2, false);
+        let routed = route(&RouterScores::new(&[0.2, 0.3, 0.2, 0.3], &rule).unwrap(), Alive::All);
+        assert_eq!(routed.experts, [ExpertId(1), ExpertId(3)]);
+        let routed = route(&RouterScores::new(&[0.25; 4], &rule).unwrap(), Alive::All);
+        assert_eq!(routed.experts, [ExpertId(0), ExpertId(1)]);
+    }
+
+    proptest! {
+        /// Law: selection equals a stable sort by falling score, whatever is alive.
+        #[test]
+        fn selection_equals_a_stable_sort(
+            levels in proptest::collection::vec(0u8..6, 1..20),
+            dead in proptest::collection::vec(any::<bool>(), 20),
+            top_k in 1usize..6,
+            norm_topk: bool,
+        ) {
+            let mass: f32 = levels.iter().map(|&l| f32::from(l) + 0.5).sum();
+            let scores: Vec<f32> = levels.iter().map(|&l| (f32::from(l) + 0.5) / mass).collect();
+            let rule = rule(scores.len(), top_k, norm_topk);
+            let alive: Vec<bool> = dead[..scores.len()].iter().map(|d| !d).collect();
+            let router = RouterScores::new(&scores, &rule).unwrap();
+            let routed = route(&router, Alive::Masked(&alive));
+            let mut order: Vec<usize> = (0..scores.len()).filter(|&e| alive[e]).collect();
+            order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+            order.truncate(top_k);
+            let found: Vec<usize> = routed.experts.iter().map(|e| e.index()).collect();
+            prop_assert_eq!(&found, &order);
+            // `masked` and `removed` differ by the living mass, and not at all when gates are normalised.
+            let removed = route(&router, Alive::Removed(&alive));
+            prop_assert_eq!(&removed.experts, &routed.experts);
+            let living: f32 = scores.iter().zip(&alive).filter(|(_, a)| **a).map(|(s, _)| s).sum();
+            for (masked, removed) in routed.gates.iter().zip(&removed.gates) {
+                let expected = if norm_topk { *masked } else { masked / living };
+                prop_assert!((removed - expected).abs() <= 1e-6 * expected.abs());
+            }
+            if norm_topk && !found.is_empty() {
+                prop_assert!((routed.gates.iter().sum::<f32>() - 1.0).abs() < 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn fractions_count_gate_mass() {
+        let used = |gate, precision| ExpertUse {
+            expert: ExpertId(0),
+            gate,
+            bits: 4,
+            precision,
+        };
+        let record = MoeRecord {
+            slots: 4,
+            uses: vec![
+                used(0.5, Precision::Full),
+                used(0.25, Precision::Prefix),
+                used(0.125, Precision::Constant),
+                used(0.125, Precision::Skipped),
+            ],
+        };
+        assert_eq!((record.low_bit_fraction(), record.skipped_mass()), (0.375, 0.125));
+        assert_eq!(MoeRecord::default().low_bit_fraction(), 0.0);
+    }
+}
