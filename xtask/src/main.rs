@@ -3,8 +3,15 @@
 mod bench;
 mod check;
 mod demo;
+mod program;
 mod setup;
 mod shell;
+#[path = "../../crates/cotk/table.rs"]
+#[expect(
+    unreachable_pub,
+    reason = "public in the program's library, whose one table printer this is"
+)]
+mod table;
 mod test;
 
 use anyhow::{Result, bail};

@@ -1,0 +1,73 @@
+//! The commands, one file each. `Cli` is what can be typed; each file's `run` does it.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+use crate::context::{Context, Outcome};
+use crate::fault::Fault;
+use crate::sibling;
+
+pub mod search;
+
+/// Makes neural networks fit a given machine, and proves that they do.
+#[derive(Debug, Parser)]
+#[command(name = "cotk", version, arg_required_else_help = true, max_term_width = 100)]
+#[command(
+    after_help = "Examples:\n  cotk compress --moe models/ref-qwen2moe -o out --recipe moe-int4 --calibration text.txt\n  cotk serve out --port 8080"
+)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Flags that hold everywhere.
+#[derive(Debug, clap::Args)]
+pub struct Global {
+    /// Print one JSON object on standard output, last
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// No progress and no notes on standard error
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+    /// Seed of every random choice (default: the recipe's, else 0)
+    #[arg(long, global = true, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Threads to compute with (default: all cores)
+    #[arg(long, global = true, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Folder written by `cotk profile` (default: the one of this machine)
+    #[arg(long, global = true, value_name = "DIR")]
+    pub profile: Option<PathBuf>,
+}
+
+/// What `cotk` does. (One variant a command, in the order of a user's day.)
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Search(search::Args),
+}
+
+impl Command {
+    /// As typed, and as `command` in `--json`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Search(_) => "search",
+        }
+    }
+}
+
+/// Runs one command of `cotk`.
+///
+/// # Errors
+/// The command's own.
+pub fn run(command: &Command, cx: &Context) -> Result<Outcome, Fault> {
+    let _ = cx;
+    match command {
+        Command::Search(args) => {
+            args.check()?;
+            Err(sibling::become_trainer())
+        }
+    }
+}

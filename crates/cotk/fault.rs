@@ -1,0 +1,177 @@
+//! Every way a command can fail: exit code, kind, and what to do next. A library's error states facts; here the
+//! program decides what they mean. Law: no `_` arm over error variants that need different next steps.
+
+/// One failure. Library errors come in by `From`.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// Files, recipes, journals, run folders.
+    #[error(transparent)]
+    Run(#[from] cotk_run::Error),
+    /// Arguments that cannot be right.
+    #[error("{message}")]
+    Usage { message: String, help: String },
+    /// `cotk-train` is missing or of another build.
+    #[error("{message}")]
+    Sibling { message: String, help: &'static str },
+}
+
+/// A fault as the two renderings (text and JSON) need it.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// kebab-case.
+    pub kind: &'static str,
+    pub exit_code: u8,
+    pub message: String,
+    pub help: Option<String>,
+    pub file: Option<String>,
+    pub key: Option<String>,
+    pub found: Option<String>,
+    pub expected: Option<String>,
+}
+
+/// It failed while running.
+pub const FAILED: u8 = 1;
+/// Wrong use: arguments, recipe, input that cannot be right.
+pub const WRONG_USE: u8 = 2;
+/// The target or budget cannot be met.
+pub const OUT_OF_REACH: u8 = 4;
+/// Ctrl-C.
+pub const INTERRUPTED: u8 = 130;
+
+impl Fault {
+    /// Wrong use, with the next step (may be empty).
+    pub fn usage(message: impl Into<String>, help: impl Into<String>) -> Self {
+        Self::Usage {
+            message: message.into(),
+            help: help.into(),
+        }
+    }
+
+    /// Kind, exit code, help and the facts of this failure.
+    pub fn report(&self) -> Report {
+        let mut report = match self {
+            Self::Run(error) => run(error),
+            Self::Usage { help, .. } => Report {
+                kind: "usage",
+                exit_code: WRONG_USE,
+                help: Some(help.clone()),
+                ..Report::default()
+            },
+            Self::Sibling { help, .. } => Report {
+                kind: "sibling-program",
+                exit_code: FAILED,
+                help: Some((*help).to_owned()),
+                ..Report::default()
+            },
+        };
+        report.message = self.to_string();
+        report.help = report.help.filter(|help| !help.is_empty());
+        report
+    }
+}
+
+fn run(error: &cotk_run::Error) -> Report {
+    use cotk_run::Error;
+    let facts = |kind, exit_code| Report {
+        kind,
+        exit_code,
+        ..Report::default()
+    };
+    match error {
+        Error::Io { file, source, .. } => {
+            let (kind, exit_code, help) = match source.kind() {
+                std::io::ErrorKind::NotFound => ("no-such-file", WRONG_USE, "check the path"),
+                std::io::ErrorKind::StorageFull => (
+                    "disk-full",
+                    FAILED,
+                    "free some space, then run the same command again: it resumes",
+                ),
+                std::io::ErrorKind::PermissionDenied => (
+                    "permission-denied",
+                    FAILED,
+                    "check the owner and mode of the file and its folder",
+                ),
+                std::io::ErrorKind::IsADirectory | std::io::ErrorKind::NotADirectory => {
+                    ("not-a-file", WRONG_USE, "check the path")
+                }
+                std::io::ErrorKind::InvalidData => ("invalid-data", WRONG_USE, ""),
+                _ => ("io", FAILED, ""),
+            };
+            Report {
+                file: Some(file.display().to_string()),
+                help: Some(help.to_owned()),
+                ..facts(kind, exit_code)
+            }
+        }
+        Error::TooLarge { file, found, limit } => Report {
+            file: Some(file.display().to_string()),
+            found: Some(format!("{found} bytes")),
+            expected: Some(format!("at most {limit} bytes")),
+            ..facts("file-too-large", WRONG_USE)
+        },
+        Error::Recipe { file, key, nearest, .. } => Report {
+            file: Some(file.clone()),
+            key: key.clone(),
+            help: nearest.as_ref().map(|known| format!("did you mean `{known}`?")),
+            ..facts("recipe", WRONG_USE)
+        },
+        Error::Set { argument, .. } => Report {
+            found: Some(argument.clone()),
+            expected: Some("key.path=value".into()),
+            ..facts("set", WRONG_USE)
+        },
+        Error::NoRecipe { name, .. } => Report {
+            found: Some(name.clone()),
+            ..facts("no-such-recipe", WRONG_USE)
+        },
+        Error::Locked { file, .. } => Report {
+            file: Some(file.display().to_string()),
+            help: Some("wait for it, or stop it".into()),
+            ..facts("locked", FAILED)
+        },
+        Error::Journal { file, .. } => Report {
+            file: Some(file.display().to_string()),
+            help: Some(
+                "the journal was edited or its disk is faulty: delete the unfinished run and start again".into(),
+            ),
+            ..facts("journal", FAILED)
+        },
+        Error::OtherInput {
+            file, found, expected, ..
+        } => Report {
+            file: Some(file.display().to_string()),
+            found: Some(found.clone()),
+            expected: Some(expected.clone()),
+            help: Some("use the recipe and inputs it was begun with, or delete the unfinished folder".into()),
+            ..facts("other-input", WRONG_USE)
+        },
+        Error::Cancelled => Report {
+            help: Some("run the same command again: it resumes".into()),
+            ..facts("interrupted", INTERRUPTED)
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_says_what_to_do() {
+        let source = std::io::Error::from_raw_os_error(libc::ENOSPC);
+        let report = Fault::from(cotk_run::Error::Io {
+            action: "write",
+            file: "out/experts.bin".into(),
+            source,
+        })
+        .report();
+        assert_eq!((report.kind, report.exit_code), ("disk-full", FAILED));
+        assert_eq!(report.file.as_deref(), Some("out/experts.bin"));
+        assert!(report.help.is_some_and(|help| help.contains("resumes")));
+    }
+
+    #[test]
+    fn an_interrupt_exits_130() {
+        assert_eq!(Fault::from(cotk_run::Error::Cancelled).report().exit_code, INTERRUPTED);
+    }
+}
