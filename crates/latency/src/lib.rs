@@ -1,1 +1,14 @@
-//! The shared hardware model: profiles, the Probe trait, predictions, expectation tables.
+//! The shared hardware model: profiles, the `Probe` trait, predictions, expectation tables.
+//!
+//! `work` (what can be asked, features with units) · `graph` (the typed CNN that `predict` walks) · `probe` (gather:
+//! the only room with a clock) · `fit` · `predict` · `expect` · `profile` (disk). Milliseconds at every public
+//! function; µs only inside fits and timing files. Kernels and runtimes live elsewhere and register a `Probe`.
+
+pub mod graph;
+pub mod predict;
+pub mod probe;
+pub mod work;
+
+pub use self::error::{Difference, Error, Result};
+
+mod error;

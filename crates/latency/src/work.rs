@@ -1,0 +1,780 @@
+//! What can be asked ([`Work`]), the complete key of each operator ([`Key`]) and its features ([`Key::features`]): a few
+//! physical counts with units, on padded sizes, all of them monotone in size. No clock, no coefficients.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::graph::{Graph, Numerics};
+
+/// Anything whose time on this machine can be asked for.
+#[derive(Debug, Clone)]
+pub enum Work<'a> {
+    /// One call of one operator.
+    Operator(Key),
+    /// One inference of a CNN at the graph's batch size.
+    Graph { graph: &'a Graph, threads: u32 },
+    /// First to last byte of one read.
+    Read(ReadKey),
+    /// One decoding step of a mixture-of-experts model that is all in memory.
+    DecodeStep(DecodeStep),
+}
+
+/// One operator with everything that its time depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Key {
+    /// The fixed cost of one call of a CNN session.
+    Session {
+        threads: u32,
+    },
+    Conv(ConvKey),
+    Linear(LinearKey),
+    /// Residual sum; in f32 it is part of the convolution before it, and this is what it adds.
+    Add(PlaneKey),
+    /// Mean over height and width, with what leaving the blocked or int8 layout costs.
+    GlobalAvgPool(PlaneKey),
+    /// Entering the layout that the first operator wants: reorder in f32, quantize (and transpose) in int8.
+    Entry(PlaneKey),
+    /// One expert (gate, up, SwiGLU, down) in our kernels.
+    Expert(ExpertKey),
+    Read(ReadKey),
+}
+
+/// Whether an operator is timed by itself or as part of a network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Context {
+    /// A network of this operator alone, its edges and its session included: validates, is never summed.
+    Alone,
+    /// What one more copy adds to a network.
+    Chain,
+}
+
+/// A convolution; a fused ReLU costs nothing and is not part of the key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ConvKey {
+    pub batch: u32,
+    pub cin: u32,
+    pub cout: u32,
+    pub kernel: u32,
+    pub stride: u32,
+    pub groups: u32,
+    /// Input height and width; output is ceil(height / stride).
+    pub height: u32,
+    pub width: u32,
+    pub numerics: Numerics,
+    pub threads: u32,
+    pub context: Context,
+}
+
+/// A fully connected layer, `[batch, inputs] → [batch, outputs]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct LinearKey {
+    pub batch: u32,
+    pub inputs: u32,
+    pub outputs: u32,
+    pub numerics: Numerics,
+    pub threads: u32,
+}
+
+/// An operator whose cost is its activations, `[batch, channels, height, width]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct PlaneKey {
+    pub batch: u32,
+    pub channels: u32,
+    pub height: u32,
+    pub width: u32,
+    pub numerics: Numerics,
+    pub threads: u32,
+}
+
+/// Whether weights come from cache (the same expert again) or from memory (another one each time).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Heat {
+    Hot,
+    Cold,
+}
+
+/// One expert for `tokens` tokens: gate and up `[inner, hidden]`, down `[hidden, inner]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ExpertKey {
+    pub hidden: u32,
+    pub inner: u32,
+    /// Bits of the prefix that is read: 2, 3, 4 or 8.
+    pub bits: u32,
+    /// Planes that this prefix touches; 1 for a plain code.
+    pub planes: u32,
+    /// Weights per scale, along the input.
+    pub group: u32,
+    pub tokens: u32,
+    pub threads: u32,
+    pub heat: Heat,
+}
+
+/// Where bytes are read from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tier {
+    /// A working set inside the second-level cache.
+    L2,
+    /// A working set inside the last-level cache.
+    L3,
+    /// A working set far beyond every cache.
+    Memory,
+    /// Direct reads, past the page cache.
+    Disk,
+    /// The same where direct reads are refused: the page cache was asked to forget, which it may not have done.
+    DiskBuffered,
+}
+
+/// One read of `bytes` bytes: by `threads` threads in memory, with `threads` requests in flight on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ReadKey {
+    pub tier: Tier,
+    pub bytes: u64,
+    pub threads: u32,
+}
+
+/// One decoding step with every weight in memory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DecodeStep {
+    /// Weights that every token reads and that are no routed experts (attention, router, shared experts, head), plus the
+    /// keys and values of the context.
+    pub dense_bytes: u64,
+    /// Experts of one step: which, and how many calls on average.
+    pub experts: Vec<(ExpertKey, f64)>,
+    pub threads: u32,
+}
+
+/// The kernel path whose coefficients an operator uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Path {
+    pub family: Family,
+    pub threads: u32,
+}
+
+/// A family of operators that one kernel (or one set of terms) runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
+    Session,
+    /// A single convolution with session and edges, for validation.
+    ConvAlone(Numerics),
+    /// f32, blocked channels: `cin` at least one block and a multiple of 4.
+    ConvBlocked,
+    /// f32, straight from the unblocked input: few input channels.
+    ConvFromNchw,
+    /// f32, patches and a matrix product: channels that do not block.
+    ConvPatches,
+    DepthwiseBlocked,
+    DepthwisePlain,
+    /// Grouped, neither dense nor depthwise.
+    ConvGrouped,
+    ConvInt8,
+    DepthwiseInt8,
+    Linear(Numerics),
+    Add(Numerics),
+    Pool(Numerics),
+    Entry(Numerics),
+    Expert {
+        bits: u32,
+        planes: u32,
+        heat: Heat,
+    },
+    Read(Tier),
+}
+
+/// One physical count of a call. Coefficients are µs per unit and never negative.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Term {
+    /// 1: dispatch and set-up.
+    Call,
+    /// Millions of multiply-adds on padded channels, kernels above 1x1.
+    MegaMacs,
+    /// Millions of multiply-adds on padded channels, 1x1 kernels and matrix products.
+    MegaMacsPointwise,
+    /// Thousands of accumulator reloads: one per output value and block of input channels.
+    KiloReloads,
+    /// Thousands of row starts: output rows times padded output channels.
+    KiloRows,
+    /// KiB of activations read and written once.
+    ActivationKib,
+    /// KiB of weights (codes, scales, offsets) read once.
+    WeightKib,
+    /// KiB that only change their layout or number format.
+    EdgeKib,
+    /// KiB from a memory tier.
+    ReadKib,
+    /// KiB over a link or from a disk.
+    LinkKib,
+}
+
+/// What a term's time is spent on: the `terms` of a prediction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TermGroup {
+    Launch,
+    Layout,
+    Memory,
+    Compute,
+    Link,
+}
+
+impl Term {
+    /// All of them, in the order of files.
+    pub const ALL: [Self; 10] = [
+        Self::Call,
+        Self::MegaMacs,
+        Self::MegaMacsPointwise,
+        Self::KiloReloads,
+        Self::KiloRows,
+        Self::ActivationKib,
+        Self::WeightKib,
+        Self::EdgeKib,
+        Self::ReadKib,
+        Self::LinkKib,
+    ];
+
+    /// What its time is spent on.
+    pub fn group(self) -> TermGroup {
+        match self {
+            Self::Call => TermGroup::Launch,
+            Self::MegaMacs | Self::MegaMacsPointwise | Self::KiloReloads | Self::KiloRows => TermGroup::Compute,
+            Self::ActivationKib | Self::WeightKib | Self::ReadKib => TermGroup::Memory,
+            Self::EdgeKib => TermGroup::Layout,
+            Self::LinkKib => TermGroup::Link,
+        }
+    }
+
+    /// Its name in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Call => "call",
+            Self::MegaMacs => "mega_macs",
+            Self::MegaMacsPointwise => "mega_macs_pointwise",
+            Self::KiloReloads => "kilo_reloads",
+            Self::KiloRows => "kilo_rows",
+            Self::ActivationKib => "activation_kib",
+            Self::WeightKib => "weight_kib",
+            Self::EdgeKib => "edge_kib",
+            Self::ReadKib => "read_kib",
+            Self::LinkKib => "link_kib",
+        }
+    }
+}
+
+/// The counts of one call, and whose coefficients they meet. At most six terms: no allocation on the way.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Features {
+    pub path: Path,
+    terms: [(Term, f64); 6],
+    count: usize,
+}
+
+impl Features {
+    fn new(family: Family, threads: u32, terms: &[(Term, f64)]) -> Self {
+        let mut kept = [(Term::Call, 0.0); 6];
+        kept[..terms.len()].copy_from_slice(terms);
+        Self {
+            path: Path { family, threads },
+            terms: kept,
+            count: terms.len(),
+        }
+    }
+
+    /// Term and count, in a fixed order per path.
+    pub fn terms(&self) -> &[(Term, f64)] {
+        &self.terms[..self.count]
+    }
+}
+
+/// The SIMD block of channels in ONNX Runtime's blocked layout: 16 floats with AVX-512, 8 with AVX2 or less.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Block(pub u32);
+
+impl Key {
+    /// The path whose coefficients apply.
+    pub fn path(&self, block: Block) -> Path {
+        self.features(block).path
+    }
+
+    /// Short name of the operator: the first column of `timings.csv`.
+    pub fn operator(&self) -> &'static str {
+        match self {
+            Self::Session { .. } => "session",
+            Self::Conv(_) => "conv",
+            Self::Linear(_) => "linear",
+            Self::Add(_) => "add",
+            Self::GlobalAvgPool(_) => "global_avg_pool",
+            Self::Entry(_) => "entry",
+            Self::Expert(_) => "expert",
+            Self::Read(_) => "read",
+        }
+    }
+
+    /// The counts of one call, see `Term`.
+    pub fn features(&self, block: Block) -> Features {
+        match *self {
+            Self::Session { threads } => Features::new(Family::Session, threads, &[(Term::Call, 1.0)]),
+            Self::Conv(key) => conv_features(&key, block),
+            Self::Linear(key) => {
+                let (b, m, n) = (f64::from(key.batch), f64::from(key.inputs), f64::from(key.outputs));
+                let element = element_bytes(key.numerics);
+                Features::new(
+                    Family::Linear(key.numerics),
+                    key.threads,
+                    &[
+                        (Term::Call, 1.0),
+                        (Term::MegaMacsPointwise, b * m * n / 1e6),
+                        (Term::ActivationKib, element * b * (m + n) / 1024.0),
+                        (Term::WeightKib, (element * m * n + 4.0 * n) / 1024.0),
+                    ],
+                )
+            }
+            // Two inputs, one output.
+            Self::Add(key) => plane_features(Family::Add(key.numerics), &key, Term::ActivationKib, 3.0),
+            Self::GlobalAvgPool(key) => plane_features(Family::Pool(key.numerics), &key, Term::ActivationKib, 1.0),
+            // One read and one write of f32, or of f32 and u8.
+            Self::Entry(key) => {
+                let bytes_per_element = match key.numerics {
+                    Numerics::F32 => 2.0,
+                    Numerics::Int8 => 5.0,
+                };
+                plane_features(Family::Entry(key.numerics), &key, Term::EdgeKib, bytes_per_element)
+            }
+            Self::Expert(key) => {
+                let (h, i, n) = (f64::from(key.hidden), f64::from(key.inner), f64::from(key.tokens));
+                let family = Family::Expert {
+                    bits: key.bits,
+                    planes: key.planes,
+                    heat: key.heat,
+                };
+                Features::new(
+                    family,
+                    key.threads,
+                    &[
+                        (Term::Call, 1.0),
+                        (Term::MegaMacsPointwise, n * 3.0 * h * i / 1e6),
+                        (Term::ActivationKib, n * 4.0 * (2.0 * h + 3.0 * i) / 1024.0),
+                        (Term::WeightKib, key.weight_bytes() / 1024.0),
+                    ],
+                )
+            }
+            Self::Read(key) => {
+                let term = match key.tier {
+                    Tier::L2 | Tier::L3 | Tier::Memory => Term::ReadKib,
+                    Tier::Disk | Tier::DiskBuffered => Term::LinkKib,
+                };
+                #[expect(clippy::cast_precision_loss, reason = "sizes of reads stay far below 2^52")]
+                let kib = key.bytes as f64 / 1024.0;
+                Features::new(Family::Read(key.tier), key.threads, &[(Term::Call, 1.0), (term, kib)])
+            }
+        }
+    }
+
+    /// Distance-bearing numbers for "how near is the nearest measured key": logarithms of sizes, reference 2.8.
+    pub(crate) fn coordinates(&self) -> [f64; 6] {
+        let ln = |x: u32| f64::from(x.max(1)).ln();
+        match *self {
+            Self::Session { .. } => [0.0; 6],
+            Self::Conv(c) => [
+                ln(c.cin),
+                ln(c.cout),
+                2.0 * ln(c.kernel),
+                ln(c.height),
+                ln(c.batch),
+                2.0 * ln(c.stride),
+            ],
+            Self::Linear(l) => [ln(l.inputs), ln(l.outputs), 0.0, 0.0, ln(l.batch), 0.0],
+            Self::Add(p) | Self::GlobalAvgPool(p) | Self::Entry(p) => {
+                [ln(p.channels), 0.0, 0.0, ln(p.height), ln(p.batch), 0.0]
+            }
+            Self::Expert(e) => [ln(e.hidden), ln(e.inner), 0.0, ln(e.group), ln(e.tokens), 0.0],
+            #[expect(clippy::cast_precision_loss, reason = "sizes of reads stay far below 2^52")]
+            Self::Read(r) => [(r.bytes.max(1) as f64).ln(), 0.0, 0.0, 0.0, 0.0, 0.0],
+        }
+    }
+}
+
+impl ExpertKey {
+    /// Bytes of codes and f16 scales of gate, up and down (reference 2.3): every one is read once per call.
+    pub fn weight_bytes(&self) -> f64 {
+        let (h, i) = (f64::from(self.hidden), f64::from(self.inner));
+        let matrix = |rows: f64, columns: u32| {
+            let codes = rows * f64::from(columns) * f64::from(self.bits) / 8.0;
+            codes + 2.0 * rows * f64::from(columns.div_ceil(self.group.max(1)))
+        };
+        2.0 * matrix(i, self.hidden) + matrix(h, self.inner)
+    }
+}
+
+fn element_bytes(numerics: Numerics) -> f64 {
+    match numerics {
+        Numerics::F32 => 4.0,
+        Numerics::Int8 => 1.0,
+    }
+}
+
+fn plane_features(family: Family, key: &PlaneKey, term: Term, per_element: f64) -> Features {
+    let elements = f64::from(key.batch) * f64::from(key.channels) * f64::from(key.height) * f64::from(key.width);
+    let element = if term == Term::EdgeKib && key.numerics == Numerics::Int8 {
+        1.0
+    } else {
+        element_bytes(key.numerics)
+    };
+    let kib = element * per_element * elements / 1024.0;
+    Features::new(family, key.threads, &[(Term::Call, 1.0), (term, kib)])
+}
+
+/// Which kernel ONNX Runtime's CPU provider takes (reference 2.5; the rules of its `nchwc_transformer.cc`).
+fn conv_family(key: &ConvKey, block: Block) -> Family {
+    let depthwise = key.groups > 1 && key.groups == key.cin && key.groups == key.cout;
+    match key.numerics {
+        _ if key.context == Context::Alone => Family::ConvAlone(key.numerics),
+        Numerics::Int8 if depthwise => Family::DepthwiseInt8,
+        Numerics::Int8 if key.groups == 1 => Family::ConvInt8,
+        Numerics::F32 if depthwise && key.cin % 4 == 0 => Family::DepthwiseBlocked,
+        Numerics::F32 if depthwise => Family::DepthwisePlain,
+        Numerics::Int8 | Numerics::F32 if key.groups > 1 => Family::ConvGrouped,
+        Numerics::Int8 | Numerics::F32 if key.cin < block.0 => Family::ConvFromNchw,
+        Numerics::Int8 | Numerics::F32 if key.cin % 4 == 0 => Family::ConvBlocked,
+        Numerics::Int8 | Numerics::F32 => Family::ConvPatches,
+    }
+}
+
+fn conv_features(key: &ConvKey, block: Block) -> Features {
+    let family = conv_family(key, block);
+    // int8 kernels work on groups of four channels, f32 ones on whole blocks.
+    let pad_to = match family {
+        Family::ConvBlocked | Family::DepthwiseBlocked | Family::ConvFromNchw | Family::ConvAlone(Numerics::F32) => {
+            block.0
+        }
+        _ => 4,
+    };
+    let pad = |channels: u32| f64::from(channels.div_ceil(pad_to) * pad_to);
+    let depthwise = key.groups > 1;
+    let cin = match family {
+        _ if depthwise => f64::from(key.cin / key.groups),
+        Family::ConvFromNchw | Family::ConvPatches => f64::from(key.cin),
+        _ => pad(key.cin),
+    };
+    let (height, width) = (key.height.div_ceil(key.stride), key.width.div_ceil(key.stride));
+    let rows = f64::from(key.batch) * f64::from(height);
+    let points = rows * f64::from(width);
+    let taps = f64::from(key.kernel).powi(2);
+    let element = element_bytes(key.numerics);
+    let (inputs, outputs) = (f64::from(key.cin), f64::from(key.cout));
+    let macs = points * taps * cin * pad(key.cout) / 1e6;
+    let read = f64::from(key.batch) * f64::from(key.height) * f64::from(key.width) * inputs;
+    let mut activations = element * (read + points * outputs);
+    if family == Family::ConvPatches {
+        activations += 2.0 * element * points * taps * inputs;
+    }
+    let weights = element * taps * inputs / f64::from(key.groups) * outputs + 4.0 * outputs;
+    Features::new(
+        family,
+        key.threads,
+        &[
+            (Term::Call, 1.0),
+            (
+                if key.kernel > 1 {
+                    Term::MegaMacs
+                } else {
+                    Term::MegaMacsPointwise
+                },
+                macs,
+            ),
+            (
+                Term::KiloReloads,
+                points * pad(key.cout) * (cin / f64::from(block.0)).ceil() / 1e3,
+            ),
+            (Term::KiloRows, rows * pad(key.cout) / 1e3),
+            (Term::ActivationKib, activations / 1024.0),
+            (Term::WeightKib, weights / 1024.0),
+        ],
+    )
+}
+
+/// The operators that a graph runs, in order, with the session and the entry edge: `predict` sums exactly these.
+pub fn operators(graph: &Graph, threads: u32) -> Vec<Key> {
+    let mut keys = vec![Key::Session { threads }];
+    let plane = |shape: crate::graph::Shape, numerics| PlaneKey {
+        batch: shape.batch,
+        channels: shape.channels,
+        height: shape.height,
+        width: shape.width,
+        numerics,
+        threads,
+    };
+    let entry = if graph.input_quant().is_some() {
+        Numerics::Int8
+    } else {
+        Numerics::F32
+    };
+    keys.push(Key::Entry(plane(graph.input(), entry)));
+    for (index, node) in graph.nodes().iter().enumerate() {
+        keys.push(node_key(graph, index, threads));
+        // An island of f32 behind an int8 region, or the other way round, is entered anew.
+        for &source in &node.inputs {
+            if let crate::graph::Source::Node(from) = source
+                && graph.numerics(from) != graph.numerics(index)
+            {
+                keys.push(Key::Entry(plane(graph.shape_of(source), Numerics::Int8)));
+            }
+        }
+    }
+    keys
+}
+
+/// The key of one node of a graph.
+pub fn node_key(graph: &Graph, index: usize, threads: u32) -> Key {
+    use crate::graph::Op;
+    let node = &graph.nodes()[index];
+    let (input, numerics) = (graph.shape_of(node.inputs[0]), graph.numerics(index));
+    let plane = PlaneKey {
+        batch: input.batch,
+        channels: input.channels,
+        height: input.height,
+        width: input.width,
+        numerics,
+        threads,
+    };
+    match node.op {
+        Op::Conv(c) => Key::Conv(ConvKey {
+            batch: input.batch,
+            cin: c.cin,
+            cout: c.cout,
+            kernel: c.kernel,
+            stride: c.stride,
+            groups: c.groups,
+            height: input.height,
+            width: input.width,
+            numerics,
+            threads,
+            context: Context::Chain,
+        }),
+        Op::Linear(l) => Key::Linear(LinearKey {
+            batch: input.batch,
+            inputs: l.inputs,
+            outputs: l.outputs,
+            numerics,
+            threads,
+        }),
+        Op::Add(_) => Key::Add(plane),
+        Op::GlobalAvgPool => Key::GlobalAvgPool(plane),
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Session { threads } => write!(f, "session, {threads} threads"),
+            Self::Conv(c) => {
+                write!(
+                    f,
+                    "conv {0}x{0}/{1} {2}→{3} at {4}x{5}",
+                    c.kernel, c.stride, c.cin, c.cout, c.height, c.width
+                )?;
+                if c.groups > 1 {
+                    write!(f, " groups {}", c.groups)?;
+                }
+                write!(
+                    f,
+                    " {}, batch {}, {} threads",
+                    numerics_name(c.numerics),
+                    c.batch,
+                    c.threads
+                )?;
+                if c.context == Context::Alone {
+                    write!(f, ", alone")
+                } else {
+                    Ok(())
+                }
+            }
+            Self::Linear(l) => write!(
+                f,
+                "linear {}→{} {}, batch {}, {} threads",
+                l.inputs,
+                l.outputs,
+                numerics_name(l.numerics),
+                l.batch,
+                l.threads
+            ),
+            Self::Add(p) | Self::GlobalAvgPool(p) | Self::Entry(p) => write!(
+                f,
+                "{} {} at {}x{} {}, batch {}, {} threads",
+                self.operator(),
+                p.channels,
+                p.height,
+                p.width,
+                numerics_name(p.numerics),
+                p.batch,
+                p.threads
+            ),
+            Self::Expert(e) => write!(
+                f,
+                "expert {}x{} {} bits in {} planes, group {}, {} tokens, {} threads, {}",
+                e.hidden,
+                e.inner,
+                e.bits,
+                e.planes,
+                e.group,
+                e.tokens,
+                e.threads,
+                if e.heat == Heat::Hot { "hot" } else { "cold" }
+            ),
+            Self::Read(r) => write!(
+                f,
+                "read {} bytes from {}, {} at once",
+                r.bytes,
+                tier_name(r.tier),
+                r.threads
+            ),
+        }
+    }
+}
+
+impl fmt::Display for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.family {
+            Family::Session => write!(f, "session")?,
+            Family::ConvAlone(n) => write!(f, "conv.alone.{}", numerics_name(n))?,
+            Family::ConvBlocked => write!(f, "conv.blocked")?,
+            Family::ConvFromNchw => write!(f, "conv.from_nchw")?,
+            Family::ConvPatches => write!(f, "conv.patches")?,
+            Family::DepthwiseBlocked => write!(f, "depthwise.blocked")?,
+            Family::DepthwisePlain => write!(f, "depthwise.plain")?,
+            Family::ConvGrouped => write!(f, "conv.grouped")?,
+            Family::ConvInt8 => write!(f, "conv.int8")?,
+            Family::DepthwiseInt8 => write!(f, "depthwise.int8")?,
+            Family::Linear(n) => write!(f, "linear.{}", numerics_name(n))?,
+            Family::Add(n) => write!(f, "add.{}", numerics_name(n))?,
+            Family::Pool(n) => write!(f, "pool.{}", numerics_name(n))?,
+            Family::Entry(n) => write!(f, "entry.{}", numerics_name(n))?,
+            Family::Expert { bits, planes, heat } => {
+                let heat = if heat == Heat::Hot { "hot" } else { "cold" };
+                write!(f, "expert.b{bits}p{planes}.{heat}")?;
+            }
+            Family::Read(tier) => write!(f, "read.{}", tier_name(tier))?,
+        }
+        write!(f, "/t{}", self.threads)
+    }
+}
+
+pub(crate) fn numerics_name(numerics: Numerics) -> &'static str {
+    match numerics {
+        Numerics::F32 => "f32",
+        Numerics::Int8 => "int8",
+    }
+}
+
+pub(crate) fn tier_name(tier: Tier) -> &'static str {
+    match tier {
+        Tier::L2 => "l2",
+        Tier::L3 => "l3",
+        Tier::Memory => "memory",
+        Tier::Disk => "disk",
+        Tier::DiskBuffered => "disk_buffered",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn key(cin: u32, cout: u32, numerics: Numerics) -> ConvKey {
+        ConvKey {
+            batch: 1,
+            cin,
+            cout,
+            kernel: 3,
+            stride: 1,
+            groups: 1,
+            height: 16,
+            width: 16,
+            numerics,
+            threads: 1,
+            context: Context::Chain,
+        }
+    }
+
+    fn sizes() -> impl Strategy<Value = ConvKey> {
+        (1u32..130, 1u32..130, 0u32..3, 1u32..3, 1u32..40, 1u32..5).prop_map(|(cin, cout, k, stride, h, batch)| {
+            ConvKey {
+                batch,
+                cin,
+                cout,
+                kernel: 2 * k + 1,
+                stride,
+                height: h,
+                width: h,
+                ..key(1, 1, Numerics::Int8)
+            }
+        })
+    }
+
+    proptest! {
+        /// Law: every count grows with every size, so that non-negative coefficients make monotone predictions.
+        #[test]
+        fn features_are_monotone_within_a_path(small in sizes(), grow in 0usize..4, by in 1u32..9, f32_path in any::<bool>()) {
+            let mut small = small;
+            if f32_path {
+                // Multiples of four from one block up: the blocked path.
+                small.numerics = Numerics::F32;
+                small.cin = 16 + small.cin.div_ceil(4) * 4;
+            }
+            let mut large = small;
+            match grow {
+                0 => large.cin += 4 * by,
+                1 => large.cout += by,
+                2 => (large.height, large.width) = (large.height + by, large.width + by),
+                _ => large.batch += by,
+            }
+            let (a, b) = (Key::Conv(small).features(Block(16)), Key::Conv(large).features(Block(16)));
+            prop_assert_eq!(a.path, b.path);
+            for (x, y) in a.terms().iter().zip(b.terms()) {
+                prop_assert_eq!(x.0, y.0);
+                prop_assert!(y.1 >= x.1, "{:?} {:?}", x, y);
+            }
+        }
+    }
+
+    #[test]
+    fn channels_choose_the_path_as_onnx_runtime_does() {
+        let family = |cin, cout, numerics| Key::Conv(key(cin, cout, numerics)).path(Block(16)).family;
+        assert_eq!(family(3, 16, Numerics::F32), Family::ConvFromNchw);
+        assert_eq!(family(16, 20, Numerics::F32), Family::ConvBlocked);
+        assert_eq!(family(18, 20, Numerics::F32), Family::ConvPatches);
+        assert_eq!(family(3, 16, Numerics::Int8), Family::ConvInt8);
+        let depthwise = |c| {
+            Key::Conv(ConvKey {
+                groups: c,
+                ..key(c, c, Numerics::F32)
+            })
+            .path(Block(16))
+            .family
+        };
+        assert_eq!(depthwise(32), Family::DepthwiseBlocked);
+        assert_eq!(depthwise(30), Family::DepthwisePlain);
+    }
+
+    #[test]
+    fn bytes_of_an_expert_follow_the_formula() {
+        let key = ExpertKey {
+            hidden: 512,
+            inner: 256,
+            bits: 4,
+            planes: 1,
+            group: 32,
+            tokens: 1,
+            threads: 1,
+            heat: Heat::Cold,
+        };
+        // 4 bits and a 16-bit scale per 32 weights: 4.5 bits each.
+        assert!((key.weight_bytes() - 3.0 * 512.0 * 256.0 * 4.5 / 8.0).abs() < 1e-9);
+    }
+}
