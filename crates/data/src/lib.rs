@@ -3,7 +3,11 @@
 
 #![forbid(unsafe_code)]
 
+pub mod cifar;
+pub mod glyphs;
 pub mod images;
+pub mod loader;
+pub mod task;
 pub mod text;
 
 mod error;
