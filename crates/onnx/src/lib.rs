@@ -1,1 +1,16 @@
 //! ONNX reader and writer (QDQ), ONNX Runtime sessions, timing probes.
+//!
+//! `weights` (what goes beside a `cotk_latency::graph::Graph`) · `write` and `read` (bytes) · `reference` (the graph in
+//! plain Rust: the truth that the runtime is held to) · `runtime` (finds and opens the library) · `session` · `probe`.
+//! The only crate that opens ONNX Runtime. Searching lives in `search`.
+
+pub mod proto;
+pub mod reference;
+pub mod runtime;
+pub mod session;
+pub mod weights;
+pub mod write;
+
+pub use self::error::{Error, Result};
+
+mod error;

@@ -40,3 +40,49 @@ pub trait Prepared {
     /// [`crate::Error::Probe`] with what failed.
     fn run(&mut self, piece: usize) -> Result<()>;
 }
+
+/// What a list of times says.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Statistics {
+    pub median: f64,
+    /// Median absolute deviation from the median.
+    pub mad: f64,
+    /// Tenth percentile.
+    pub q10: f64,
+}
+
+impl Statistics {
+    /// Of at least one value; an even count takes the mean of the middle two.
+    pub fn of(values: &[f64]) -> Self {
+        let middle = median(values);
+        let deviations: Vec<f64> = values.iter().map(|v| (v - middle).abs()).collect();
+        Self {
+            median: middle,
+            mad: median(&deviations),
+            q10: quantile(values, 0.1),
+        }
+    }
+}
+
+/// The middle value; of an even count the mean of the middle two; NaN of none.
+pub fn median(values: &[f64]) -> f64 {
+    quantile(values, 0.5)
+}
+
+/// The quantile `q` in 0..=1, linear between the two nearest values; NaN of none.
+pub fn quantile(values: &[f64], q: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let Some(last) = sorted.len().checked_sub(1) else {
+        return f64::NAN;
+    };
+    #[expect(clippy::cast_precision_loss, reason = "counts of measurements")]
+    let at = q.clamp(0.0, 1.0) * last as f64;
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "between 0 and the last index"
+    )]
+    let (low, high) = (at.floor() as usize, at.ceil() as usize);
+    sorted[low] + (sorted[high] - sorted[low]) * at.fract()
+}
