@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 
+pub mod safetensors;
+
 /// Why a checkpoint cannot be read. Every variant says where; what can be compared says found and expected.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {

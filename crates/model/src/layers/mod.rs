@@ -1,0 +1,236 @@
+//! One decoder layer without its routed experts: attention, router, dense or shared MLP. The parts have a file
+//! each; a layer loads alone, so that a model larger than memory can be walked layer by layer.
+
+use cotk_run::units::LayerId;
+use rayon::prelude::*;
+
+pub mod attention;
+pub mod linear;
+pub mod norm;
+pub mod rope;
+pub mod router;
+
+use self::attention::{Attention, Span};
+use self::linear::Linear;
+use self::norm::rms_norm;
+use self::rope::Rope;
+use crate::checkpoint::{CheckpointError, TensorSource};
+use crate::families::{self, LayerTensor, Matrix, Tensor};
+use crate::moe::{Mode, MoeRecord, MoeRuntime, RouterScores, RoutingRule, RuntimeError};
+use crate::spec::{LayerKind, ModelSpec};
+
+/// Rows of one chunk of an MLP: fixed, so that the bits do not depend on the thread count.
+const MLP_ROWS: usize = 256;
+
+/// `down(silu(gate(x)) · up(x))`.
+#[derive(Debug, Clone)]
+pub struct Mlp {
+    pub gate: Linear,
+    pub up: Linear,
+    pub down: Linear,
+}
+
+impl Mlp {
+    /// `x` is `[rows, hidden]`; returns `[rows, hidden]`.
+    pub fn apply(&self, x: &[f32]) -> Vec<f32> {
+        let (width, rows) = (self.gate.inputs(), x.len() / self.gate.inputs());
+        let mut out = vec![0.0; rows * self.down.outputs()];
+        let chunks = x.par_chunks(MLP_ROWS * width);
+        chunks
+            .zip(out.par_chunks_mut(MLP_ROWS * self.down.outputs()))
+            .for_each(|(x, out)| {
+                let mut inner = self.gate.apply(x);
+                let up = self.up.apply(x);
+                for (gate, up) in inner.iter_mut().zip(&up) {
+                    *gate = silu(*gate) * up;
+                }
+                self.down.apply_to(&inner, out);
+            });
+        out
+    }
+
+    fn load(
+        source: &dyn TensorSource,
+        hidden: usize,
+        intermediate: usize,
+        name: impl Fn(Matrix) -> String,
+    ) -> Result<Self, CheckpointError> {
+        let load = |matrix: Matrix| Linear::load(source, &name(matrix), matrix.shape(hidden, intermediate));
+        Ok(Self {
+            gate: load(Matrix::Gate)?,
+            up: load(Matrix::Up)?,
+            down: load(Matrix::Down)?,
+        })
+    }
+}
+
+/// x · sigmoid(x).
+pub fn silu(x: f32) -> f32 {
+    x * sigmoid(x)
+}
+
+/// 1 / (1 + exp(−x)).
+pub fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// What follows attention.
+#[derive(Debug, Clone)]
+enum Mixer {
+    Dense(Mlp),
+    Moe {
+        router: Linear,
+        rule: RoutingRule,
+        shared: Option<SharedExpert>,
+    },
+}
+
+#[derive(Debug, Clone)]
+struct SharedExpert {
+    mlp: Mlp,
+    /// `[1, hidden]`
+    gate: Linear,
+}
+
+/// The dense part of one decoder layer.
+#[derive(Debug, Clone)]
+pub struct Layer {
+    id: LayerId,
+    attention: Attention,
+    mixer_norm: Vec<f32>,
+    eps: f32,
+    mixer: Mixer,
+}
+
+impl Layer {
+    /// Loads the dense part of layer `id`.
+    ///
+    /// # Errors
+    /// As [`TensorSource::load_f32`].
+    ///
+    /// # Panics
+    /// When the model has no such layer.
+    pub fn load(spec: &ModelSpec, source: &dyn TensorSource, id: LayerId) -> Result<Self, CheckpointError> {
+        let family = families::of(spec);
+        let name = |part| family.tensor_name(Tensor::Layer(id, part));
+        let mixer = match spec.layers[id.index()].kind {
+            LayerKind::Dense { intermediate } => Mixer::Dense(Mlp::load(source, spec.hidden, intermediate, |m| {
+                name(LayerTensor::Dense(m))
+            })?),
+            LayerKind::Moe { shared_intermediate } => Mixer::Moe {
+                router: Linear::load(source, &name(LayerTensor::Router), [spec.routing.experts, spec.hidden])?,
+                rule: spec.routing,
+                shared: match shared_intermediate {
+                    None => None,
+                    Some(width) => Some(SharedExpert {
+                        mlp: Mlp::load(source, spec.hidden, width, |m| name(LayerTensor::Shared(m)))?,
+                        gate: Linear::load(source, &name(LayerTensor::SharedGate), [1, spec.hidden])?,
+                    }),
+                },
+            },
+        };
+        Ok(Self {
+            id,
+            attention: Attention::load(spec, family, source, id)?,
+            mixer_norm: source.load_f32(&name(LayerTensor::MixerNorm), &[spec.hidden])?,
+            eps: spec.norm_eps,
+            mixer,
+        })
+    }
+
+    /// Its place in the model.
+    pub fn id(&self) -> LayerId {
+        self.id
+    }
+
+    /// Whether it has routed experts.
+    pub fn is_moe(&self) -> bool {
+        matches!(self.mixer, Mixer::Moe { .. })
+    }
+
+    /// The first half: `hidden += attention(norm(hidden))`, see [`Attention::attend`].
+    pub fn attend(&self, rope: &Rope, hidden: &mut [f32], spans: &mut [Span<'_>]) {
+        self.attention.attend(rope, hidden, spans);
+    }
+
+    /// What router and experts see: the normed state, `[tokens, hidden]`.
+    pub fn mixer_input(&self, hidden: &[f32]) -> Vec<f32> {
+        rms_norm(hidden, &self.mixer_norm, self.eps)
+    }
+
+    /// Softmax over all experts, `[tokens, experts]`; `None` in a dense layer. `normed` is of
+    /// [`mixer_input`](Self::mixer_input).
+    pub fn router_scores(&self, normed: &[f32]) -> Option<Vec<f32>> {
+        match &self.mixer {
+            Mixer::Dense(_) => None,
+            Mixer::Moe { router, .. } => {
+                let mut scores = router.apply(normed);
+                router::softmax(&mut scores, router.outputs());
+                Some(scores)
+            }
+        }
+    }
+
+    /// `hidden +=` everything after attention but the routed experts: the shared expert, or the MLP of a dense layer.
+    pub fn add_dense(&self, normed: &[f32], hidden: &mut [f32]) {
+        match &self.mixer {
+            Mixer::Dense(mlp) => add(hidden, &mlp.apply(normed)),
+            Mixer::Moe { shared: None, .. } => {}
+            Mixer::Moe {
+                shared: Some(SharedExpert { mlp, gate }),
+                ..
+            } => {
+                let gates = gate.apply(normed);
+                let width = normed.len() / gates.len().max(1);
+                let outputs = mlp.apply(normed);
+                let rows = hidden
+                    .chunks_exact_mut(width.max(1))
+                    .zip(outputs.chunks_exact(width.max(1)));
+                for ((hidden, output), gate) in rows.zip(gates) {
+                    let gate = sigmoid(gate);
+                    hidden.iter_mut().zip(output).for_each(|(h, o)| *h += gate * o);
+                }
+            }
+        }
+    }
+
+    /// The whole layer; the record is `None` for a dense one.
+    ///
+    /// # Errors
+    /// What the runtime refuses.
+    pub fn forward(
+        &self,
+        rope: &Rope,
+        hidden: &mut [f32],
+        spans: &mut [Span<'_>],
+        runtime: &dyn MoeRuntime,
+        mode: Mode,
+    ) -> Result<Option<MoeRecord>, RuntimeError> {
+        self.attend(rope, hidden, spans);
+        let normed = self.mixer_input(hidden);
+        let record = match (&self.mixer, self.router_scores(&normed)) {
+            (Mixer::Moe { rule, .. }, Some(scores)) => {
+                let mut out = vec![0.0; normed.len()];
+                let router = RouterScores::new(&scores, rule)?;
+                let record = runtime.forward(self.id, &normed, router, mode, &mut out)?;
+                add(hidden, &out);
+                Some(record)
+            }
+            _ => None,
+        };
+        self.add_dense(&normed, hidden);
+        Ok(record)
+    }
+}
+
+fn add(to: &mut [f32], from: &[f32]) {
+    to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+}
+
+/// Loads all layers, several at a time.
+pub(crate) fn load_all(spec: &ModelSpec, source: &dyn TensorSource) -> Result<Vec<Layer>, CheckpointError> {
+    (0..u32::try_from(spec.layers.len()).expect("layer counts are small"))
+        .into_par_iter()
+        .map(|layer| Layer::load(spec, source, LayerId(layer)))
+        .collect()
+}

@@ -1,0 +1,144 @@
+//! Rotary positions, half-split ("NeoX") layout: pair j is (x[j], x[j + head_dim / 2]). Frequencies in f32 step by
+//! step as transformers computes them: at long range an angle of f64 would be another angle.
+
+use std::f64::consts::PI;
+
+use crate::spec::{RopeScaling, RopeSpec};
+
+/// Frequencies of one model.
+#[derive(Debug, Clone)]
+pub struct Rope {
+    /// `[head_dim / 2]`
+    frequencies: Vec<f32>,
+    /// Multiplies cos and sin.
+    attention_factor: f32,
+}
+
+impl Rope {
+    /// For heads of `head_dim`, which is even.
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        reason = "head widths are small; frequencies are f32"
+    )]
+    pub fn new(spec: &RopeSpec, head_dim: usize) -> Self {
+        let theta = spec.theta as f32;
+        let half = head_dim / 2;
+        let powers = (0..half).map(|j| theta.powf((2 * j) as f32 / head_dim as f32));
+        let frequencies: Vec<f32> = match &spec.scaling {
+            RopeScaling::None => powers.map(|p| 1.0 / p).collect(),
+            RopeScaling::Linear { factor } => powers.map(|p| 1.0 / p / *factor as f32).collect(),
+            RopeScaling::Yarn {
+                factor,
+                original_context,
+                beta_fast,
+                beta_slow,
+                truncate,
+                ..
+            } => {
+                // YaRN (Peng et al., 2023), section 3.2: how many rotations fit the original context.
+                let correction = |rotations: f64| {
+                    head_dim as f64 * (original_context / (rotations * 2.0 * PI)).ln() / (2.0 * spec.theta.ln())
+                };
+                let (low, high) = (correction(*beta_fast), correction(*beta_slow));
+                let (low, high) = if *truncate {
+                    (low.floor(), high.ceil())
+                } else {
+                    (low, high)
+                };
+                let (low, mut high) = (low.max(0.0), high.min(head_dim as f64 - 1.0));
+                if low == high {
+                    high += 0.001;
+                }
+                powers
+                    .enumerate()
+                    .map(|(j, p)| {
+                        let ramp = ((j as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
+                        1.0 / (*factor as f32 * p) * ramp + 1.0 / p * (1.0 - ramp)
+                    })
+                    .collect()
+            }
+            RopeScaling::Llama3 {
+                factor,
+                original_context,
+                low_freq_factor,
+                high_freq_factor,
+            } => powers
+                .map(|p| {
+                    let frequency = 1.0 / f64::from(p);
+                    let wavelength = 2.0 * PI / frequency;
+                    let scaled = if wavelength > original_context / low_freq_factor {
+                        frequency / factor
+                    } else if wavelength < original_context / high_freq_factor {
+                        frequency
+                    } else {
+                        let smooth =
+                            (original_context / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                        (1.0 - smooth) * frequency / factor + smooth * frequency
+                    };
+                    scaled as f32
+                })
+                .collect(),
+        };
+        let attention_factor = match spec.scaling {
+            RopeScaling::Yarn { attention_factor, .. } => attention_factor as f32,
+            RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } => 1.0,
+        };
+        Self {
+            frequencies,
+            attention_factor,
+        }
+    }
+
+    /// Turns every head of `x` `[positions, heads · head_dim]`; row r stands at position `start + r`.
+    pub fn turn(&self, x: &mut [f32], start: usize, width: usize) {
+        let half = self.frequencies.len();
+        let mut cos_sin = vec![(0.0, 0.0); half];
+        for (position, row) in (start..).zip(x.chunks_exact_mut(width)) {
+            #[expect(
+                clippy::cast_precision_loss,
+                reason = "contexts are at most 2^26; above 2^24 as transformers"
+            )]
+            let position = position as f32;
+            for (slot, frequency) in cos_sin.iter_mut().zip(&self.frequencies) {
+                let (sin, cos) = (position * frequency).sin_cos();
+                *slot = (cos * self.attention_factor, sin * self.attention_factor);
+            }
+            for head in row.chunks_exact_mut(2 * half) {
+                let (low, high) = head.split_at_mut(half);
+                for ((a, b), (cos, sin)) in low.iter_mut().zip(high).zip(&cos_sin) {
+                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Law: the score of a turned query and a turned key depends on their distance alone.
+    #[test]
+    fn scores_depend_on_distance_alone() {
+        let rope = Rope::new(
+            &RopeSpec {
+                theta: 10_000.0,
+                scaling: RopeScaling::None,
+            },
+            8,
+        );
+        let q: Vec<f32> = (0..8).map(|i| (i as f32).sin()).collect();
+        let k: Vec<f32> = (0..8).map(|i| (i as f32 * 2.0).cos()).collect();
+        let score = |at: usize, distance: usize| {
+            let (mut q, mut k) = (q.clone(), k.clone());
+            rope.turn(&mut q, at + distance, 8);
+            rope.turn(&mut k, at, 8);
+            q.iter().zip(&k).map(|(a, b)| a * b).sum::<f32>()
+        };
+        for distance in [0, 1, 7, 100] {
+            assert!((score(0, distance) - score(40, distance)).abs() < 1e-4);
+        }
+        assert!((score(0, 1) - score(0, 7)).abs() > 1e-2, "positions must matter");
+    }
+}

@@ -1,0 +1,326 @@
+//! [`PlainMoe`]: all experts resident in f32, the plain reference of every [`MoeRuntime`], and the runtime of
+//! Hugging Face checkpoints. Offers [`Mode::Exact`] alone.
+
+use cotk_run::units::{ExpertId, LayerId};
+use rayon::prelude::*;
+
+use crate::checkpoint::{CheckpointError, TensorSource};
+use crate::families::{self, LayerTensor, Matrix, Tensor};
+use crate::layers::Mlp;
+use crate::layers::linear::Linear;
+use crate::moe::{
+    Alive, ExpertUse, Mode, MoeRecord, MoeRuntime, MoeShape, Precision, RouterScores, RuntimeError, route,
+};
+use crate::spec::ModelSpec;
+
+/// Multiply-adds below which experts run one after the other.
+const PARALLEL_FROM: usize = 1 << 18;
+
+/// What an absent expert does to the gates of the others, see [`Alive`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Absent {
+    Masked,
+    Removed,
+}
+
+/// Experts in f32.
+pub struct PlainMoe {
+    shape: MoeShape,
+    /// Per entry of `shape.layers`, per original expert; `None` where it was dropped.
+    experts: Vec<Vec<Option<Mlp>>>,
+    alive: Vec<Vec<bool>>,
+    absent: Absent,
+}
+
+impl PlainMoe {
+    /// Loads every expert of a checkpoint.
+    ///
+    /// # Errors
+    /// As [`TensorSource::load_f32`].
+    pub fn load(spec: &ModelSpec, source: &dyn TensorSource) -> Result<Self, CheckpointError> {
+        let shape = MoeShape {
+            hidden: spec.hidden,
+            rule: spec.routing,
+            layers: spec.moe_layers(),
+        };
+        let ids = 0..u32::try_from(spec.routing.experts).expect("expert counts fit 32 bits");
+        let experts = shape
+            .layers
+            .par_iter()
+            .map(|&layer| {
+                ids.clone()
+                    .map(|expert| load_expert(spec, source, layer, ExpertId(expert)).map(Some))
+                    .collect()
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self::from_experts(shape, experts, Absent::Masked))
+    }
+
+    /// From weights at hand: per layer of `shape`, per original expert, `None` where there is none.
+    ///
+    /// # Panics
+    /// When the counts do not fit the shape.
+    pub fn from_experts(shape: MoeShape, experts: Vec<Vec<Option<Mlp>>>, absent: Absent) -> Self {
+        assert_eq!(experts.len(), shape.layers.len(), "one list per layer");
+        for layer in &experts {
+            assert_eq!(layer.len(), shape.rule.experts, "one entry per original expert");
+        }
+        Self {
+            alive: experts
+                .iter()
+                .map(|layer| layer.iter().map(Option::is_some).collect())
+                .collect(),
+            shape,
+            experts,
+            absent,
+        }
+    }
+}
+
+/// One routed expert as f32.
+///
+/// # Errors
+/// As [`TensorSource::load_f32`].
+pub fn load_expert(
+    spec: &ModelSpec,
+    source: &dyn TensorSource,
+    layer: LayerId,
+    expert: ExpertId,
+) -> Result<Mlp, CheckpointError> {
+    let load = |matrix: Matrix| {
+        let name = families::of(spec).tensor_name(Tensor::Layer(layer, LayerTensor::Expert(expert, matrix)));
+        Linear::load(source, &name, matrix.shape(spec.hidden, spec.moe_intermediate))
+    };
+    Ok(Mlp {
+        gate: load(Matrix::Gate)?,
+        up: load(Matrix::Up)?,
+        down: load(Matrix::Down)?,
+    })
+}
+
+impl MoeRuntime for PlainMoe {
+    fn shape(&self) -> &MoeShape {
+        &self.shape
+    }
+
+    fn modes(&self) -> &[Mode] {
+        &[Mode::Exact]
+    }
+
+    fn forward(
+        &self,
+        layer: LayerId,
+        hidden: &[f32],
+        router: RouterScores<'_>,
+        mode: Mode,
+        out: &mut [f32],
+    ) -> Result<MoeRecord, RuntimeError> {
+        let tokens = self.check_call(layer, hidden, &router, mode, out)?;
+        let at = self
+            .shape
+            .layers
+            .iter()
+            .position(|l| *l == layer)
+            .expect("checked above");
+        let alive = &self.alive[at];
+        let routed = route(
+            &router,
+            match self.absent {
+                Absent::Masked => Alive::Masked(alive),
+                Absent::Removed => Alive::Removed(alive),
+            },
+        );
+
+        // Slots by expert, tokens ascending.
+        let mut slots_of: Vec<Vec<usize>> = vec![Vec::new(); self.shape.rule.experts];
+        for (slot, expert) in routed.experts.iter().enumerate() {
+            slots_of[expert.index()].push(slot);
+        }
+        let width = self.shape.hidden;
+        let run = |(expert, slots): (usize, &Vec<usize>)| {
+            let rows: Vec<f32> = slots
+                .iter()
+                .flat_map(|slot| &hidden[slot / routed.slots * width..][..width])
+                .copied()
+                .collect();
+            let mlp = self.experts[at][expert].as_ref().expect("routing chooses the living");
+            mlp.apply(&rows)
+        };
+        let busy: Vec<(usize, &Vec<usize>)> = slots_of.iter().enumerate().filter(|(_, s)| !s.is_empty()).collect();
+        let inner = busy.first().map_or(0, |(expert, _)| {
+            self.experts[at][*expert].as_ref().map_or(0, |mlp| mlp.gate.outputs())
+        });
+        let outputs: Vec<Vec<f32>> = if tokens * routed.slots * width * inner * 3 >= PARALLEL_FROM {
+            busy.par_iter().map(|&job| run(job)).collect()
+        } else {
+            busy.iter().map(|&job| run(job)).collect()
+        };
+
+        // Each token sums its slots in order, whoever computed them.
+        let mut row_of = vec![&[][..]; routed.experts.len()];
+        for ((_, slots), rows) in busy.iter().zip(&outputs) {
+            for (slot, row) in slots.iter().zip(rows.chunks_exact(width)) {
+                row_of[*slot] = row;
+            }
+        }
+        out.fill(0.0);
+        for (slot, (row, gate)) in row_of.iter().zip(&routed.gates).enumerate() {
+            let out = &mut out[slot / routed.slots * width..][..width];
+            for (out, value) in out.iter_mut().zip(*row) {
+                *out += gate * value;
+            }
+        }
+        let uses = routed
+            .experts
+            .iter()
+            .zip(&routed.gates)
+            .map(|(&expert, &gate)| ExpertUse {
+                expert,
+                gate,
+                bits: 32,
+                precision: Precision::Full,
+            });
+        Ok(MoeRecord {
+            slots: routed.slots,
+            uses: uses.collect(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cotk_run::seeds::Seeds;
+    use rand::RngExt;
+
+    use super::*;
+    use crate::laws::{self, Subject};
+    use crate::moe::RoutingRule;
+
+    /// The definition itself: token by token, expert by expert, in f64.
+    struct Naive<'a>(&'a PlainMoe);
+
+    impl MoeRuntime for Naive<'_> {
+        fn shape(&self) -> &MoeShape {
+            self.0.shape()
+        }
+
+        fn modes(&self) -> &[Mode] {
+            &[Mode::Exact]
+        }
+
+        fn forward(
+            &self,
+            layer: LayerId,
+            hidden: &[f32],
+            router: RouterScores<'_>,
+            mode: Mode,
+            out: &mut [f32],
+        ) -> Result<MoeRecord, RuntimeError> {
+            let tokens = self.check_call(layer, hidden, &router, mode, out)?;
+            let at = self.shape().layers.iter().position(|l| *l == layer).unwrap();
+            let routed = route(&router, Alive::Masked(&self.0.alive[at]));
+            let width = self.shape().hidden;
+            let dot = |a: &[f32], b: &[f64]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * b).sum::<f64>();
+            let mut uses = Vec::new();
+            for token in 0..tokens {
+                let x: Vec<f64> = hidden[token * width..][..width].iter().map(|v| f64::from(*v)).collect();
+                let mut sum = vec![0.0; width];
+                for slot in token * routed.slots..(token + 1) * routed.slots {
+                    let (expert, gate) = (routed.experts[slot], routed.gates[slot]);
+                    let mlp = self.0.experts[at][expert.index()].as_ref().unwrap();
+                    let inner: Vec<f64> = (0..mlp.gate.outputs())
+                        .map(|i| {
+                            let g = dot(mlp.gate.row(i), &x);
+                            g / (1.0 + (-g).exp()) * dot(mlp.up.row(i), &x)
+                        })
+                        .collect();
+                    for (i, sum) in sum.iter_mut().enumerate() {
+                        *sum += f64::from(gate) * dot(mlp.down.row(i), &inner);
+                    }
+                    uses.push(ExpertUse {
+                        expert,
+                        gate,
+                        bits: 32,
+                        precision: Precision::Full,
+                    });
+                }
+                for (out, sum) in out[token * width..][..width].iter_mut().zip(sum) {
+                    *out = sum as f32;
+                }
+            }
+            Ok(MoeRecord {
+                slots: routed.slots,
+                uses,
+            })
+        }
+    }
+
+    fn plain(norm_topk: bool, dropped: &[usize]) -> PlainMoe {
+        let (hidden, inner, experts) = (24, 10, 7);
+        let mut stream = Seeds::new(2).stream("experts");
+        let mut linear = |outputs: usize, inputs: usize| {
+            let weights = (0..outputs * inputs).map(|_| stream.random_range(-0.5..0.5f32));
+            Linear::new(weights.collect(), outputs, inputs)
+        };
+        let mut layer = || -> Vec<Option<Mlp>> {
+            let mut mlp = || Mlp {
+                gate: linear(inner, hidden),
+                up: linear(inner, hidden),
+                down: linear(hidden, inner),
+            };
+            (0..experts)
+                .map(|e| {
+                    let mlp = mlp();
+                    (!dropped.contains(&e)).then_some(mlp)
+                })
+                .collect()
+        };
+        let experts_of = vec![layer(), layer()];
+        let shape = MoeShape {
+            hidden,
+            rule: RoutingRule {
+                experts,
+                top_k: 3,
+                norm_topk,
+            },
+            layers: vec![LayerId(1), LayerId(3)],
+        };
+        PlainMoe::from_experts(shape, experts_of, Absent::Masked)
+    }
+
+    #[test]
+    fn plain_moe_keeps_the_laws_of_a_runtime() {
+        for (norm_topk, dropped) in [
+            (false, &[][..]),
+            (true, &[]),
+            (false, &[0, 5]),
+            (true, &[1, 2, 3, 4, 5]),
+        ] {
+            let plain = plain(norm_topk, dropped);
+            laws::check(&Subject {
+                runtime: &plain,
+                reference: &Naive(&plain),
+                exact_error: 1e-6,
+                split_error: 1e-6,
+                seed: 1,
+            })
+            .unwrap();
+        }
+    }
+
+    #[test]
+    fn the_laws_notice_a_wrong_runtime() {
+        let (right, wrong) = (plain(false, &[]), plain(false, &[2]));
+        let broken = laws::check(&Subject {
+            runtime: &wrong,
+            reference: &Naive(&right),
+            exact_error: 1e-2,
+            split_error: 1e-6,
+            seed: 1,
+        });
+        let broken = broken.unwrap_err();
+        for law in ["exact_equals_the_reference", "the_record_tells_what_routing_chose"] {
+            assert!(broken.contains(law), "{broken}");
+        }
+    }
+}
