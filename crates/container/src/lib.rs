@@ -1,1 +1,18 @@
 //! The compressed checkpoint: manifest, dense part, expert records.
+//!
+//! [`manifest`] is the only truth about bits and shapes, [`record`] the header before each expert, `layout` where
+//! planes lie; [`writer`] writes layer by layer, [`reader`] maps and checks. Not here: what to keep and at which width
+//! (`cotk-compress`), what a config means (`cotk-model`). Law: a damaged byte is refused by name, never a panic.
+
+pub mod dense;
+pub mod layout;
+pub mod manifest;
+pub mod reader;
+pub mod record;
+pub mod writer;
+
+pub use self::error::{ContainerError, Result};
+
+mod error;
+#[cfg(test)]
+mod laws;

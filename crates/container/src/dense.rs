@@ -1,0 +1,110 @@
+//! Writes `dense.safetensors`, tensor by tensor: only one is in memory at a time. Reading it is `cotk-model`'s.
+//! Law: any safetensors reader reads it back; equal tensors make equal bytes.
+
+use std::io::Write;
+use std::path::Path;
+
+use cotk_run::Error;
+use cotk_run::files::AtomicFile;
+
+use crate::{ContainerError, Result};
+
+/// What the header says about one tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DenseTensor {
+    pub name: String,
+    /// Safetensors name of its type: `BF16`.
+    pub dtype: &'static str,
+    pub shape: Vec<usize>,
+    pub bytes: u64,
+}
+
+impl DenseTensor {
+    fn element_bytes(&self) -> u64 {
+        self.bytes / (self.shape.iter().map(|&n| n as u64).product::<u64>()).max(1)
+    }
+}
+
+/// Writes the tensors, widest type first (so that each is aligned), then by name; `data` gives one's bytes.
+///
+/// # Errors
+/// Those of `data`; the file system's; [`ContainerError::Value`] when `data` gives another length than promised.
+/// Nothing stands under `path` then.
+pub fn write_dense<E: From<ContainerError>>(
+    path: &Path,
+    tensors: &[DenseTensor],
+    mut data: impl FnMut(&DenseTensor) -> Result<Vec<u8>, E>,
+) -> Result<(), E> {
+    let mut order: Vec<&DenseTensor> = tensors.iter().collect();
+    order.sort_by(|a, b| (b.element_bytes(), &a.name).cmp(&(a.element_bytes(), &b.name)));
+    let io = |e| ContainerError::from(Error::io("write", path)(e));
+    let mut file = AtomicFile::create(path).map_err(ContainerError::from)?;
+    file.write_all(&header(&order)).map_err(io)?;
+    for tensor in order {
+        let bytes = data(tensor)?;
+        if bytes.len() as u64 != tensor.bytes {
+            return Err(E::from(ContainerError::Value {
+                file: path.to_owned(),
+                key: tensor.name.clone(),
+                found: format!("{} bytes", bytes.len()),
+                expected: format!("{} bytes", tensor.bytes),
+            }));
+        }
+        file.write_all(&bytes).map_err(io)?;
+    }
+    file.commit().map_err(ContainerError::from)?;
+    Ok(())
+}
+
+/// Length, then JSON padded by spaces to a multiple of 8.
+fn header(order: &[&DenseTensor]) -> Vec<u8> {
+    let mut fields = serde_json::Map::new();
+    let mut at = 0u64;
+    for tensor in order {
+        fields.insert(
+            tensor.name.clone(),
+            serde_json::json!({"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [at, at + tensor.bytes]}),
+        );
+        at += tensor.bytes;
+    }
+    let mut json = serde_json::Value::Object(fields).to_string().into_bytes();
+    json.resize(json.len().next_multiple_of(8), b' ');
+    let mut header = (json.len() as u64).to_le_bytes().to_vec();
+    header.append(&mut json);
+    header
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_safetensors_reader_reads_it_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("dense.safetensors");
+        let tensors = [
+            ("b", "BF16", vec![3], 6),
+            ("a", "F32", vec![2, 1], 8),
+            ("c", "BF16", vec![1], 2),
+        ]
+        .map(|(name, dtype, shape, bytes)| DenseTensor {
+            name: name.to_owned(),
+            dtype,
+            shape,
+            bytes,
+        });
+        let data = |t: &DenseTensor| Ok::<_, ContainerError>(vec![t.name.as_bytes()[0]; t.bytes as usize]);
+        write_dense(&path, &tensors, data).unwrap();
+        let bytes = fs_err::read(&path).unwrap();
+        let read = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(read.len(), 3);
+        for tensor in &tensors {
+            let view = read.tensor(&tensor.name).unwrap();
+            assert_eq!(view.shape(), tensor.shape);
+            assert_eq!(view.data(), data(tensor).unwrap());
+        }
+        let short = |_: &DenseTensor| Ok::<_, ContainerError>(vec![0]);
+        assert!(write_dense(&folder.path().join("other"), &tensors, short).is_err());
+        assert_eq!(fs_err::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}

@@ -1,0 +1,295 @@
+//! Opens a container: maps `experts.bin`, holds every file to the manifest. Law: a damaged byte gives an error that
+//! names it, before it is used, never a panic; what is handed out was checked.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use cotk_quant::coded::{CodedView, Prefix};
+use cotk_run::files;
+use cotk_run::units::{ExpertId, LayerId};
+use memmap2::Mmap;
+
+use crate::layout::{Layout, Part, prefix_at};
+use crate::manifest::{EXPERTS, Layer, MANIFEST, MANIFEST_LIMIT_BYTES, Manifest, Record, State};
+use crate::record::{HEADER_BYTES, Header, SECTIONS_LIMIT};
+use crate::{ContainerError, Result};
+
+/// An open container. Cheap to share: all methods take `&self`.
+#[derive(Debug)]
+pub struct Container {
+    folder: PathBuf,
+    manifest: Manifest,
+    experts: Mmap,
+    /// In file order.
+    slots: Vec<Slot>,
+    /// (layer, expert) → index into `slots`.
+    index: HashMap<(LayerId, ExpertId), usize>,
+}
+
+/// Where one record lies, and which of its sections were found whole.
+#[derive(Debug)]
+struct Slot {
+    layer: LayerId,
+    expert: ExpertId,
+    layout: Layout,
+    /// Positions of the record in the manifest's lists.
+    at: (usize, usize),
+    /// Bit i: section i was checked.
+    checked: AtomicU8,
+}
+
+/// One expert at one width, borrowed from the mapped file.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertView<'a> {
+    /// `[inner, hidden]`.
+    pub gate: Prefix<'a>,
+    /// `[inner, hidden]`.
+    pub up: Prefix<'a>,
+    /// `[hidden, inner]`.
+    pub down: Prefix<'a>,
+}
+
+impl ExpertView<'_> {
+    /// Rows of gate and up.
+    pub fn inner(&self) -> usize {
+        self.gate.format().rows()
+    }
+}
+
+/// Whether a folder claims to be a container.
+pub fn is_container(folder: &Path) -> bool {
+    folder.join(MANIFEST).is_file()
+}
+
+impl Container {
+    /// Opens a container: manifest, sizes of all files, checksums of all but `experts.bin`, all record headers.
+    /// Sections are checked before their first use.
+    ///
+    /// # Errors
+    /// Whatever is missing, damaged or contradicts the manifest.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let manifest_path = folder.join(MANIFEST);
+        let manifest = Manifest::parse(&files::read(&manifest_path, MANIFEST_LIMIT_BYTES)?, &manifest_path)?;
+        for (name, entry) in &manifest.files {
+            let path = folder.join(name);
+            let found = files::open(&path)?
+                .metadata()
+                .map_err(cotk_run::Error::io("read", &path))?
+                .len();
+            if found != entry.bytes {
+                return Err(ContainerError::Length {
+                    file: path,
+                    found,
+                    expected: entry.bytes,
+                });
+            }
+            if name != EXPERTS {
+                check_file(&path, entry.xxh3.0)?;
+            }
+        }
+        let experts = map(&folder.join(EXPERTS), manifest.files[EXPERTS].bytes)?;
+        let mut slots = Vec::new();
+        let mut index = HashMap::new();
+        for (l, layer) in manifest.layers.iter().enumerate() {
+            for (e, expert) in layer.experts.iter().enumerate() {
+                if let State::Kept(record) = &expert.state {
+                    index.insert((layer.layer, expert.expert), slots.len());
+                    slots.push(Slot {
+                        layer: layer.layer,
+                        expert: expert.expert,
+                        layout: record.layout(),
+                        at: (l, e),
+                        checked: AtomicU8::new(0),
+                    });
+                }
+            }
+        }
+        let container = Self {
+            folder: folder.to_owned(),
+            manifest,
+            experts,
+            slots,
+            index,
+        };
+        for slot in &container.slots {
+            container.check_header(slot)?;
+        }
+        Ok(container)
+    }
+
+    /// What it holds and why.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Where it is.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// One layer's entry; `None` for a dense layer or one that does not exist.
+    pub fn layer(&self, layer: LayerId) -> Option<&Layer> {
+        self.manifest.layers.iter().find(|l| l.layer == layer)
+    }
+
+    /// One expert, each matrix at its widest prefix of at most `bits` (its narrowest if none is). `None`: dropped, or
+    /// no such expert.
+    ///
+    /// # Errors
+    /// [`ContainerError::Section`] when a section that this width needs is damaged; again at every call.
+    pub fn expert(&self, layer: LayerId, expert: ExpertId, bits: u32) -> Result<Option<ExpertView<'_>>> {
+        let Some(slot) = self.index.get(&(layer, expert)).map(|&i| &self.slots[i]) else {
+            return Ok(None);
+        };
+        let record = self.record(slot);
+        let [gate, up, down] = [
+            (Part::Gate, &record.gate),
+            (Part::Up, &record.up),
+            (Part::Down, &record.down),
+        ]
+        .map(|(part, matrix)| {
+            let width = prefix_at(&matrix.format, bits);
+            let planes = matrix.format.code().prefixes().iter().position(|&b| b == width);
+            let count = planes.expect("chosen from this code's prefixes") + 1;
+            self.prefix(slot, part, count)
+        });
+        Ok(Some(ExpertView {
+            gate: gate?,
+            up: up?,
+            down: down?,
+        }))
+    }
+
+    /// Checks every byte of the container. Reads all of it.
+    ///
+    /// # Errors
+    /// The first damage.
+    pub fn verify(&self) -> Result<()> {
+        for slot in &self.slots {
+            for section in 0..slot.layout.sections.len() {
+                self.check_section(slot, section)?;
+            }
+        }
+        // The padding between records, too.
+        check_file(&self.folder.join(EXPERTS), self.manifest.files[EXPERTS].xxh3.0)
+    }
+
+    /// The first `count` planes of one matrix, their sections checked.
+    fn prefix(&self, slot: &Slot, part: Part, count: usize) -> Result<Prefix<'_>> {
+        let record = self.record(slot);
+        let matrix = match part {
+            Part::Gate => &record.gate,
+            Part::Up => &record.up,
+            Part::Down => &record.down,
+        };
+        let mut planes: [&[u8]; SECTIONS_LIMIT] = [&[]; SECTIONS_LIMIT];
+        let mut placement = Default::default();
+        for (plane, into) in planes.iter_mut().enumerate().take(count) {
+            self.check_section(slot, plane)?;
+            let pieces = &slot.layout.sections[plane].pieces;
+            let piece = pieces.iter().find(|p| p.part == part).expect("the gate counted planes");
+            *into = self.bytes(record.offset + piece.offset, piece.bytes);
+            placement = piece.placement;
+        }
+        let width = matrix.format.code().prefixes()[count - 1];
+        let view = CodedView::try_new(matrix.format, &planes[..count], &matrix.zero_points, placement)
+            .expect("lengths and zero points passed the manifest's gate");
+        Ok(view.prefix(width).expect("its planes were just given"))
+    }
+
+    fn record(&self, slot: &Slot) -> &Record {
+        match &self.manifest.layers[slot.at.0].experts[slot.at.1].state {
+            State::Kept(record) => record,
+            State::Dropped => unreachable!("only kept experts have slots"),
+        }
+    }
+
+    /// Inside the map: the gate placed every record, `open` compared the lengths.
+    fn bytes(&self, offset: u64, bytes: u64) -> &[u8] {
+        let at = usize::try_from(offset).expect("inside the map");
+        &self.experts[at..at + usize::try_from(bytes).expect("inside the map")]
+    }
+
+    fn check_header(&self, slot: &Slot) -> Result<()> {
+        let record = self.record(slot);
+        let fail = |what, found, expected| ContainerError::Header {
+            file: self.folder.join(EXPERTS),
+            layer: slot.layer,
+            expert: slot.expert,
+            what,
+            found,
+            expected,
+        };
+        let bytes: &[u8; HEADER_BYTES] = self
+            .bytes(record.offset, HEADER_BYTES as u64)
+            .try_into()
+            .expect("that many bytes");
+        let header = Header::decode(bytes).map_err(|(what, found, expected)| fail(what, found, expected))?;
+        let expected = Header {
+            layer: slot.layer,
+            expert: slot.expert,
+            bytes: record.bytes,
+            sections: record.sections.clone(),
+        };
+        if header != expected {
+            return Err(fail("content", format!("{header:?}"), format!("{expected:?}")));
+        }
+        let found = Header::own_checksum(bytes);
+        if found != record.header {
+            let text = |c: crate::manifest::Checksum| format!("{:016x}", c.0);
+            return Err(fail("checksum", text(found), text(record.header)));
+        }
+        Ok(())
+    }
+
+    fn check_section(&self, slot: &Slot, section: usize) -> Result<()> {
+        let bit = 1u8 << section;
+        // Two threads may both check: the answer is the same.
+        if slot.checked.load(Ordering::Acquire) & bit != 0 {
+            return Ok(());
+        }
+        let record = self.record(slot);
+        let entry = record.sections[section];
+        let found = files::checksum(self.bytes(record.offset + entry.offset, entry.bytes));
+        if found != entry.xxh3.0 {
+            return Err(ContainerError::Section {
+                file: self.folder.join(EXPERTS),
+                layer: slot.layer,
+                expert: slot.expert,
+                section,
+                found,
+                expected: entry.xxh3.0,
+            });
+        }
+        slot.checked.fetch_or(bit, Ordering::Release);
+        Ok(())
+    }
+}
+
+fn check_file(path: &Path, expected: u64) -> Result<()> {
+    let found = files::checksum_file(path)?;
+    if found == expected {
+        return Ok(());
+    }
+    Err(ContainerError::Checksum {
+        file: path.to_owned(),
+        found,
+        expected,
+    })
+}
+
+fn map(path: &Path, expected: u64) -> Result<Mmap> {
+    let file = files::open(path)?;
+    // SAFETY: the map is read-only and nobody of ours writes to a finished container (writers rename whole folders into
+    // place). A stranger who truncates the file under us costs a SIGBUS, as with every mapped checkpoint.
+    let map = unsafe { Mmap::map(&file) }.map_err(cotk_run::Error::io("map", path))?;
+    if map.len() as u64 != expected {
+        return Err(ContainerError::Length {
+            file: path.to_owned(),
+            found: map.len() as u64,
+            expected,
+        });
+    }
+    Ok(map)
+}
