@@ -1,1 +1,15 @@
-//! Architecture spaces as values, methods, constraints, and the derive-repair-fine-tune-measure loop over a Trainable.
+//! Architecture spaces as values, methods, constraints, and the derive-repair-fine-tune-measure loop over a `Trainable`.
+//!
+//! `recipe` (what is asked) · `space` (what may be chosen) · `cost` (expected ms and bytes) · `gates` and `constraint`
+//! (how the choice is pulled) · `method` · `repair` · `pipeline` (the whole way, read it first) · `export`, `measure`,
+//! `report`. No autograd: that is `supernet`'s.
+
+#![forbid(unsafe_code)]
+
+pub mod checkpoint;
+pub mod space;
+pub mod trainable;
+
+mod error;
+
+pub use self::error::{Result, SearchError};
