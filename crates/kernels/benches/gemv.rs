@@ -1,0 +1,137 @@
+//! Single-thread GEMV by code and path as a share of the memory read bandwidth of the same minute, and GEMM in GOPS.
+//!
+//! `cargo bench -p cotk-kernels --profile dev`; weights rotate over 256 MiB (`COTK_BENCH_MIB`), samples are interleaved
+//! with the bandwidth probe, figures are medians.
+#![expect(clippy::print_stdout, reason = "a bench prints its table")]
+
+use std::time::Instant;
+
+use cotk_kernels::cpu::activations::Activations;
+use cotk_kernels::cpu::bandwidth::read_once;
+use cotk_kernels::cpu::dispatch::Isa;
+use cotk_kernels::cpu::gemm::{Threads, gemm};
+use cotk_quant::code::Code;
+use cotk_quant::coded::{CodedMatrix, CodedView};
+use cotk_quant::layout::{MatrixFormat, Placement};
+use half::f16;
+
+const ROWS: usize = 1408;
+const COLS: usize = 2048;
+const SAMPLES: usize = 9;
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn seconds(work: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    work();
+    start.elapsed().as_secs_f64()
+}
+
+/// Random codes and small scales; what they are does not change the time.
+fn matrix(code: Code) -> CodedMatrix {
+    let format = MatrixFormat::try_new(ROWS, COLS, code, 32).expect("a shape of ours");
+    let codes: Vec<u8> = (0..ROWS * COLS)
+        .map(|i| ((i * 2_654_435_761) >> 13) as u8 & ((1u32 << code.full().get()) - 1) as u8)
+        .collect();
+    let scales = vec![f16::from_f32(0.01); ROWS * format.groups()];
+    cotk_quant::encode::assemble(format, &codes, &scales, vec![8.0; code.planes()]).expect("lengths of the format")
+}
+
+fn main() {
+    let mib: usize = std::env::var("COTK_BENCH_MIB")
+        .ok()
+        .and_then(|v| v.parse().ok())
+        .unwrap_or(256);
+    let stream = vec![1u8; mib << 20];
+    let x: Vec<f32> = (0..COLS).map(|i| (i as f32).sin()).collect();
+    println!("{ROWS} × {COLS}, group 32, 1 thread, {mib} MiB of weights in turn");
+    println!(
+        "{:12} {:12} {:>5} {:>10} {:>10} {:>8}",
+        "path", "code", "bits", "gemv GB/s", "read GB/s", "share %"
+    );
+    for isa in Isa::present() {
+        let acts = Activations::of(isa, &x, COLS);
+        for code in Code::ALL {
+            let one = matrix(code);
+            for bits in code.prefixes() {
+                let bytes = one.format.prefix_bytes(*bits).expect("a prefix of the code");
+                let copies: Vec<CodedMatrix> = (0..(mib << 20).div_ceil(bytes)).map(|_| one.clone()).collect();
+                let mut out = vec![0.0; ROWS];
+                let (mut rates, mut reads) = (Vec::new(), Vec::new());
+                for _ in 0..if isa.name() == "scalar" { 2 } else { SAMPLES } {
+                    let time = seconds(|| {
+                        for m in &copies {
+                            let prefix = m.prefix(*bits).expect("a prefix of the code");
+                            gemm(isa, &prefix, &acts, &mut out, Threads::One);
+                        }
+                    });
+                    rates.push((bytes * copies.len()) as f64 / time / 1e9);
+                    let time = seconds(|| {
+                        std::hint::black_box(read_once(isa, &stream, Threads::One));
+                    });
+                    reads.push(stream.len() as f64 / time / 1e9);
+                }
+                let (rate, read) = (median(rates), median(reads));
+                println!(
+                    "{:12} {:12} {bits:>5} {rate:>10.1} {read:>10.1} {:>8.0}",
+                    isa.name(),
+                    code.name(),
+                    100.0 * rate / read
+                );
+            }
+        }
+    }
+    println!("\nGEMM, weights in cache (512 × 512), 1 thread, GOPS (2 per weight and token)");
+    println!(
+        "{:12} {:12} {:>5} {:>8} {:>8} {:>8}",
+        "path", "code", "bits", "1", "8", "64"
+    );
+    for isa in Isa::present() {
+        for code in Code::ALL {
+            let format = MatrixFormat::try_new(512, 512, code, 32).expect("a shape of ours");
+            let scales = vec![f16::from_f32(0.01); 512 * 16];
+            let m = cotk_quant::encode::assemble(format, &vec![1; 512 * 512], &scales, vec![8.0; code.planes()])
+                .expect("lengths of the format");
+            let m = CodedView::try_new(
+                format,
+                &m.planes.iter().map(Vec::as_slice).collect::<Vec<_>>(),
+                &m.zero_points,
+                Placement::Alone,
+            )
+            .expect("lengths of the format");
+            let prefix = m.prefix(code.full()).expect("the full width");
+            let mut figures = Vec::new();
+            for tokens in [1usize, 8, 64] {
+                let x: Vec<f32> = (0..512 * tokens).map(|i| (i as f32).sin()).collect();
+                let acts = Activations::of(isa, &x, 512);
+                let mut out = vec![0.0; 512 * tokens];
+                let rounds = if isa.name() == "scalar" {
+                    1
+                } else {
+                    256usize.div_ceil(tokens)
+                };
+                let times = (0..SAMPLES).map(|_| {
+                    seconds(|| {
+                        for _ in 0..rounds {
+                            gemm(isa, &prefix, &acts, &mut out, Threads::One);
+                        }
+                    })
+                });
+                let time = median(times.collect());
+                figures.push(2.0 * (512 * 512 * tokens * rounds) as f64 / time / 1e9);
+            }
+            let [one, eight, many] = figures[..] else {
+                unreachable!("three batch sizes")
+            };
+            println!(
+                "{:12} {:12} {:>5} {one:>8.0} {eight:>8.0} {many:>8.0}",
+                isa.name(),
+                code.name(),
+                code.full()
+            );
+        }
+    }
+}

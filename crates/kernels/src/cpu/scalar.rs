@@ -1,0 +1,94 @@
+//! The path of every CPU: plain Rust over the layout's lines.
+
+use cotk_quant::coded::Prefix;
+use half::f16;
+
+use super::activations::{Activations, StepCodes, quantize_step};
+use super::dispatch::BlockOut;
+use super::swiglu::swiglu_step;
+use super::tiles::{Tiles, by_fields};
+
+pub(super) fn block(prefix: &Prefix<'_>, block: usize, acts: &Activations, first_token: usize, out: &mut [BlockOut]) {
+    for (t, out) in out.iter_mut().enumerate() {
+        by_fields!(prefix, one_token::<1>(prefix, block, acts.token(first_token + t), out));
+    }
+}
+
+fn one_token<const T: usize, const A: usize, const B: usize, const C: usize>(
+    prefix: &Prefix<'_>,
+    block: usize,
+    steps: &[StepCodes],
+    sums: &mut BlockOut,
+) {
+    let (cell, zero_point) = (prefix.cell(), prefix.zero_point());
+    let group_steps = prefix.format().group_steps();
+    let tiles = Tiles::new(prefix, block);
+    let fields = tiles.fields();
+    let mut scales = [0.0f32; 16];
+    *sums = [0.0; 16];
+    for tile in tiles {
+        for s in 0..tile.steps {
+            let step = &steps[tile.first_step + s];
+            if let Some(bytes) = tile.scales(s, group_steps) {
+                for (scale, b) in scales.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *scale = f16::from_le_bytes(*b).to_f32() * cell;
+                }
+            }
+            let mut dots = [0i32; 16];
+            add_lines::<A>(tile.lines(s, fields[0]), step, &mut dots);
+            add_lines::<B>(tile.lines(s, fields[1]), step, &mut dots);
+            add_lines::<C>(tile.lines(s, fields[2]), step, &mut dots);
+            for ((sum, dot), scale) in sums.iter_mut().zip(&dots).zip(&scales) {
+                #[expect(clippy::cast_precision_loss, reason = "below 2^24")]
+                let centred = zero_point.mul_add(-step.sum, *dot as f32);
+                *sum = centred.mul_add(scale * step.scale, *sum);
+            }
+        }
+    }
+}
+
+/// `dots << BITS` plus the products of one field.
+#[inline(always)]
+fn add_lines<const BITS: usize>(lines: &[[u8; 64]; BITS], step: &StepCodes, dots: &mut [i32; 16]) {
+    if BITS == 0 {
+        return;
+    }
+    let (per_line, depths) = (8 / BITS.max(1), step.codes.as_chunks::<4>().0);
+    for dot in dots.iter_mut() {
+        *dot <<= BITS;
+    }
+    for (l, line) in lines.iter().enumerate() {
+        for i in 0..per_line {
+            let a = depths[l * per_line + i].map(i32::from);
+            let codes = line.map(|code| (code >> (BITS * i)) & (255u8 >> (8 - BITS)));
+            for (dot, c) in dots.iter_mut().zip(codes.as_chunks::<4>().0) {
+                let c = c.map(i32::from);
+                *dot += c[0] * a[0] + c[1] * a[1] + c[2] * a[2] + c[3] * a[3];
+            }
+        }
+    }
+}
+
+pub(super) fn quantize(x: &[f32; 32]) -> StepCodes {
+    quantize_step(x)
+}
+
+pub(super) fn swiglu(gate: &[f32; 32], up: &[f32; 32]) -> StepCodes {
+    swiglu_step(gate, up)
+}
+
+pub(super) fn read(bytes: &[u8]) -> u64 {
+    sum_lanes(bytes)
+}
+
+/// Eight independent sums of u64 lanes: what a compiler makes of it is the path's widest load.
+#[inline(always)]
+pub(super) fn sum_lanes(bytes: &[u8]) -> u64 {
+    let mut sums = [0u64; 32];
+    for chunk in bytes.as_chunks::<256>().0 {
+        for (sum, lane) in sums.iter_mut().zip(chunk.as_chunks::<8>().0) {
+            *sum = sum.wrapping_add(u64::from_le_bytes(*lane));
+        }
+    }
+    sums.iter().fold(0, |a, b| a.wrapping_add(*b))
+}

@@ -1,0 +1,181 @@
+//! AVX2 with FMA and F16C: a line is two halves of 8 rows × 4 deep. `vpmaddubsw` sums pairs in i16, so fields of up to 4
+//! bits are added eight times (a step) before they are widened: 8 · 2 · 15 · 127 = 30,480 fits, a ninth would not. Codes
+//! of 8 bits go as two nibbles, for the same reason.
+
+use std::arch::x86_64::{
+    __m256, __m256i, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256, _mm256_cvtepi32_ps,
+    _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps,
+    _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256,
+    _mm256_slli_epi32, _mm256_srli_epi16, _mm256_storeu_ps,
+};
+
+use cotk_quant::coded::Prefix;
+
+use super::super::activations::{Activations, StepCodes, quantize_step};
+use super::super::dispatch::BlockOut;
+use super::super::scalar::sum_lanes;
+use super::super::swiglu::swiglu_step;
+use super::super::tiles::{Tiles, by_fields};
+
+pub(in super::super) fn present() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) fn block(
+    prefix: &Prefix<'_>,
+    block: usize,
+    acts: &Activations,
+    first_token: usize,
+    out: &mut [BlockOut],
+) {
+    let mut first = first_token;
+    // 16 registers: more than four tokens at once would spill.
+    for four in out.chunks_mut(4) {
+        match four.len() {
+            1 => by_fields!(prefix, tokens::<1>(prefix, block, acts, first, four)),
+            2 => by_fields!(prefix, tokens::<2>(prefix, block, acts, first, four)),
+            _ => by_fields!(prefix, tokens::<4>(prefix, block, acts, first, four)),
+        }
+        first += 4;
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn tokens<const T: usize, const A: usize, const B: usize, const C: usize>(
+    prefix: &Prefix<'_>,
+    block: usize,
+    acts: &Activations,
+    first_token: usize,
+    out: &mut [BlockOut],
+) {
+    let steps: [&[StepCodes]; T] = std::array::from_fn(|t| acts.token(first_token + t));
+    let tiles = Tiles::new(prefix, block);
+    let fields = tiles.fields();
+    let group_steps = prefix.format().group_steps();
+    let (cell, zero_point) = (_mm256_set1_ps(prefix.cell()), _mm256_set1_ps(prefix.zero_point()));
+    let mut sums = [[_mm256_setzero_ps(); 2]; T];
+    let mut scales = [_mm256_setzero_ps(); 2];
+    for tile in tiles {
+        for s in 0..tile.steps {
+            if let Some(bytes) = tile.scales(s, group_steps) {
+                for (scale, half) in scales.iter_mut().zip(bytes.as_chunks::<16>().0) {
+                    // SAFETY: `half` is 16 readable bytes; `loadu` needs no alignment.
+                    let halves = unsafe { _mm_loadu_si128(half.as_ptr().cast()) };
+                    *scale = _mm256_mul_ps(_mm256_cvtph_ps(halves), cell);
+                }
+            }
+            let step: [&StepCodes; T] = std::array::from_fn(|t| &steps[t][tile.first_step + s]);
+            for half in 0..2 {
+                let dots = [_mm256_setzero_si256(); T];
+                // SAFETY: this function has the path's features.
+                let dots = unsafe {
+                    let dots = add_lines::<A, T>(tile.lines(s, fields[0]), half, &step, dots);
+                    let dots = add_lines::<B, T>(tile.lines(s, fields[1]), half, &step, dots);
+                    add_lines::<C, T>(tile.lines(s, fields[2]), half, &step, dots)
+                };
+                for t in 0..T {
+                    sums[t][half] = add_step(dots[t], scales[half], zero_point, step[t], sums[t][half]);
+                }
+            }
+        }
+    }
+    for (out, sums) in out.iter_mut().zip(sums) {
+        for (out, sum) in out.as_chunks_mut::<8>().0.iter_mut().zip(sums) {
+            // SAFETY: `out` has room for 8 floats; `storeu` needs no alignment.
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr(), sum) };
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_step(dots: __m256i, scales: __m256, zero_point: __m256, step: &StepCodes, sum: __m256) -> __m256 {
+    let centred = _mm256_fmadd_ps(zero_point, _mm256_set1_ps(-step.sum), _mm256_cvtepi32_ps(dots));
+    _mm256_fmadd_ps(centred, _mm256_mul_ps(scales, _mm256_set1_ps(step.scale)), sum)
+}
+
+/// `dots << BITS` plus the products of one field, for rows 0–7 (`half` 0) or 8–15.
+///
+/// # Safety
+/// The caller has the path's features. (Not a `target_feature` function: those cannot be `inline(always)`.)
+#[inline(always)]
+unsafe fn add_lines<const BITS: usize, const T: usize>(
+    lines: &[[u8; 64]; BITS],
+    half: usize,
+    steps: &[&StepCodes; T],
+    dots: [__m256i; T],
+) -> [__m256i; T] {
+    if BITS == 0 {
+        return dots;
+    }
+    // SAFETY: the features are the caller's; each load is of 32 readable bytes and needs no alignment.
+    unsafe {
+        // A byte goes as two nibbles: its products would not fit i16.
+        let width = BITS.min(4);
+        #[expect(clippy::cast_possible_wrap, reason = "a mask of at most 4 bits")]
+        let mask = _mm256_set1_epi8((255u8 >> (8 - width)) as i8);
+        let mut pairs = [_mm256_setzero_si256(); T];
+        let mut high_pairs = [_mm256_setzero_si256(); T];
+        let per_line = 8 / BITS.max(1);
+        for (l, line) in lines.iter().enumerate() {
+            let packed = _mm256_loadu_si256(line.as_chunks::<32>().0[half].as_ptr().cast());
+            if BITS == 8 {
+                let low = _mm256_and_si256(packed, mask);
+                let high = _mm256_and_si256(_mm256_srli_epi16::<4>(packed), mask);
+                for t in 0..T {
+                    let a = _mm256_set1_epi32(steps[t].depth(l));
+                    pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(low, a));
+                    high_pairs[t] = _mm256_add_epi16(high_pairs[t], _mm256_maddubs_epi16(high, a));
+                }
+                continue;
+            }
+            for i in 0..per_line {
+                let codes = match BITS * i {
+                    0 => packed,
+                    1 => _mm256_srli_epi16::<1>(packed),
+                    2 => _mm256_srli_epi16::<2>(packed),
+                    3 => _mm256_srli_epi16::<3>(packed),
+                    4 => _mm256_srli_epi16::<4>(packed),
+                    5 => _mm256_srli_epi16::<5>(packed),
+                    6 => _mm256_srli_epi16::<6>(packed),
+                    _ => _mm256_srli_epi16::<7>(packed),
+                };
+                let codes = _mm256_and_si256(codes, mask);
+                for t in 0..T {
+                    let a = _mm256_set1_epi32(steps[t].depth(l * per_line + i));
+                    pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(codes, a));
+                }
+            }
+        }
+        let ones = _mm256_set1_epi16(1);
+        std::array::from_fn(|t| {
+            let low = _mm256_madd_epi16(pairs[t], ones);
+            let shifted = match BITS {
+                1 => _mm256_slli_epi32::<1>(dots[t]),
+                2 => _mm256_slli_epi32::<2>(dots[t]),
+                4 => _mm256_slli_epi32::<4>(dots[t]),
+                _ => {
+                    let high = _mm256_slli_epi32::<4>(_mm256_madd_epi16(high_pairs[t], ones));
+                    _mm256_add_epi32(_mm256_slli_epi32::<8>(dots[t]), high)
+                }
+            };
+            _mm256_add_epi32(shifted, low)
+        })
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) fn quantize(x: &[f32; 32]) -> StepCodes {
+    quantize_step(x)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) fn swiglu(gate: &[f32; 32], up: &[f32; 32]) -> StepCodes {
+    swiglu_step(gate, up)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) fn read(bytes: &[u8]) -> u64 {
+    sum_lanes(bytes)
+}

@@ -1,0 +1,4 @@
+//! x86-64 paths. Each reads the same lines of 64 bytes; they differ in how many rows fit a register.
+
+pub(super) mod avx2;
+pub(super) mod avx512;
