@@ -98,7 +98,7 @@ pub(crate) fn align_record(previous_end: u64, record_bytes: u64) -> u64 {
 }
 
 /// Widths that an expert can be used at: every width that one of its matrices can be decoded at.
-pub(crate) fn prefixes(formats: [MatrixFormat; 3]) -> Vec<u32> {
+pub fn prefixes(formats: [MatrixFormat; 3]) -> Vec<u32> {
     let mut all: Vec<u32> = formats
         .iter()
         .flat_map(|f| f.code().prefixes())

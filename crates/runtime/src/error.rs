@@ -1,0 +1,34 @@
+//! Why a runtime cannot be made over a container.
+
+use std::path::PathBuf;
+
+use cotk_container::ContainerError;
+use cotk_kernels::KernelError;
+use cotk_model::ModelError;
+use cotk_model::checkpoint::CheckpointError;
+
+/// Errors of opening; those of a call are `cotk_model::moe::RuntimeError`.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+    /// Config, tensors, tokenizer.
+    #[error(transparent)]
+    Files(#[from] ModelError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// `COTK_ISA` asks for what this CPU lacks.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// Records and config describe different models.
+    #[error("{}: {what}: records have {found}, config.json says {expected}", file.display())]
+    Model {
+        file: PathBuf,
+        what: String,
+        found: String,
+        expected: String,
+    },
+}
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;

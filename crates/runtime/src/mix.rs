@@ -1,0 +1,166 @@
+//! The arithmetic of a MoE layer over coded experts: tokens grouped by expert, each group run once, slots summed in
+//! order. Law: a token's result depends neither on its neighbours in the batch nor on the thread count.
+
+use cotk_container::ContainerError;
+use cotk_container::reader::ExpertView;
+use cotk_kernels::cpu::activations::Activations;
+use cotk_kernels::cpu::dispatch::Isa;
+use cotk_kernels::cpu::expert::{self, Expert, ExpertScratch};
+use cotk_kernels::cpu::gemm::Threads;
+use cotk_model::moe::{ExpertUse, MoeRecord, Precision, Routed, RuntimeError};
+use cotk_run::units::LayerId;
+use rayon::prelude::*;
+
+use crate::policy::{Choice, Place, RoutingMode, Width};
+use crate::store::ExpertStore;
+
+/// Tokens of one pass: bounds what stands between experts and their sum, and is enough for every expert to see many.
+const BLOCK_TOKENS: usize = 1024;
+/// Rows of one job: large groups are shared by several threads.
+const JOB_ROWS: usize = 64;
+/// Multiply-adds below which a thread costs more than it brings. Decides who works, not what comes out.
+const PARALLEL_FROM: usize = 1 << 20;
+
+/// What runs, and how its width is decided.
+pub struct Mix<'a> {
+    pub store: &'a dyn ExpertStore,
+    pub mode: &'a dyn RoutingMode,
+    /// What the cache holds of an expert's stored bits.
+    pub held_bits: &'a (dyn Fn(Place, u32) -> u32 + Sync),
+    pub isa: Isa,
+    pub layer: LayerId,
+    pub hidden_size: usize,
+}
+
+impl Mix<'_> {
+    /// `out[t] = Σ gate · expert(hidden[t])` over the routed experts, in slot order; both `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Expert`] with the container's reason.
+    pub fn forward(&self, hidden: &[f32], routed: &Routed, out: &mut [f32]) -> Result<MoeRecord, RuntimeError> {
+        let width = self.hidden_size;
+        let slots = routed.slots;
+        let mut uses = Vec::with_capacity(routed.experts.len());
+        out.fill(0.0);
+        if slots > 0 {
+            for (block, out) in out.chunks_mut(BLOCK_TOKENS * width).enumerate() {
+                let first = block * BLOCK_TOKENS;
+                let hidden = &hidden[first * width..][..out.len()];
+                self.block(hidden, routed, first, out, &mut uses)?;
+            }
+        }
+        Ok(MoeRecord { slots, uses })
+    }
+
+    /// One block of tokens, the first of which is `first` in `routed`.
+    fn block(
+        &self,
+        hidden: &[f32],
+        routed: &Routed,
+        first: usize,
+        out: &mut [f32],
+        uses: &mut Vec<ExpertUse>,
+    ) -> Result<(), RuntimeError> {
+        let (width, slots) = (self.hidden_size, routed.slots);
+        let pairs = first * slots..(first + hidden.len() / width) * slots;
+        let (experts, gates) = (&routed.experts[pairs.clone()], &routed.gates[pairs]);
+
+        // (expert, bits asked) of each pair; equal ones share a job.
+        let mut asked = Vec::with_capacity(experts.len());
+        for (pair, (&expert, &gate)) in experts.iter().zip(gates).enumerate() {
+            let place = Place {
+                layer: self.layer,
+                expert,
+            };
+            let stored = self.store.stored_bits(self.layer, expert).unwrap_or(0);
+            let token_gates = &gates[pair / slots * slots..][..slots];
+            let decided = self.mode.width(&Choice {
+                place,
+                slot: pair % slots,
+                gate,
+                gate_sum: token_gates.iter().sum(),
+                held_bits: (self.held_bits)(place, stored),
+            });
+            let bits = match decided {
+                Width::Full => stored,
+                Width::AtMost(bits) => bits.min(stored),
+                Width::Skip => 0,
+            };
+            asked.push((expert, bits));
+        }
+        let mut order: Vec<usize> = (0..asked.len()).filter(|&pair| asked[pair].1 > 0).collect();
+        order.sort_by_key(|&pair| asked[pair]); // stable: pairs of a group stay in token order
+
+        let mut jobs = Vec::new();
+        let mut view_of = vec![None; asked.len()];
+        for group in order.chunk_by(|&a, &b| asked[a] == asked[b]) {
+            let (id, bits) = asked[group[0]];
+            let fail = |source| RuntimeError::Expert {
+                layer: self.layer,
+                expert: id,
+                source,
+            };
+            let view = self
+                .store
+                .expert(self.layer, id, bits)
+                .map_err(|e: ContainerError| fail(e.into()))?
+                .ok_or_else(|| fail("was dropped, but routing chose it".into()))?;
+            let kernel = Expert::try_new(view.gate, view.up, view.down).map_err(|e| fail(e.into()))?;
+            for &pair in group {
+                view_of[pair] = Some(view);
+            }
+            jobs.extend(group.chunks(JOB_ROWS).map(|rows| (kernel, rows)));
+        }
+
+        // Quantized once for all experts of a token.
+        let acts = Activations::of(self.isa, hidden, width);
+        let run = |scratch: &mut (Activations, ExpertScratch), (kernel, rows): &(Expert<'_>, &[usize])| {
+            let (gathered, scratch) = scratch;
+            gathered.gather(&acts, rows.iter().map(|pair| pair / slots));
+            let mut out = vec![0.0; rows.len() * width];
+            expert::forward(self.isa, kernel, gathered, &mut out, scratch, Threads::One);
+            out
+        };
+        let work: usize = jobs
+            .iter()
+            .map(|(kernel, rows)| 3 * width * kernel.inner() * rows.len())
+            .sum();
+        let outputs: Vec<Vec<f32>> = if work >= PARALLEL_FROM && jobs.len() > 1 {
+            jobs.par_iter().map_init(Default::default, run).collect()
+        } else {
+            let mut scratch = Default::default();
+            jobs.iter().map(|job| run(&mut scratch, job)).collect()
+        };
+
+        // Each token sums its slots in order, whoever computed them.
+        let mut row_of: Vec<&[f32]> = vec![&[]; asked.len()];
+        for ((_, rows), output) in jobs.iter().zip(&outputs) {
+            for (&pair, row) in rows.iter().zip(output.chunks_exact(width)) {
+                row_of[pair] = row;
+            }
+        }
+        for (pair, (row, gate)) in row_of.iter().zip(gates).enumerate() {
+            let out = &mut out[pair / slots * width..][..width];
+            out.iter_mut().zip(*row).for_each(|(out, value)| *out += gate * value);
+        }
+        uses.extend(experts.iter().zip(gates).zip(&view_of).map(|((&expert, &gate), view)| {
+            let (bits, precision) = view.map_or((0, Precision::Skipped), |view| width_of(&view));
+            ExpertUse {
+                expert,
+                gate,
+                bits,
+                precision,
+            }
+        }));
+        Ok(())
+    }
+}
+
+/// Widest of the three matrices; full if each is read as stored.
+fn width_of(view: &ExpertView<'_>) -> (u8, Precision) {
+    let parts = [view.gate, view.up, view.down];
+    let bits = parts.iter().map(|p| p.bits().get()).max().unwrap_or(0);
+    let is_full = parts.iter().all(|p| p.bits() == p.format().code().full());
+    let precision = if is_full { Precision::Full } else { Precision::Prefix };
+    (u8::try_from(bits).expect("at most 8"), precision)
+}
