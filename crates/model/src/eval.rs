@@ -236,9 +236,9 @@ fn logits_of(model: &Model, states: &[f32], rows: &Range<usize>) -> Vec<f32> {
     model.logits(&states[rows.start * width..rows.end * width])
 }
 
-/// One scored position.
+/// One scored position. [`score`] makes them, [`summary`] sums them up.
 #[derive(Debug, Clone, Copy)]
-struct Target {
+pub struct Target {
     nll: f64,
     is_top1: bool,
     truth: Option<Truth>,
@@ -251,7 +251,8 @@ struct Truth {
     is_same_top1: bool,
 }
 
-fn score(logits: &[f32], truth: Option<&[f32]>, next: &[u32], vocab: usize) -> Vec<Target> {
+/// Scores rows of logits `[rows, vocab]` against the tokens that came next, and against the logits of a reference.
+pub fn score(logits: &[f32], truth: Option<&[f32]>, next: &[u32], vocab: usize) -> Vec<Target> {
     (0..next.len())
         .into_par_iter()
         .map(|row| {
@@ -291,7 +292,8 @@ fn kl(p: &[f32], p_norm: f64, q: &[f32], q_norm: f64) -> f64 {
     sum.max(0.0)
 }
 
-fn summary(targets: &[Target], window: usize, stride: usize, totals: &MoeTotals, seconds: f64) -> Evaluation {
+/// Means and intervals over all targets of a text, in its order.
+pub fn summary(targets: &[Target], window: usize, stride: usize, totals: &MoeTotals, seconds: f64) -> Evaluation {
     let share = |is: &dyn Fn(&Target) -> bool| fraction(targets.iter().filter(|t| is(t)).count(), targets.len());
     let (nll_nats, half) = mean_with_ci95(targets.iter().map(|t| t.nll));
     let truths: Vec<Truth> = targets.iter().filter_map(|t| t.truth).collect();
