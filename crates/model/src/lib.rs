@@ -18,3 +18,8 @@ pub mod tokenizer;
 pub use self::error::ModelError;
 
 mod error;
+
+#[cfg(test)]
+mod config_tests;
+#[cfg(test)]
+mod goldens;

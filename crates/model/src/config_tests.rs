@@ -1,0 +1,189 @@
+//! What configs are refused for, each by the name of its key.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::families::parse_config;
+
+fn good() -> Value {
+    json!({
+        "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "vocab_size": 48, "hidden_size": 24,
+        "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 96, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 16,
+        "num_experts": 6, "num_experts_per_tok": 2, "mlp_only_layers": [1]
+    })
+}
+
+/// The message for a good config with `changes`; a `null` takes a key away.
+fn refusal(changes: &Value) -> String {
+    let mut config = good();
+    for (key, value) in changes.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    parse_config(Path::new("some/config.json"), &config.to_string())
+        .expect_err("must be refused")
+        .to_string()
+}
+
+fn check(changes: &Value, says: &[&str]) {
+    let message = refusal(changes);
+    for part in says.iter().chain(&["some/config.json"]) {
+        assert!(message.contains(part), "`{message}` does not say `{part}`");
+    }
+}
+
+#[test]
+fn a_missing_shape_key_is_named() {
+    for key in [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "num_experts",
+        "num_experts_per_tok",
+    ] {
+        check(&json!({ key: null }), &[&format!("no key `{key}`")]);
+    }
+}
+
+#[test]
+fn behaviour_keys_have_the_defaults_of_the_class() {
+    let spec = parse_config(Path::new("config.json"), &good().to_string()).unwrap();
+    assert!(spec.attention.qkv_bias && !spec.tied_embeddings && !spec.routing.norm_topk);
+    assert_eq!(spec.norm_eps, 1e-6);
+    assert_eq!(spec.attention.rope.theta, 10_000.0);
+}
+
+#[test]
+fn experts_may_go_by_either_name() {
+    let mut config = good();
+    config["num_local_experts"] = config["num_experts"].take();
+    let spec = parse_config(Path::new("config.json"), &config.to_string()).unwrap();
+    assert_eq!(spec.routing.experts, 6);
+    check(
+        &json!({ "num_local_experts": 7 }),
+        &["num_local_experts", "7", "num_experts = 6"],
+    );
+}
+
+#[test]
+fn an_unknown_architecture_lists_the_known_ones() {
+    check(
+        &json!({ "model_type": "llama", "architectures": ["LlamaForCausalLM"] }),
+        &["llama", "Qwen2MoeForCausalLM"],
+    );
+    check(
+        &json!({ "architectures": ["Qwen2MoeForSequenceClassification"] }),
+        &["Qwen2MoeForSequenceClassification", "Qwen2MoeForCausalLM"],
+    );
+    check(
+        &json!({ "model_type": null, "architectures": null }),
+        &["no key `model_type`"],
+    );
+}
+
+#[test]
+fn values_that_are_not_supported_are_refused_by_key() {
+    for (changes, says) in [
+        (json!({ "hidden_act": "gelu" }), ["`hidden_act`", "gelu", "silu"]),
+        (
+            json!({ "use_sliding_window": true }),
+            ["`use_sliding_window`", "true", "`layer_types`"],
+        ),
+        (
+            json!({ "layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 4 }),
+            ["`layer_types`", "sliding_attention", "`use_sliding_window` is false"],
+        ),
+        (
+            json!({ "layer_types": ["full_attention"] }),
+            ["`layer_types`", "1 entries", "3, one per layer"],
+        ),
+        (
+            json!({ "rope_scaling": { "type": "dynamic", "factor": 2.0 } }),
+            ["`rope_scaling.rope_type`", "dynamic", "yarn"],
+        ),
+        (
+            json!({ "rope_parameters": { "rope_type": "linear" } }),
+            ["no key `rope_parameters.factor`", "", ""],
+        ),
+        (
+            json!({ "rope_parameters": { "rope_type": "default", "partial_rotary_factor": 0.5 } }),
+            ["`rope_parameters.partial_rotary_factor`", "0.5", "expected 1"],
+        ),
+        (
+            json!({ "quantization_config": { "quant_method": "fp8" } }),
+            ["`quantization_config`", "quantized", "bf16"],
+        ),
+        (
+            json!({ "decoder_sparse_step": 0 }),
+            ["`decoder_sparse_step`", "0", "1 or more"],
+        ),
+        (
+            json!({ "mlp_only_layers": [3] }),
+            ["`mlp_only_layers`", "3", "layers below 3"],
+        ),
+        (
+            json!({ "num_key_value_heads": 3 }),
+            ["`num_key_value_heads`", "3", "divisor of 4"],
+        ),
+        (json!({ "head_dim": 7 }), ["`head_dim`", "7", "even"]),
+        (
+            json!({ "num_attention_heads": 5, "num_key_value_heads": 5 }),
+            ["`num_attention_heads`", "5", "hidden_size 24"],
+        ),
+        (
+            json!({ "num_experts_per_tok": 7 }),
+            ["`num_experts_per_tok`", "7", "at most 6"],
+        ),
+        (json!({ "hidden_size": -1 }), ["`hidden_size`", "-1", "whole number"]),
+        (json!({ "hidden_size": 1e18 }), ["`hidden_size`", "1e+18", "up to"]),
+        (json!({ "rms_norm_eps": 0 }), ["`rms_norm_eps`", "0", "above 0"]),
+        (
+            json!({ "norm_topk_prob": "yes" }),
+            ["`norm_topk_prob`", "yes", "true or false"],
+        ),
+    ] {
+        check(&changes, &says);
+    }
+}
+
+#[test]
+fn a_key_that_nobody_knows_is_refused_with_the_nearest() {
+    check(
+        &json!({ "norm_topk_prop": true }),
+        &["unknown key `norm_topk_prop` = true", "nearest: `norm_topk_prob`"],
+    );
+    check(
+        &json!({ "rope_parameters": { "rope_type": "default", "thata": 1.0 } }),
+        &["unknown key `rope_parameters.thata`"],
+    );
+}
+
+#[test]
+fn what_is_no_json_object_is_refused() {
+    for text in ["", "[1]", "{\"a\": ", "nul"] {
+        let error = parse_config(Path::new("some/config.json"), text)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("some/config.json"), "{error}");
+    }
+}
+
+#[test]
+fn no_changed_byte_makes_the_parser_panic() {
+    let text = good().to_string().into_bytes();
+    for at in 0..text.len() {
+        for value in [b'0', b'9', b'"', b'-', b'{', b'e'] {
+            let mut text = text.clone();
+            text[at] = value;
+            if let Ok(text) = String::from_utf8(text) {
+                let _ = parse_config(Path::new("config.json"), &text);
+            }
+        }
+    }
+}
