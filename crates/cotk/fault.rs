@@ -7,6 +7,9 @@ pub enum Fault {
     /// Files, recipes, journals, run folders.
     #[error(transparent)]
     Run(#[from] cotk_run::Error),
+    /// The ledger or its baseline.
+    #[error(transparent)]
+    Ledger(#[from] cotk_ledger::Error),
     /// Arguments that cannot be right.
     #[error("{message}")]
     Usage { message: String, help: String },
@@ -33,6 +36,8 @@ pub struct Report {
 pub const FAILED: u8 = 1;
 /// Wrong use: arguments, recipe, input that cannot be right.
 pub const WRONG_USE: u8 = 2;
+/// `check` found a regression.
+pub const REGRESSION: u8 = 3;
 /// The target or budget cannot be met.
 pub const OUT_OF_REACH: u8 = 4;
 /// Ctrl-C.
@@ -51,6 +56,7 @@ impl Fault {
     pub fn report(&self) -> Report {
         let mut report = match self {
             Self::Run(error) => run(error),
+            Self::Ledger(error) => ledger(error),
             Self::Usage { help, .. } => Report {
                 kind: "usage",
                 exit_code: WRONG_USE,
@@ -148,6 +154,53 @@ fn run(error: &cotk_run::Error) -> Report {
         Error::Cancelled => Report {
             help: Some("run the same command again: it resumes".into()),
             ..facts("interrupted", INTERRUPTED)
+        },
+    }
+}
+
+fn ledger(error: &cotk_ledger::Error) -> Report {
+    use cotk_ledger::Error;
+    let facts = |kind, exit_code| Report {
+        kind,
+        exit_code,
+        ..Report::default()
+    };
+    match error {
+        Error::Run(error) => run(error),
+        Error::Row { file, line, .. } => Report {
+            file: Some(file.display().to_string()),
+            found: Some(format!("line {line}")),
+            expected: Some("one row of the ledger as JSON".into()),
+            help: Some("the ledger was edited or its disk is faulty: move the file away, or remove that line".into()),
+            ..facts("ledger-row", WRONG_USE)
+        },
+        Error::Baseline { file, key, nearest, .. } => Report {
+            file: Some(file.display().to_string()),
+            key: key.clone(),
+            help: nearest.as_ref().map(|known| format!("did you mean `{known}`?")),
+            ..facts("baseline", WRONG_USE)
+        },
+        Error::BaselineRow {
+            file,
+            key,
+            found,
+            expected,
+            ..
+        } => Report {
+            file: Some(file.display().to_string()),
+            key: Some((*key).to_owned()),
+            found: Some(found.clone()),
+            expected: Some((*expected).to_owned()),
+            ..facts("baseline", WRONG_USE)
+        },
+        Error::NothingToCheck { file } => Report {
+            file: Some(file.display().to_string()),
+            help: Some("add a [[row]], or give --measured if all of them are timings".into()),
+            ..facts("nothing-to-check", WRONG_USE)
+        },
+        Error::Query(_) => Report {
+            help: Some("this is a bug of cotk: please report it with the ledger".into()),
+            ..facts("ledger-query", FAILED)
         },
     }
 }

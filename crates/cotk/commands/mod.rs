@@ -8,6 +8,7 @@ use crate::context::{Context, Outcome};
 use crate::fault::Fault;
 use crate::sibling;
 
+pub mod check;
 pub mod search;
 
 /// Makes neural networks fit a given machine, and proves that they do.
@@ -47,6 +48,7 @@ pub struct Global {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Search(search::Args),
+    Check(check::Args),
 }
 
 impl Command {
@@ -54,6 +56,7 @@ impl Command {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Search(_) => "search",
+            Self::Check(_) => "check",
         }
     }
 }
@@ -69,5 +72,6 @@ pub fn run(command: &Command, cx: &Context) -> Result<Outcome, Fault> {
             args.check()?;
             Err(sibling::become_trainer())
         }
+        Command::Check(args) => check::run(args, cx),
     }
 }

@@ -82,6 +82,18 @@ pub enum Kind {
     Measured,
 }
 
+impl Kind {
+    /// As the file writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Accuracy => "accuracy",
+            Self::Bytes => "bytes",
+            Self::Predicted => "predicted",
+            Self::Measured => "measured",
+        }
+    }
+}
+
 /// Which way is an improvement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
