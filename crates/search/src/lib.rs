@@ -7,6 +7,8 @@
 #![forbid(unsafe_code)]
 
 pub mod checkpoint;
+pub mod export;
+pub mod measure;
 pub mod space;
 pub mod trainable;
 

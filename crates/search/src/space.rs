@@ -33,6 +33,18 @@ pub struct Section {
     pub bits: Vec<WeightBits>,
 }
 
+impl Default for Section {
+    fn default() -> Self {
+        Self {
+            stem: default_stem(),
+            stages: default_stages(),
+            blocks: default_blocks(),
+            kernels: default_kernels(),
+            bits: default_bits(),
+        }
+    }
+}
+
 fn default_stem() -> u32 {
     16
 }
@@ -107,13 +119,42 @@ pub struct Gate {
     pub rung: usize,
 }
 
-/// How a graph's numbers are coded.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Coding {
+/// What a network's numbers are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Form {
     /// Everything in f32.
     Float,
-    /// Weights as chosen, activations 8 bits with these ranges; see [`Space::graph`] for the order.
-    Int8 { input: ActQuant, outputs: Vec<ActQuant> },
+    /// Weights as chosen, activations 8 bits.
+    Int8,
+}
+
+/// How activations become bytes: `real = scale * (code - zero_point)`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Range {
+    pub scale: f32,
+    /// 0 behind a ReLU, 128 for signed values.
+    pub zero_point: u8,
+}
+
+impl From<Range> for ActQuant {
+    fn from(range: Range) -> Self {
+        Self {
+            scale: range.scale,
+            zero_point: range.zero_point,
+        }
+    }
+}
+
+/// A [`Form`] with the ranges that it needs.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Coding {
+    Float,
+    /// See [`Space::graph`] for the order of `outputs`.
+    Int8 {
+        input: Range,
+        outputs: Vec<Range>,
+    },
 }
 
 /// A space: fixed backbone, free choices.
@@ -122,7 +163,7 @@ pub struct Space {
     input: ImageShape,
     classes: usize,
     kernels: Vec<u32>,
-    bits: Vec<WeightBits>,
+    bits: Vec<u32>,
     slots: Vec<Slot>,
     steps: Vec<Step>,
     gates: Vec<Gate>,
@@ -173,7 +214,7 @@ impl Space {
             input,
             classes,
             kernels: section.kernels.clone(),
-            bits: section.bits.clone(),
+            bits: widths,
             slots: Vec::new(),
             steps: Vec::new(),
             gates: Vec::new(),
@@ -241,7 +282,7 @@ impl Space {
     }
 
     /// Weight bits, rising.
-    pub fn bits(&self) -> &[WeightBits] {
+    pub fn bits(&self) -> &[u32] {
         &self.bits
     }
 
@@ -408,9 +449,8 @@ impl Space {
     }
 
     /// Weight bits of a slot in a point; the stem has 8.
-    pub fn weight_bits(&self, slot: &Slot, point: &Point) -> WeightBits {
-        slot.choice
-            .map_or(WeightBits::B8, |c| self.bits[usize::from(point.0[c].bits)])
+    pub fn weight_bits(&self, slot: &Slot, point: &Point) -> u32 {
+        slot.choice.map_or(8, |c| self.bits[usize::from(point.0[c].bits)])
     }
 
     /// A point as text: `5w8-3w4-…`, kernel and bits per searched convolution.
@@ -422,7 +462,7 @@ impl Space {
                 format!(
                     "{}w{}",
                     self.kernels[usize::from(c.kernel)],
-                    self.bits[usize::from(c.bits)].get()
+                    self.bits[usize::from(c.bits)]
                 )
             })
             .collect();
@@ -449,14 +489,13 @@ impl Space {
                 .and_then(|at| u8::try_from(at).ok())
                 .ok_or_else(|| refuse(format!("part `{part}`: `{text}` is none of {known:?}")))
         };
-        let bits: Vec<u32> = self.bits.iter().map(|b| b.get()).collect();
         let choices = parts.into_iter().map(|part| {
             let (k, b) = part
                 .split_once('w')
                 .ok_or_else(|| refuse(format!("part `{part}`: expected <kernel>w<bits>")))?;
             Ok(Choice {
                 kernel: rung(part, k, &self.kernels)?,
-                bits: rung(part, b, &bits)?,
+                bits: rung(part, b, &self.bits)?,
             })
         });
         Ok(Point(choices.collect::<Result<_>>()?))
@@ -475,12 +514,12 @@ impl Space {
             Coding::Float => (None, None),
             Coding::Int8 { input, outputs } => {
                 assert_eq!(outputs.len(), self.ranges(), "one range per node");
-                (Some(*input), Some(outputs))
+                (Some(ActQuant::from(*input)), Some(outputs))
             }
         };
         let mut nodes: Vec<Node> = Vec::new();
         let mut push = |name: String, op: Op, inputs: Vec<Source>, quantized: bool| {
-            let output = outputs.filter(|_| quantized).map(|o| o[nodes.len()]);
+            let output = outputs.filter(|_| quantized).map(|o| o[nodes.len()].into());
             nodes.push(Node {
                 name,
                 op,
@@ -499,7 +538,9 @@ impl Space {
                 activation: if slot.relu { Activation::Relu } else { Activation::None },
                 weights: match coding {
                     Coding::Float => Weights::F32,
-                    Coding::Int8 { .. } => Weights::Int(self.weight_bits(slot, point)),
+                    Coding::Int8 { .. } => Weights::Int(
+                        WeightBits::try_from(self.weight_bits(slot, point)).expect("the section has such bits alone"),
+                    ),
                 },
             })
         };
@@ -548,22 +589,21 @@ impl Space {
         convs + adds + 1
     }
 
-    /// The graph of a point for its cost alone: int8 with some ranges, or f32.
+    /// The graph of a point for its cost alone: its ranges are made up.
     ///
     /// # Errors
     /// As [`Space::graph`].
-    pub fn cost_graph(&self, point: &Point, float: bool) -> Result<Graph> {
-        const UNIT: ActQuant = ActQuant {
+    pub fn cost_graph(&self, point: &Point, form: Form) -> Result<Graph> {
+        const UNIT: Range = Range {
             scale: 1.0,
             zero_point: 0,
         };
-        let coding = if float {
-            Coding::Float
-        } else {
-            Coding::Int8 {
+        let coding = match form {
+            Form::Float => Coding::Float,
+            Form::Int8 => Coding::Int8 {
                 input: UNIT,
                 outputs: vec![UNIT; self.ranges()],
-            }
+            },
         };
         self.graph(point, &coding)
     }
@@ -575,8 +615,8 @@ impl Space {
     pub fn cover(&self) -> Result<Vec<Graph>> {
         let mut graphs = Vec::new();
         for kernel in 0..self.kernels.len() {
-            graphs.push(self.cost_graph(&self.uniform(kernel, 0), false)?);
-            graphs.push(self.cost_graph(&self.uniform(kernel, 0), true)?);
+            graphs.push(self.cost_graph(&self.uniform(kernel, 0), Form::Int8)?);
+            graphs.push(self.cost_graph(&self.uniform(kernel, 0), Form::Float)?);
         }
         Ok(graphs)
     }
@@ -707,7 +747,7 @@ pub(crate) mod tests {
         let space = residual_space();
         let mut point = space.smallest();
         point.0[1] = Choice { kernel: 1, bits: 2 };
-        let graph = space.cost_graph(&point, false).unwrap();
+        let graph = space.cost_graph(&point, Form::Int8).unwrap();
         let node = graph.nodes().iter().find(|n| n.name == "stage0.block0.first").unwrap();
         assert!(matches!(
             node.op,

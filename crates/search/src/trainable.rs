@@ -2,13 +2,11 @@
 //! No autograd here, and no choosing there: gates go in as booleans, gradients come out as numbers.
 //! Law: a subnet computes what its point computed inside the shared weights.
 
-use cotk_data::loader::Batch;
-use cotk_latency::graph::Numerics;
-use cotk_onnx::weights::Network;
-
 use crate::Result;
 use crate::checkpoint::State;
-use crate::space::Point;
+use crate::export::Folded;
+use crate::space::{Form, Point};
+use cotk_data::loader::Batch;
 
 /// What an evaluation counted.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -83,7 +81,7 @@ pub trait Trainable {
     ///
     /// # Errors
     /// [`crate::SearchError::Train`].
-    fn cut_out(&self, point: &Point, numerics: Numerics) -> Result<Box<dyn Subnet>>;
+    fn cut_out(&self, point: &Point, form: Form) -> Result<Box<dyn Subnet>>;
 
     /// Everything that training changes.
     fn state(&self) -> State;
@@ -115,11 +113,11 @@ pub trait Subnet {
     /// [`crate::SearchError::Train`].
     fn evaluate(&self, batch: &Batch) -> Result<Score>;
 
-    /// Graph and folded weights, after [`Subnet::settle`].
+    /// Weights as a runtime wants them, after [`Subnet::settle`].
     ///
     /// # Errors
-    /// [`crate::SearchError::Onnx`] when a weight is no number.
-    fn network(&self) -> Result<Network>;
+    /// [`crate::SearchError::Train`] before it.
+    fn folded(&self) -> Result<Folded>;
 
     /// Everything that training changes.
     fn state(&self) -> State;
