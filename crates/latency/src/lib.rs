@@ -4,9 +4,13 @@
 //! the only room with a clock) · `fit` · `predict` · `expect` · `profile` (disk). Milliseconds at every public
 //! function; µs only inside fits and timing files. Kernels and runtimes live elsewhere and register a `Probe`.
 
+pub mod expect;
+pub mod fit;
 pub mod graph;
+pub mod identity;
 pub mod predict;
 pub mod probe;
+pub mod profile;
 pub mod work;
 
 pub use self::error::{Difference, Error, Result};

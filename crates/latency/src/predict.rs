@@ -1,10 +1,15 @@
-//! From work to milliseconds: an exact row of the table wins, else the fitted terms of its path. Pure: no clock, no file.
+//! From work to milliseconds: an exact row of the table wins, else the fitted terms of its path, flagged where they reach
+//! beyond what was measured. Pure: no clock, no file. Laws: fitted predictions grow with every size; a sum's terms add up.
 
-use crate::Result;
-use crate::work::Work;
+use std::collections::{BTreeMap, HashMap};
 
-/// Where a prediction comes from, weakest part first for sums.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+use crate::fit::PathFit;
+use crate::work::{Block, DecodeStep, Family, Key, Path, ReadKey, TermGroup, Tier, Work, operators};
+use crate::{Error, Result};
+
+/// Where a prediction comes from, strongest first; a sum is as strong as its weakest part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Origin {
     /// This very key was measured.
     Table,
@@ -21,6 +26,8 @@ pub enum Origin {
 pub enum Flag {
     /// A count lies outside what was measured on this path: the spread is widened.
     Extrapolated { path: String },
+    /// Never measured with this number of threads: another number stands in.
+    OtherThreads { path: String, measured: u32 },
     /// The profile's own noise floor is above 5 %.
     Noisy,
     /// The profile was taken with `--quick`.
@@ -31,6 +38,19 @@ pub enum Flag {
     OtherMachine,
 }
 
+impl std::fmt::Display for Flag {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Extrapolated { path } => write!(f, "extrapolated: {path}"),
+            Self::OtherThreads { path, measured } => write!(f, "{path}: measured with {measured} threads only"),
+            Self::Noisy => write!(f, "noisy profile"),
+            Self::Quick => write!(f, "quick profile"),
+            Self::Reference => write!(f, "reference profile, not this machine's"),
+            Self::OtherMachine => write!(f, "profile of another machine, forced"),
+        }
+    }
+}
+
 /// Predicted time by what it is spent on, in ms.
 #[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize)]
 pub struct Terms {
@@ -39,6 +59,31 @@ pub struct Terms {
     pub memory_ms: f64,
     pub compute_ms: f64,
     pub link_ms: f64,
+}
+
+impl Terms {
+    fn slot(&mut self, group: TermGroup) -> &mut f64 {
+        match group {
+            TermGroup::Launch => &mut self.launch_ms,
+            TermGroup::Layout => &mut self.layout_ms,
+            TermGroup::Memory => &mut self.memory_ms,
+            TermGroup::Compute => &mut self.compute_ms,
+            TermGroup::Link => &mut self.link_ms,
+        }
+    }
+
+    /// Sum of all five.
+    pub fn sum_ms(&self) -> f64 {
+        self.launch_ms + self.layout_ms + self.memory_ms + self.compute_ms + self.link_ms
+    }
+
+    fn add(&mut self, other: &Self, times: f64) {
+        self.launch_ms += times * other.launch_ms;
+        self.layout_ms += times * other.layout_ms;
+        self.memory_ms += times * other.memory_ms;
+        self.compute_ms += times * other.compute_ms;
+        self.link_ms += times * other.link_ms;
+    }
 }
 
 /// How long something will take.
@@ -52,7 +97,15 @@ pub struct Prediction {
     /// Sums to `ms`.
     pub terms: Terms,
     pub origin: Origin,
+    /// Sorted, each once.
     pub flags: Vec<Flag>,
+}
+
+impl Prediction {
+    /// Half of the interval.
+    pub fn spread_ms(&self) -> f64 {
+        (self.hi_ms - self.lo_ms) / 2.0
+    }
 }
 
 /// Anything that can say how long work takes on one machine. Pure, cheap, no I/O.
@@ -60,4 +113,408 @@ pub trait CostModel: Send + Sync {
     /// # Errors
     /// [`crate::Error::NotMeasured`] when nothing at all is known about a kind of operator.
     fn predict(&self, work: &Work<'_>) -> Result<Prediction>;
+}
+
+/// A measured machine: rows by key and fitted paths.
+#[derive(Debug, Clone)]
+pub struct Model {
+    name: String,
+    block: Block,
+    /// µs and relative spread of a repeat.
+    table: HashMap<Key, (f64, f64)>,
+    fits: BTreeMap<Path, PathFit>,
+    noise_floor: f64,
+    flags: Vec<Flag>,
+}
+
+/// One operator's part in a sum.
+struct Part {
+    path: Path,
+    ms: f64,
+    /// ln of the half interval that holds nine in ten.
+    spread_ln: f64,
+    terms: Terms,
+    origin: Origin,
+}
+
+impl Model {
+    /// From measured rows `(key, µs, relative spread)` and fitted paths. `noise_floor` is a fraction; `flags` go with every
+    /// prediction.
+    pub fn new(
+        name: impl Into<String>,
+        block: Block,
+        rows: impl IntoIterator<Item = (Key, f64, f64)>,
+        fits: impl IntoIterator<Item = PathFit>,
+        noise_floor: f64,
+        flags: Vec<Flag>,
+    ) -> Self {
+        Self {
+            name: name.into(),
+            block,
+            table: rows.into_iter().map(|(key, us, spread)| (key, (us, spread))).collect(),
+            fits: fits.into_iter().map(|fit| (fit.path, fit)).collect(),
+            noise_floor,
+            flags,
+        }
+    }
+
+    /// Whether this very key was measured.
+    pub fn has(&self, key: &Key) -> bool {
+        self.table.contains_key(key)
+    }
+
+    /// What goes with every prediction.
+    pub fn flags(&self) -> &[Flag] {
+        &self.flags
+    }
+
+    /// Reading speed of a tier in bytes per second, from the fitted slope.
+    ///
+    /// # Errors
+    /// [`Error::NotMeasured`].
+    pub fn bytes_per_s(&self, tier: Tier, threads: u32) -> Result<f64> {
+        let key = |bytes| Key::Read(ReadKey { tier, bytes, threads });
+        let mut flags = Vec::new();
+        let fit = self.fit(&key(1 << 20), &mut flags)?;
+        let one_kib = key(1 << 10).features(self.block);
+        let us: f64 = fit
+            .parts(&one_kib)
+            .filter(|(t, _)| t.group() != TermGroup::Launch)
+            .map(|(_, us)| us)
+            .sum();
+        Ok(1024.0 / us.max(1e-12) * 1e6)
+    }
+
+    /// The fit of a key's path; of the nearest number of threads when this one was never measured.
+    fn fit(&self, key: &Key, flags: &mut Vec<Flag>) -> Result<&PathFit> {
+        let path = key.path(self.block);
+        if let Some(fit) = self.fits.get(&path) {
+            return Ok(fit);
+        }
+        let same_family = self.fits.values().filter(|fit| fit.path.family == path.family);
+        match same_family.min_by_key(|fit| fit.path.threads.abs_diff(path.threads)) {
+            Some(fit) => {
+                flags.push(Flag::OtherThreads {
+                    path: path.to_string(),
+                    measured: fit.path.threads,
+                });
+                Ok(fit)
+            }
+            None => Err(Error::NotMeasured {
+                profile: self.name.clone(),
+                path: path.to_string(),
+                key: key.to_string(),
+            }),
+        }
+    }
+
+    fn part(&self, key: &Key, flags: &mut Vec<Flag>) -> Result<Part> {
+        let features = key.features(self.block);
+        let mut terms = Terms::default();
+        if let Some(&(us, spread)) = self.table.get(key) {
+            // The row's time, split as its path's terms would have it.
+            let fit = self.fits.get(&features.path);
+            let predicted = fit.map_or(0.0, |fit| fit.us(&features));
+            match fit.filter(|_| predicted > 0.0) {
+                Some(fit) => fit
+                    .parts(&features)
+                    .for_each(|(t, part)| *terms.slot(t.group()) += us / 1e3 * part / predicted),
+                None => *terms.slot(TermGroup::Launch) += us / 1e3,
+            }
+            return Ok(Part {
+                path: features.path,
+                ms: us / 1e3,
+                spread_ln: NINE_IN_TEN * spread.max(self.noise_floor),
+                terms,
+                origin: Origin::Table,
+            });
+        }
+        let before = flags.len();
+        let fit = self.fit(key, flags)?;
+        fit.parts(&features)
+            .for_each(|(t, us)| *terms.slot(t.group()) += us / 1e3);
+        let mut spread_ln = fit.spread_ln;
+        if flags.len() > before {
+            spread_ln = spread_ln.max(1.0); // another number of threads: hardly more than the order of magnitude
+        }
+        let outside_ln = fit.outside_ln(&features);
+        if outside_ln > 0.0 {
+            flags.push(Flag::Extrapolated {
+                path: features.path.to_string(),
+            });
+            spread_ln += 0.5 * outside_ln;
+        }
+        Ok(Part {
+            path: features.path,
+            ms: terms.sum_ms(),
+            spread_ln,
+            terms,
+            origin: Origin::Fit,
+        })
+    }
+
+    /// `(part, how often)`, in sum. Errors of parts are correlated: fully with themselves, by half within a kernel path, by a
+    /// fifth across (reference 2.8); independence would look far too sure.
+    fn sum(&self, parts: &[(Part, f64)], mut flags: Vec<Flag>) -> Prediction {
+        let (mut ms, mut terms, mut origin) = (0.0, Terms::default(), Origin::Table);
+        let (mut squares, mut all) = (0.0, 0.0);
+        let mut by_path: BTreeMap<Path, f64> = BTreeMap::new();
+        for (part, times) in parts {
+            ms += times * part.ms;
+            terms.add(&part.terms, *times);
+            origin = origin.max(part.origin);
+            let error = part.ms * times * part.spread_ln;
+            squares += error * error;
+            all += error;
+            *by_path.entry(part.path).or_default() += error;
+        }
+        let within: f64 = by_path.values().map(|e| e * e).sum();
+        let variance = 0.2 * all * all + 0.3 * within + 0.5 * squares;
+        let spread_ln = if ms > 0.0 { variance.sqrt() / ms } else { 0.0 };
+        flags.extend(self.flags.iter().cloned());
+        flags.sort();
+        flags.dedup();
+        Prediction {
+            ms,
+            lo_ms: ms * (-spread_ln).exp(),
+            hi_ms: ms * spread_ln.exp(),
+            terms,
+            origin,
+            flags,
+        }
+    }
+
+    fn decode_step(&self, step: &DecodeStep, flags: &mut Vec<Flag>) -> Result<Vec<(Part, f64)>> {
+        let mut parts = Vec::with_capacity(step.experts.len() + 1);
+        if step.dense_bytes > 0 {
+            let mut dense = self.part(
+                &Key::Read(ReadKey {
+                    tier: Tier::Memory,
+                    bytes: step.dense_bytes,
+                    threads: step.threads,
+                }),
+                flags,
+            )?;
+            // The call overhead of one read is not that of a step, and a step is not one read.
+            dense.ms -= dense.terms.launch_ms;
+            dense.terms.launch_ms = 0.0;
+            parts.push((dense, 1.0));
+            // Bandwidth is a slope: other sizes of the same memory are no extrapolation.
+            flags.retain(|flag| !matches!(flag, Flag::Extrapolated { path } if path.starts_with("read.memory")));
+        }
+        for (key, calls) in &step.experts {
+            parts.push((self.part(&Key::Expert(*key), flags)?, *calls));
+        }
+        Ok(parts)
+    }
+}
+
+/// Half width of a normal 90 % interval in standard deviations.
+const NINE_IN_TEN: f64 = 1.645;
+
+impl CostModel for Model {
+    fn predict(&self, work: &Work<'_>) -> Result<Prediction> {
+        let mut flags = Vec::new();
+        let one = |key: Key, flags: &mut Vec<Flag>| Ok((self.part(&key, flags)?, 1.0));
+        let parts = match work {
+            Work::Operator(key) => vec![one(*key, &mut flags)?],
+            Work::Read(key) => vec![one(Key::Read(*key), &mut flags)?],
+            Work::Graph { graph, threads } => {
+                let keys = operators(graph, *threads);
+                keys.into_iter()
+                    .map(|key| one(key, &mut flags))
+                    .collect::<Result<Vec<_>>>()?
+            }
+            Work::DecodeStep(step) => self.decode_step(step, &mut flags)?,
+        };
+        Ok(self.sum(&parts, flags))
+    }
+}
+
+/// The family's name for messages that list what a profile is good for.
+pub(crate) fn kind(family: Family) -> &'static str {
+    match family {
+        Family::Session
+        | Family::ConvAlone(_)
+        | Family::ConvBlocked
+        | Family::ConvFromNchw
+        | Family::ConvPatches
+        | Family::DepthwiseBlocked
+        | Family::DepthwisePlain
+        | Family::ConvGrouped
+        | Family::ConvInt8
+        | Family::DepthwiseInt8
+        | Family::Linear(_)
+        | Family::Add(_)
+        | Family::Pool(_)
+        | Family::Entry(_) => "cnn",
+        Family::Expert { .. } => "experts",
+        Family::Read(Tier::L2 | Tier::L3 | Tier::Memory) => "memory",
+        Family::Read(Tier::Disk | Tier::DiskBuffered) => "disk",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fit::{Sample, fit};
+    use crate::graph::Numerics;
+    use crate::work::{Context, ConvKey, ExpertKey, Heat, Term};
+
+    fn conv(cin: u32, cout: u32, height: u32, threads: u32) -> Key {
+        Key::Conv(ConvKey {
+            batch: 1,
+            cin,
+            cout,
+            kernel: 3,
+            stride: 1,
+            groups: 1,
+            height,
+            width: height,
+            numerics: Numerics::Int8,
+            threads,
+            context: Context::Chain,
+        })
+    }
+
+    fn model() -> Model {
+        let mut keys: Vec<Key> = Vec::new();
+        for c in [8, 16, 32, 64] {
+            for h in [4, 8, 16] {
+                keys.push(conv(c, c, h, 1));
+                keys.push(conv(c, 2 * c, h, 1));
+            }
+        }
+        for bytes in [1u64 << 26, 1 << 28] {
+            keys.push(Key::Read(ReadKey {
+                tier: Tier::Memory,
+                bytes,
+                threads: 1,
+            }));
+        }
+        for (hidden, inner) in [(256, 128), (512, 256), (1024, 512)] {
+            let heat = Heat::Cold;
+            keys.push(Key::Expert(ExpertKey {
+                hidden,
+                inner,
+                bits: 4,
+                planes: 2,
+                group: 32,
+                tokens: 1,
+                threads: 1,
+                heat,
+            }));
+        }
+        let us = |key: &Key| -> f64 {
+            let cost = |t: Term| if t == Term::Call { 2.0 } else { 0.1 };
+            key.features(Block(16)).terms().iter().map(|(t, n)| cost(*t) * n).sum()
+        };
+        let samples: Vec<Sample> = keys
+            .iter()
+            .map(|&key| Sample {
+                key,
+                us: us(&key),
+                relative_spread: 0.02,
+            })
+            .collect();
+        let fits = fit(&samples, Block(16), 0.02);
+        let rows = samples.iter().map(|s| (s.key, s.us, s.relative_spread));
+        Model::new("test", Block(16), rows, fits, 0.02, vec![Flag::Quick])
+    }
+
+    #[test]
+    fn an_exact_row_wins_and_keeps_its_sum() {
+        let mut model = model();
+        let key = conv(16, 16, 8, 1);
+        model.table.insert(key, (123.0, 0.05));
+        let p = model.predict(&Work::Operator(key)).unwrap();
+        assert_eq!((p.origin, p.flags.as_slice()), (Origin::Table, &[Flag::Quick][..]));
+        assert!((p.ms - 0.123).abs() < 1e-12 && (p.terms.sum_ms() - p.ms).abs() < 1e-9);
+        assert!(p.lo_ms < p.ms && p.ms < p.hi_ms && (p.hi_ms / p.ms).ln() > 0.05);
+    }
+
+    #[test]
+    fn beyond_what_was_measured_is_said_and_wider() {
+        let model = model();
+        let inside = model.predict(&Work::Operator(conv(24, 24, 8, 1))).unwrap();
+        let outside = model.predict(&Work::Operator(conv(256, 256, 32, 1))).unwrap();
+        assert!(!inside.flags.iter().any(|f| matches!(f, Flag::Extrapolated { .. })));
+        assert!(
+            outside
+                .flags
+                .iter()
+                .any(|f| matches!(f, Flag::Extrapolated { path } if path == "conv.int8/t1"))
+        );
+        assert!((outside.hi_ms / outside.ms).ln() > (inside.hi_ms / inside.ms).ln() + 0.5);
+    }
+
+    #[test]
+    fn other_threads_stand_in_and_an_unknown_kind_is_refused() {
+        let model = model();
+        let two = model.predict(&Work::Operator(conv(16, 16, 8, 2))).unwrap();
+        assert!(
+            two.flags
+                .iter()
+                .any(|f| matches!(f, Flag::OtherThreads { measured: 1, .. }))
+        );
+        let float = Key::Conv(ConvKey {
+            numerics: Numerics::F32,
+            ..match conv(16, 16, 8, 1) {
+                Key::Conv(c) => c,
+                _ => unreachable!(),
+            }
+        });
+        let text = model.predict(&Work::Operator(float)).unwrap_err().to_string();
+        assert!(
+            text.contains("conv.blocked/t1") && text.contains("conv 3x3/1 16→16"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_decode_step_is_its_bytes_and_its_experts() {
+        let model = model();
+        let key = ExpertKey {
+            hidden: 512,
+            inner: 256,
+            bits: 4,
+            planes: 2,
+            group: 32,
+            tokens: 1,
+            threads: 1,
+            heat: Heat::Cold,
+        };
+        let step = |calls, dense_bytes| {
+            Work::DecodeStep(DecodeStep {
+                dense_bytes,
+                experts: vec![(key, calls)],
+                threads: 1,
+            })
+        };
+        let one = model.predict(&Work::Operator(Key::Expert(key))).unwrap().ms;
+        let many = model.predict(&step(48.0, 0)).unwrap();
+        assert!((many.ms - 48.0 * one).abs() < 1e-9 * many.ms);
+        let dense = model.predict(&step(0.0, 1 << 27)).unwrap();
+        let expected = (1u64 << 27) as f64 / model.bytes_per_s(Tier::Memory, 1).unwrap() * 1e3;
+        assert!((dense.ms / expected - 1.0).abs() < 1e-6, "{} {expected}", dense.ms);
+        assert!(!dense.flags.iter().any(|f| matches!(f, Flag::Extrapolated { .. })));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Law: a fitted prediction never falls when a size grows.
+        #[test]
+        fn fitted_predictions_are_monotone(cin in 1u32..200, cout in 1u32..200, h in 1u32..40, by in 1u32..9) {
+            let mut model = model();
+            model.table.clear();
+            let ms = |key| model.predict(&Work::Operator(key)).unwrap().ms;
+            let base = ms(conv(cin, cout, h, 1));
+            for larger in [conv(cin + by, cout, h, 1), conv(cin, cout + by, h, 1), conv(cin, cout, h + by, 1)] {
+                prop_assert!(ms(larger) >= base - 1e-12);
+            }
+        }
+    }
 }

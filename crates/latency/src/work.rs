@@ -125,7 +125,7 @@ pub enum Tier {
     Memory,
     /// Direct reads, past the page cache.
     Disk,
-    /// The same where direct reads are refused: the page cache was asked to forget, which it may not have done.
+    /// The same where direct reads are refused: through the page cache, so an upper bound of the disk.
     DiskBuffered,
 }
 
@@ -371,29 +371,6 @@ impl Key {
                 let kib = key.bytes as f64 / 1024.0;
                 Features::new(Family::Read(key.tier), key.threads, &[(Term::Call, 1.0), (term, kib)])
             }
-        }
-    }
-
-    /// Distance-bearing numbers for "how near is the nearest measured key": logarithms of sizes, reference 2.8.
-    pub(crate) fn coordinates(&self) -> [f64; 6] {
-        let ln = |x: u32| f64::from(x.max(1)).ln();
-        match *self {
-            Self::Session { .. } => [0.0; 6],
-            Self::Conv(c) => [
-                ln(c.cin),
-                ln(c.cout),
-                2.0 * ln(c.kernel),
-                ln(c.height),
-                ln(c.batch),
-                2.0 * ln(c.stride),
-            ],
-            Self::Linear(l) => [ln(l.inputs), ln(l.outputs), 0.0, 0.0, ln(l.batch), 0.0],
-            Self::Add(p) | Self::GlobalAvgPool(p) | Self::Entry(p) => {
-                [ln(p.channels), 0.0, 0.0, ln(p.height), ln(p.batch), 0.0]
-            }
-            Self::Expert(e) => [ln(e.hidden), ln(e.inner), 0.0, ln(e.group), ln(e.tokens), 0.0],
-            #[expect(clippy::cast_precision_loss, reason = "sizes of reads stay far below 2^52")]
-            Self::Read(r) => [(r.bytes.max(1) as f64).ln(), 0.0, 0.0, 0.0, 0.0, 0.0],
         }
     }
 }
@@ -663,6 +640,58 @@ impl fmt::Display for Path {
     }
 }
 
+impl std::str::FromStr for Path {
+    type Err = String;
+
+    /// The inverse of `Display`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let fail = || format!("`{text}` is no kernel path");
+        let (family, threads) = text.rsplit_once("/t").ok_or_else(fail)?;
+        let threads = threads.parse().map_err(|_| fail())?;
+        let simple = [
+            Family::Session,
+            Family::ConvBlocked,
+            Family::ConvFromNchw,
+            Family::ConvPatches,
+            Family::DepthwiseBlocked,
+            Family::DepthwisePlain,
+            Family::ConvGrouped,
+            Family::ConvInt8,
+            Family::DepthwiseInt8,
+        ];
+        let by_numerics = [Numerics::F32, Numerics::Int8].into_iter().flat_map(|n| {
+            [
+                Family::ConvAlone(n),
+                Family::Linear(n),
+                Family::Add(n),
+                Family::Pool(n),
+                Family::Entry(n),
+            ]
+        });
+        let by_tier = [Tier::L2, Tier::L3, Tier::Memory, Tier::Disk, Tier::DiskBuffered].map(Family::Read);
+        let known = simple.into_iter().chain(by_numerics).chain(by_tier);
+        if let Some(path) = known
+            .map(|family| Self { family, threads })
+            .find(|path| path.to_string() == text)
+        {
+            return Ok(path);
+        }
+        // expert.b4p2.cold
+        let mut words = family.strip_prefix("expert.b").ok_or_else(fail)?.split(['p', '.']);
+        let mut number = || words.next().and_then(|w| w.parse().ok()).ok_or_else(fail);
+        let (bits, planes) = (number()?, number()?);
+        let heat = match words.next() {
+            Some("hot") => Heat::Hot,
+            Some("cold") => Heat::Cold,
+            _ => return Err(fail()),
+        };
+        Ok(Self {
+            family: Family::Expert { bits, planes, heat },
+            threads,
+        })
+    }
+}
+
 pub(crate) fn numerics_name(numerics: Numerics) -> &'static str {
     match numerics {
         Numerics::F32 => "f32",
@@ -760,6 +789,33 @@ mod tests {
         };
         assert_eq!(depthwise(32), Family::DepthwiseBlocked);
         assert_eq!(depthwise(30), Family::DepthwisePlain);
+    }
+
+    #[test]
+    fn a_path_reads_back_from_its_name() {
+        let expert = Family::Expert {
+            bits: 4,
+            planes: 2,
+            heat: Heat::Cold,
+        };
+        for family in [
+            Family::ConvInt8,
+            Family::Pool(Numerics::F32),
+            Family::Read(Tier::DiskBuffered),
+            expert,
+        ] {
+            let path = Path { family, threads: 12 };
+            assert_eq!(path.to_string().parse::<Path>(), Ok(path));
+        }
+        for wrong in [
+            "conv.blocked",
+            "conv.blocked/t",
+            "expert.b4/t1",
+            "expert.bxp1.hot/t1",
+            "nothing/t1",
+        ] {
+            assert!(wrong.parse::<Path>().is_err(), "{wrong}");
+        }
     }
 
     #[test]

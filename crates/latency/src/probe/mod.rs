@@ -1,10 +1,15 @@
 //! What is timed: the [`Probe`] that kernels and runtimes register, and the loop that gathers their times. The only
 //! room with a clock.
 
+pub mod disk;
+pub mod gather;
+pub mod measure;
+pub mod memory;
+
 use cotk_run::seeds::Stream;
 
-use crate::Result;
 use crate::work::Key;
+use crate::{Error, Result};
 
 /// A kind of operator that can be measured. Its features are its keys' own ([`Key::features`]): `predict` must know them
 /// where no kernel and no runtime is at hand.
@@ -39,6 +44,15 @@ pub trait Prepared {
     /// # Errors
     /// [`crate::Error::Probe`] with what failed.
     fn run(&mut self, piece: usize) -> Result<()>;
+}
+
+/// A probe's error about one key.
+pub fn refused(probe: &str, key: &Key, detail: &str) -> Error {
+    Error::Probe {
+        probe: probe.to_owned(),
+        key: key.to_string(),
+        detail: detail.to_owned(),
+    }
 }
 
 /// What a list of times says.
@@ -86,3 +100,6 @@ pub fn quantile(values: &[f64], q: f64) -> f64 {
     let (low, high) = (at.floor() as usize, at.ceil() as usize);
     sorted[low] + (sorted[high] - sorted[low]) * at.fract()
 }
+
+#[cfg(test)]
+mod tests;

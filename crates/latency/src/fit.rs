@@ -1,0 +1,432 @@
+//! From measured rows to coefficients: per kernel path a non-negative least-squares fit of few physical terms, on relative
+//! errors, with the error on shape families left out of it. Pure: reads no clock and no file.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::probe::{median, quantile};
+use crate::work::{Block, Features, Key, Path, Term};
+
+/// One measured key.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sample {
+    pub key: Key,
+    /// Median time of a call.
+    pub us: f64,
+    /// Spread of repeats over the time.
+    pub relative_spread: f64,
+}
+
+/// The coefficient of one term.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Coefficient {
+    pub term: Term,
+    /// Never negative: the model stays monotone.
+    pub us_per_unit: f64,
+    /// Smallest and largest count that was measured.
+    pub min: f64,
+    pub max: f64,
+}
+
+/// The fitted terms of one kernel path.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PathFit {
+    pub path: Path,
+    pub coefficients: Vec<Coefficient>,
+    /// Measured keys behind it.
+    pub rows: usize,
+    /// Mean absolute percentage error on shape families that were left out; on the fitted rows when there is one family.
+    pub cv_mape_pct: f64,
+    /// Nine in ten left-out errors are below this: |ln(measured / predicted)|.
+    pub spread_ln: f64,
+}
+
+/// The spread assumed of a fit that nothing could be left out of.
+const UNTESTED_LN: f64 = 0.5;
+
+impl PathFit {
+    /// Time of one call in µs, and what each term adds.
+    pub fn us(&self, features: &Features) -> f64 {
+        self.parts(features).map(|(_, us)| us).sum()
+    }
+
+    /// µs by term.
+    pub fn parts<'a>(&'a self, features: &'a Features) -> impl Iterator<Item = (Term, f64)> + 'a {
+        features.terms().iter().map(|&(term, count)| {
+            let coefficient = self.coefficients.iter().find(|c| c.term == term);
+            (term, coefficient.map_or(0.0, |c| c.us_per_unit * count))
+        })
+    }
+
+    /// How far a call lies outside of what was measured, in ln of the worst term; 0 inside.
+    pub fn outside_ln(&self, features: &Features) -> f64 {
+        let of = |&(term, count): &(Term, f64)| {
+            let Some(c) = self.coefficients.iter().find(|c| c.term == term) else {
+                return 0.0;
+            };
+            // A term that costs nothing cannot mislead by being large.
+            if c.us_per_unit == 0.0 || count <= 0.0 {
+                return 0.0;
+            }
+            (count / c.max).ln().max((c.min / count).ln()).max(0.0)
+        };
+        features.terms().iter().map(of).fold(0.0, f64::max)
+    }
+}
+
+/// Fits every path that has rows, in path order. `noise_floor` is the relative error of a repeat.
+pub fn fit(samples: &[Sample], block: Block, noise_floor: f64) -> Vec<PathFit> {
+    let mut by_path: BTreeMap<Path, Vec<(Features, Sample)>> = BTreeMap::new();
+    for sample in samples {
+        let features = sample.key.features(block);
+        // A cost below what can be measured is a cost of (nearly) nothing, not a bad row: keep it off zero.
+        let sample = Sample {
+            us: sample.us.max(1e-3),
+            ..*sample
+        };
+        by_path.entry(features.path).or_default().push((features, sample));
+    }
+    by_path
+        .into_iter()
+        .map(|(path, rows)| fit_path(path, &rows, noise_floor))
+        .collect()
+}
+
+fn fit_path(path: Path, rows: &[(Features, Sample)], noise_floor: f64) -> PathFit {
+    let all: Vec<&(Features, Sample)> = rows.iter().collect();
+    let coefficients = solve(&all, noise_floor);
+    let whole = PathFit {
+        path,
+        coefficients,
+        rows: rows.len(),
+        cv_mape_pct: 0.0,
+        spread_ln: UNTESTED_LN,
+    };
+    // Rows of one shape family (all but batch, size and tokens) leave together: copies of a shape must not leak.
+    let mut families: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    for (index, (_, sample)) in rows.iter().enumerate() {
+        families.entry(family(&sample.key)).or_default().push(index);
+    }
+    let left_out: Vec<f64> = if families.len() < 3 {
+        rows.iter()
+            .map(|(features, sample)| (sample.us / whole.us(features)).ln())
+            .collect()
+    } else {
+        families
+            .values()
+            .flat_map(|out| {
+                let kept: Vec<_> = rows
+                    .iter()
+                    .enumerate()
+                    .filter(|(i, _)| !out.contains(i))
+                    .map(|(_, row)| row)
+                    .collect();
+                let without = PathFit {
+                    coefficients: solve(&kept, noise_floor),
+                    ..whole.clone()
+                };
+                out.iter()
+                    .map(|&i| (rows[i].1.us / without.us(&rows[i].0)).ln())
+                    .collect::<Vec<_>>()
+            })
+            .collect()
+    };
+    let usable: Vec<f64> = left_out.into_iter().filter(|e| e.is_finite()).map(f64::abs).collect();
+    #[expect(clippy::cast_precision_loss, reason = "counts of rows")]
+    let cv_mape_pct = 100.0 * usable.iter().map(|e| 1.0 - (-e).exp()).sum::<f64>() / usable.len().max(1) as f64;
+    let spread_ln = match () {
+        () if usable.is_empty() => UNTESTED_LN,
+        // Fitted rows flatter: no smaller than a tenth.
+        () if families.len() < 3 => quantile(&usable, 0.9).max(0.1),
+        () => quantile(&usable, 0.9),
+    };
+    PathFit {
+        cv_mape_pct,
+        spread_ln: spread_ln.max(noise_floor),
+        ..whole
+    }
+}
+
+fn family(key: &Key) -> String {
+    match key {
+        Key::Conv(c) => format!("{} {} {} {} {}", c.cin, c.cout, c.kernel, c.stride, c.groups),
+        Key::Linear(l) => format!("{} {}", l.inputs, l.outputs),
+        Key::Add(p) | Key::GlobalAvgPool(p) | Key::Entry(p) => format!("{} {}", p.channels, p.height),
+        Key::Expert(e) => format!("{} {}", e.hidden, e.inner),
+        Key::Session { threads } => threads.to_string(),
+        Key::Read(r) => r.bytes.to_string(),
+    }
+}
+
+/// Weighted non-negative least squares with two rounds of Huber's weights (reference 2.7).
+fn solve(rows: &[&(Features, Sample)], noise_floor: f64) -> Vec<Coefficient> {
+    let Some(first) = rows.first() else {
+        return Vec::new();
+    };
+    let terms: Vec<Term> = first.0.terms().iter().map(|t| t.0).collect();
+    // A path of convolutions has 1x1 and larger kernels: the union of their terms.
+    let terms = rows
+        .iter()
+        .flat_map(|r| r.0.terms())
+        .fold(terms, |mut terms, (term, _)| {
+            if !terms.contains(term) {
+                terms.push(*term);
+            }
+            terms
+        });
+    let count = |features: &Features, term: Term| features.terms().iter().find(|t| t.0 == term).map_or(0.0, |t| t.1);
+    let range = |term: Term| {
+        let measured = rows.iter().map(|r| count(&r.0, term)).filter(|&c| c > 0.0);
+        measured.fold((f64::INFINITY, 0.0f64), |(lo, hi), c| (lo.min(c), hi.max(c)))
+    };
+    let scales: Vec<f64> = terms.iter().map(|&t| range(t).1.max(f64::MIN_POSITIVE)).collect();
+    let matrix: Vec<Vec<f64>> = rows
+        .iter()
+        .map(|(features, _)| {
+            terms
+                .iter()
+                .zip(&scales)
+                .map(|(&t, s)| count(features, t) / s)
+                .collect()
+        })
+        .collect();
+    let times: Vec<f64> = rows.iter().map(|r| r.1.us).collect();
+    let mut weights: Vec<f64> = rows
+        .iter()
+        .map(|r| 1.0 / (r.1.us * r.1.relative_spread.max(noise_floor).max(0.005)))
+        .collect();
+    let predicted = |c: &[f64]| -> Vec<f64> {
+        matrix
+            .iter()
+            .map(|row| row.iter().zip(c).map(|(f, c)| f * c).sum::<f64>().max(1e-9))
+            .collect()
+    };
+    let mut found = weighted_nnls(&matrix, &times, &weights);
+    for _ in 0..2 {
+        let residuals: Vec<f64> = predicted(&found)
+            .iter()
+            .zip(&times)
+            .map(|(p, t)| ((p - t) / t).abs())
+            .collect();
+        let bend = 1.5 * 1.48 * median(&residuals);
+        for ((weight, row), residual) in weights.iter_mut().zip(rows).zip(&residuals) {
+            let base = 1.0 / (row.1.us * row.1.relative_spread.max(noise_floor).max(0.005));
+            *weight = if *residual > bend && bend > 0.0 {
+                base * (bend / residual).sqrt()
+            } else {
+                base
+            };
+        }
+        found = weighted_nnls(&matrix, &times, &weights);
+    }
+    // Weights of 1/t bias low: take out the mean log ratio (but not what single wild rows say).
+    let ratios: Vec<f64> = predicted(&found)
+        .iter()
+        .zip(&times)
+        .map(|(p, t)| (t / p).ln())
+        .collect();
+    let bias = median(&ratios).clamp(-0.5, 0.5).exp();
+    let coefficient = |((&term, &scaled), &scale): ((&Term, &f64), &f64)| {
+        let (min, max) = range(term);
+        Coefficient {
+            term,
+            us_per_unit: bias * scaled / scale,
+            min: if min.is_finite() { min } else { 0.0 },
+            max,
+        }
+    };
+    terms.iter().zip(&found).zip(&scales).map(coefficient).collect()
+}
+
+fn weighted_nnls(matrix: &[Vec<f64>], times: &[f64], weights: &[f64]) -> Vec<f64> {
+    let n = matrix[0].len();
+    let mut gram = vec![vec![0.0; n]; n];
+    let mut right = vec![0.0; n];
+    for ((row, t), w) in matrix.iter().zip(times).zip(weights) {
+        for i in 0..n {
+            right[i] += w * w * row[i] * t;
+            for j in 0..n {
+                gram[i][j] += w * w * row[i] * row[j];
+            }
+        }
+    }
+    // A tiny ridge breaks ties between collinear terms: 1e-6 of each term's own diagonal. (Of the largest one it would
+    // bend large shapes: rows weigh 1/t², so the diagonal of calls is millions of times that of multiply-adds.)
+    for (i, row) in gram.iter_mut().enumerate() {
+        row[i] = row[i] * (1.0 + 1e-6) + f64::MIN_POSITIVE;
+    }
+    nnls(&gram, &right)
+}
+
+/// `argmin_{x ≥ 0} ½·xᵀGx − rᵀx` for a positive definite `G`: Lawson and Hanson, *Solving Least Squares Problems* (1974),
+/// ch. 23, on the normal equations (Bro and de Jong, 1997).
+pub fn nnls(gram: &[Vec<f64>], right: &[f64]) -> Vec<f64> {
+    let n = right.len();
+    let mut x = vec![0.0; n];
+    let mut free = vec![false; n];
+    let tolerance = 1e-12 * right.iter().fold(0.0f64, |m, r| m.max(r.abs()));
+    for _ in 0..3 * n + 3 {
+        let slack = |x: &[f64], i: usize| right[i] - gram[i].iter().zip(x).map(|(g, x)| g * x).sum::<f64>();
+        let steepest = (0..n)
+            .filter(|&i| !free[i])
+            .map(|i| (slack(&x, i), i))
+            .max_by(|a, b| a.0.total_cmp(&b.0));
+        let Some((_, enter)) = steepest.filter(|s| s.0 > tolerance) else {
+            break;
+        };
+        free[enter] = true;
+        loop {
+            let active: Vec<usize> = (0..n).filter(|&i| free[i]).collect();
+            let step = solve_on(gram, right, &active);
+            if step.iter().all(|&s| s > 0.0) {
+                x.fill(0.0);
+                for (&i, &s) in active.iter().zip(&step) {
+                    x[i] = s;
+                }
+                break;
+            }
+            // Walk towards the solution until the first coefficient meets zero, and fix that one there.
+            let blocking = active.iter().zip(&step).filter(|(_, s)| **s <= 0.0);
+            let alpha = blocking.map(|(&i, &s)| x[i] / (x[i] - s)).fold(1.0, f64::min);
+            for (&i, &s) in active.iter().zip(&step) {
+                x[i] += alpha * (s - x[i]);
+                if s <= 0.0 && x[i] <= 1e-14 {
+                    x[i] = 0.0;
+                    free[i] = false;
+                }
+            }
+            if active.iter().all(|&i| free[i]) {
+                // Rounding kept all of them a hair above zero: fix the smallest.
+                let smallest = active
+                    .iter()
+                    .copied()
+                    .min_by(|&a, &b| x[a].total_cmp(&x[b]))
+                    .expect("not empty");
+                x[smallest] = 0.0;
+                free[smallest] = false;
+            }
+        }
+    }
+    x
+}
+
+/// Gaussian elimination with partial pivots on the chosen rows and columns.
+fn solve_on(gram: &[Vec<f64>], right: &[f64], chosen: &[usize]) -> Vec<f64> {
+    let n = chosen.len();
+    let mut a: Vec<Vec<f64>> = chosen
+        .iter()
+        .map(|&i| chosen.iter().map(|&j| gram[i][j]).chain([right[i]]).collect())
+        .collect();
+    for column in 0..n {
+        let pivot = (column..n)
+            .max_by(|&p, &q| a[p][column].abs().total_cmp(&a[q][column].abs()))
+            .expect("not empty");
+        a.swap(column, pivot);
+        for row in column + 1..n {
+            let factor = a[row][column] / a[column][column];
+            for k in column..=n {
+                let above = a[column][k];
+                a[row][k] -= factor * above;
+            }
+        }
+    }
+    let mut x = vec![0.0; n];
+    for row in (0..n).rev() {
+        let known: f64 = (row + 1..n).map(|k| a[row][k] * x[k]).sum();
+        x[row] = (a[row][n] - known) / a[row][row];
+    }
+    x
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::graph::Numerics;
+    use crate::work::{Context, ConvKey};
+
+    proptest! {
+        /// Law: Karush-Kuhn-Tucker. Coefficients are never negative, the slope is 0 where they are positive, and points
+        /// downhill nowhere.
+        #[test]
+        fn nnls_is_optimal(rows in prop::collection::vec((prop::collection::vec(-1.0f64..1.0, 5), -2.0f64..2.0), 5..30)) {
+            let mut gram = vec![vec![0.0; 5]; 5];
+            let mut right = vec![0.0; 5];
+            for (row, t) in &rows {
+                for i in 0..5 {
+                    right[i] += row[i] * t;
+                    for j in 0..5 {
+                        gram[i][j] += row[i] * row[j];
+                    }
+                }
+            }
+            for (i, row) in gram.iter_mut().enumerate() {
+                row[i] += 1e-6;
+            }
+            let x = nnls(&gram, &right);
+            for i in 0..5 {
+                let slope: f64 = gram[i].iter().zip(&x).map(|(g, x)| g * x).sum::<f64>() - right[i];
+                prop_assert!(x[i] >= 0.0);
+                prop_assert!(slope >= -1e-6, "{slope}");
+                prop_assert!(x[i] == 0.0 || slope.abs() <= 1e-6, "{} {slope}", x[i]);
+            }
+        }
+    }
+
+    pub(crate) fn conv(cin: u32, cout: u32, kernel: u32, height: u32) -> Key {
+        Key::Conv(ConvKey {
+            batch: 1,
+            cin,
+            cout,
+            kernel,
+            stride: 1,
+            groups: 1,
+            height,
+            width: height,
+            numerics: Numerics::Int8,
+            threads: 1,
+            context: Context::Chain,
+        })
+    }
+
+    #[test]
+    fn a_machine_made_of_the_terms_is_found_again() {
+        let truth = |key: &Key| -> f64 {
+            let cost = |term| match term {
+                Term::Call => 2.0,
+                Term::MegaMacs | Term::MegaMacsPointwise => 20.0,
+                Term::ActivationKib => 0.05,
+                _ => 0.0,
+            };
+            key.features(Block(16)).terms().iter().map(|(t, c)| cost(*t) * c).sum()
+        };
+        let mut samples = Vec::new();
+        for c in [4, 8, 16, 24, 32, 64] {
+            for h in [4, 8, 16] {
+                for k in [1, 3, 5] {
+                    let key = conv(c, 2 * c, k, h);
+                    // One session in seven is spoilt by half.
+                    let spoilt = if samples.len() % 7 == 4 { 1.5 } else { 1.0 };
+                    samples.push(Sample {
+                        key,
+                        us: truth(&key) * spoilt,
+                        relative_spread: 0.01,
+                    });
+                }
+            }
+        }
+        let fits = fit(&samples, Block(16), 0.01);
+        assert_eq!(fits.len(), 1);
+        for (cin, cout, k, h) in [(12, 20, 3, 12), (48, 48, 5, 8), (32, 16, 1, 10)] {
+            let key = conv(cin, cout, k, h);
+            let (found, expected) = (fits[0].us(&key.features(Block(16))), truth(&key));
+            assert!((found / expected).ln().abs() < 0.1, "{key}: {found} {expected}");
+        }
+        let huge = conv(512, 512, 3, 64).features(Block(16));
+        assert!(fits[0].outside_ln(&huge) > 1.0);
+        assert_eq!(fits[0].outside_ln(&conv(16, 16, 3, 8).features(Block(16))), 0.0);
+    }
+}

@@ -1,0 +1,104 @@
+//! Reading speed of caches and memory: a sum over a working set, with one thread and with several. Plain code: eight sums
+//! in flight are enough to wait for nothing but the memory.
+
+use std::hint::black_box;
+
+use cotk_run::seeds::Stream;
+
+use super::{Prepared, Probe};
+use crate::Result;
+use crate::work::{Key, ReadKey, Tier};
+
+/// Reads working sets of the sizes in its keys.
+#[derive(Debug, Clone)]
+pub struct MemoryProbe {
+    threads: Vec<u32>,
+    /// Largest cache, 0 if not known.
+    cache_bytes: u64,
+}
+
+impl MemoryProbe {
+    /// For these numbers of threads; `cache_bytes` is the largest cache, as the system tells it.
+    pub fn new(threads: Vec<u32>, cache_bytes: u64) -> Self {
+        Self { threads, cache_bytes }
+    }
+}
+
+impl Probe for MemoryProbe {
+    fn name(&self) -> &str {
+        "memory"
+    }
+
+    fn candidates(&self, count: usize, _rng: &mut Stream) -> Vec<Key> {
+        // Far beyond every cache, but no more than a small machine can spare.
+        let far = (8 * self.cache_bytes).clamp(1 << 27, 1 << 28);
+        let sets = [
+            (Tier::Memory, far),
+            (Tier::Memory, far / 2),
+            (Tier::L2, 1 << 18),
+            (Tier::L3, 4 << 20),
+        ];
+        let keys = sets.into_iter().flat_map(|(tier, bytes)| {
+            self.threads
+                .iter()
+                .map(move |&threads| Key::Read(ReadKey { tier, bytes, threads }))
+        });
+        keys.take(count).collect()
+    }
+
+    fn measures(&self, key: &Key) -> bool {
+        matches!(
+            key,
+            Key::Read(ReadKey {
+                tier: Tier::L2 | Tier::L3 | Tier::Memory,
+                ..
+            })
+        )
+    }
+
+    fn prepare(&self, key: &Key, _session: u32) -> Result<Box<dyn Prepared>> {
+        let Key::Read(read) = *key else {
+            return Err(super::refused(self.name(), key, "not a read"));
+        };
+        let words = usize::try_from(read.bytes / 8).map_err(|_| super::refused(self.name(), key, "too large"))?;
+        // Written, so that every page exists.
+        let words: Vec<u64> = (0..words as u64).collect();
+        Ok(Box::new(WorkingSet {
+            words,
+            threads: read.threads.max(1) as usize,
+        }))
+    }
+}
+
+struct WorkingSet {
+    words: Vec<u64>,
+    threads: usize,
+}
+
+impl Prepared for WorkingSet {
+    fn run(&mut self, _piece: usize) -> Result<()> {
+        if self.threads == 1 {
+            black_box(sum(&self.words));
+            return Ok(());
+        }
+        let share = self.words.len().div_ceil(self.threads);
+        std::thread::scope(|scope| {
+            for part in self.words.chunks(share) {
+                scope.spawn(move || black_box(sum(part)));
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Wrapping sum, eight lanes at once.
+fn sum(words: &[u64]) -> u64 {
+    let (chunks, rest) = words.as_chunks::<8>();
+    let mut lanes = [0u64; 8];
+    for chunk in chunks {
+        for (lane, word) in lanes.iter_mut().zip(chunk) {
+            *lane = lane.wrapping_add(*word);
+        }
+    }
+    lanes.iter().chain(rest).fold(0, |sum, word| sum.wrapping_add(*word))
+}

@@ -1,0 +1,218 @@
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use cotk_run::cancel::Cancel;
+use cotk_run::progress::Silent;
+use cotk_run::seeds::Seeds;
+use rand::RngExt;
+
+use super::disk::DiskProbe;
+use super::gather::Settings;
+use super::measure::{Plan, Wanted, measure};
+use super::memory::MemoryProbe;
+use super::*;
+use crate::graph::Numerics;
+use crate::identity::Identity;
+use crate::profile::{Profile, Purpose};
+use crate::work::{LinearKey, Tier};
+
+/// A made-up machine: a linear layer costs 5 µs and 1 µs per 1,000 weights, waited for by the clock.
+struct Clockwork {
+    runs: Arc<AtomicU32>,
+    cancel_at: Option<(u32, Cancel)>,
+}
+
+fn us(key: &Key) -> f64 {
+    let Key::Linear(l) = key else { panic!("{key}") };
+    5.0 + f64::from(l.inputs * l.outputs) / 1000.0
+}
+
+impl Probe for Clockwork {
+    fn name(&self) -> &str {
+        "clockwork"
+    }
+    fn candidates(&self, count: usize, rng: &mut Stream) -> Vec<Key> {
+        let mut key = || {
+            Key::Linear(LinearKey {
+                batch: 1,
+                inputs: rng.random_range(16..400),
+                outputs: rng.random_range(16..400),
+                numerics: Numerics::F32,
+                threads: 1,
+            })
+        };
+        (0..count).map(|_| key()).collect()
+    }
+    fn measures(&self, key: &Key) -> bool {
+        matches!(key, Key::Linear(_))
+    }
+    fn prepare(&self, key: &Key, _session: u32) -> Result<Box<dyn Prepared>> {
+        if let Some((at, cancel)) = &self.cancel_at
+            && self.runs.fetch_add(1, Ordering::Relaxed) + 1 == *at
+        {
+            cancel.cancel();
+        }
+        self.runs
+            .fetch_add(u32::from(self.cancel_at.is_none()), Ordering::Relaxed);
+        Ok(Box::new(Wait(us(key))))
+    }
+}
+
+/// Two pieces, of which one is the overhead that the other has too.
+struct Wait(f64);
+
+impl Prepared for Wait {
+    fn weights(&self) -> Vec<f64> {
+        vec![1.0, -1.0]
+    }
+    fn run(&mut self, piece: usize) -> Result<()> {
+        let until = if piece == 0 { self.0 + 10.0 } else { 10.0 };
+        let begin = Instant::now();
+        while begin.elapsed().as_secs_f64() * 1e6 < until {}
+        Ok(())
+    }
+}
+
+fn plan() -> Plan {
+    Plan {
+        settings: Settings {
+            sessions: 2,
+            rounds: 5,
+            slice: Duration::from_micros(50),
+            live: 4,
+        },
+        seeds: Seeds::new(7),
+        quick: true,
+        purpose: Purpose::Machine,
+        identity: Identity::here(BTreeMap::new()),
+        cotk_version: "0".into(),
+        commit: None,
+    }
+}
+
+fn wanted(cancel_at: Option<(u32, Cancel)>) -> (Vec<Wanted>, Arc<AtomicU32>) {
+    let runs = Arc::new(AtomicU32::new(0));
+    let probe = Clockwork {
+        runs: Arc::clone(&runs),
+        cancel_at,
+    };
+    let probe = Box::new(probe);
+    (
+        vec![Wanted {
+            probe,
+            table: 20,
+            heldout: 5,
+        }],
+        runs,
+    )
+}
+
+#[test]
+fn a_machine_of_known_times_is_measured_fitted_and_judged() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("machine");
+    let measured = measure(wanted(None).0, &plan(), &folder, &Cancel::new(), &Silent).unwrap();
+    assert_eq!((measured.profile.rows.len(), measured.profile.heldout.len()), (20, 5));
+    // Not that it is quiet here: only that rows are the keys' own times and not each other's.
+    let ranks = |values: Vec<f64>| {
+        let mut order: Vec<usize> = (0..values.len()).collect();
+        order.sort_by(|&a, &b| values[a].total_cmp(&values[b]));
+        order
+    };
+    let (found, truth): (Vec<f64>, Vec<f64>) = measured.profile.rows.iter().map(|r| (r.median_us, us(&r.key))).unzip();
+    let agree = ranks(found)
+        .into_iter()
+        .zip(ranks(truth))
+        .filter(|(a, b)| a == b)
+        .count();
+    assert!(agree >= 5, "{agree} of 20 in the same place");
+    for held in &measured.profile.heldout {
+        assert!(!measured.profile.rows.iter().any(|r| r.key == held.key), "{}", held.key);
+        assert!(held.lo_us <= held.predicted_us && held.predicted_us <= held.hi_us);
+    }
+    assert_eq!(Profile::load(&folder).unwrap().rows, measured.profile.rows);
+    assert_eq!(
+        std::fs::read_dir(dir.path()).unwrap().count(),
+        1,
+        "nothing is left beside it"
+    );
+}
+
+#[test]
+fn an_interrupted_measurement_goes_on_where_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("machine");
+    let cancel = Cancel::new();
+    let error = measure(wanted(Some((10, cancel.clone()))).0, &plan(), &folder, &cancel, &Silent)
+        .err()
+        .unwrap();
+    assert!(matches!(error, Error::Run(cotk_run::Error::Cancelled)), "{error}");
+    assert!(!folder.exists());
+    let (again, runs) = wanted(None);
+    let measured = measure(again, &plan(), &folder, &Cancel::new(), &Silent).unwrap();
+    assert!(measured.resumed >= 8, "{}", measured.resumed);
+    let fresh = {
+        let (fresh, runs) = wanted(None);
+        measure(fresh, &plan(), &dir.path().join("fresh"), &Cancel::new(), &Silent).unwrap();
+        runs.load(Ordering::Relaxed)
+    };
+    // Sessions that disagreed are measured once more, so counts vary a little: but resumed ones are not repeated.
+    assert!(
+        runs.load(Ordering::Relaxed) < fresh + 25,
+        "{} {fresh}",
+        runs.load(Ordering::Relaxed)
+    );
+    assert_eq!(measured.profile.rows.len(), 20);
+    // Another seed has other keys: times do not mix.
+    let other = Plan {
+        seeds: Seeds::new(8),
+        ..plan()
+    };
+    let measured = measure(wanted(None).0, &other, &folder, &Cancel::new(), &Silent).unwrap();
+    assert_eq!(measured.resumed, 0);
+}
+
+#[test]
+fn memory_and_disk_read_what_they_are_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut rng = Seeds::new(1).stream("test");
+    let memory = MemoryProbe::new(vec![1, 2], 0);
+    for key in memory.candidates(8, &mut rng).into_iter().rev().take(4) {
+        assert!(memory.measures(&key));
+        memory.prepare(&key, 0).unwrap().run(0).unwrap();
+    }
+    let disk = DiskProbe::new(dir.path(), 4 << 20, vec![1 << 16, 1 << 20], vec![1, 3]).unwrap();
+    assert!(matches!(disk.tier(), Tier::Disk | Tier::DiskBuffered));
+    for key in disk.candidates(8, &mut rng) {
+        let mut prepared = disk.prepare(&key, 0).unwrap();
+        (0..10).for_each(|_| prepared.run(0).unwrap());
+    }
+    let odd = Key::Read(crate::work::ReadKey {
+        tier: disk.tier(),
+        bytes: 1000,
+        threads: 1,
+    });
+    assert!(
+        disk.prepare(&odd, 0)
+            .err()
+            .unwrap()
+            .to_string()
+            .contains("multiple of 4096")
+    );
+    drop(disk);
+    assert_eq!(
+        std::fs::read_dir(dir.path()).unwrap().count(),
+        0,
+        "its file goes with it"
+    );
+}
+
+#[test]
+fn statistics_of_a_list() {
+    let s = Statistics::of(&[5.0, 1.0, 3.0, 2.0, 100.0]);
+    assert_eq!((s.median, s.mad), (3.0, 2.0));
+    assert!((s.q10 - 1.4).abs() < 1e-12);
+    assert!(median(&[]).is_nan());
+}

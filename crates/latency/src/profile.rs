@@ -1,0 +1,487 @@
+//! A machine's measured times on disk: `profile.toml`, `timings.csv`, `coeffs.toml`, `heldout.csv`. The only room that
+//! touches profile files. Law: what is saved loads to the same predictions; a changed or cut file is refused by line.
+
+mod csv;
+
+use std::collections::BTreeMap;
+use std::path::{Path as FilePath, PathBuf};
+
+use cotk_run::files;
+use serde::{Deserialize, Serialize};
+
+use crate::fit::{Coefficient, PathFit, Sample};
+use crate::identity::Identity;
+use crate::predict::{Flag, Model};
+use crate::work::Key;
+use crate::{Error, Result};
+
+const LIMIT_BYTES: u64 = 1 << 28;
+/// Above this floor a profile is called noisy.
+const NOISY: f64 = 0.05;
+
+/// Everything that was measured and fitted on one machine.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Profile {
+    pub head: Head,
+    /// In key order.
+    pub rows: Vec<Row>,
+    pub fits: Vec<PathFit>,
+    pub heldout: Vec<HeldOut>,
+}
+
+/// `profile.toml`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Head {
+    pub format: u32,
+    pub purpose: Purpose,
+    pub provenance: Provenance,
+    pub identity: Identity,
+    pub noise: Noise,
+    /// What it is good for; filled on save.
+    #[serde(default)]
+    pub good_for: GoodFor,
+    /// Lengths and checksums of the other files; filled on save.
+    #[serde(default)]
+    pub files: BTreeMap<String, FileMark>,
+}
+
+/// What the times may be taken for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Purpose {
+    /// Times of this machine: refused on another one unless forced.
+    Machine,
+    /// Committed, to compare predictions between commits: usable anywhere, and every prediction says so.
+    Reference,
+}
+
+/// How the profile came to be.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Provenance {
+    pub date: String,
+    pub cotk_version: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
+    pub seed: u64,
+    pub quick: bool,
+    pub seconds: f64,
+}
+
+/// How well this machine can be measured at all.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Noise {
+    /// Median of |ln(a / b)| over repeats of the canaries in different sessions, in percent.
+    pub floor_pct: f64,
+    /// The same, 90th percentile.
+    pub p90_pct: f64,
+    /// Share of time that the hypervisor took away while measuring.
+    pub steal_pct: f64,
+    pub verdict: Verdict,
+    /// What was repeated.
+    pub canaries: Vec<String>,
+}
+
+/// See `Noise`: up to 2 % good, up to 5 % usable, else noisy (reference 4.6).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    Good,
+    Usable,
+    Noisy,
+}
+
+impl Verdict {
+    /// From the floor and the stolen share, both in percent.
+    pub fn of(floor_pct: f64, steal_pct: f64) -> Self {
+        match () {
+            () if floor_pct > 100.0 * NOISY || steal_pct > 3.0 || !floor_pct.is_finite() => Self::Noisy,
+            () if floor_pct > 2.0 => Self::Usable,
+            () => Self::Good,
+        }
+    }
+}
+
+/// Kinds of operator and numbers of threads that were measured.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GoodFor {
+    /// `cnn`, `experts`, `memory`, `disk`.
+    pub kinds: Vec<String>,
+    pub threads: Vec<u32>,
+    pub paths: Vec<String>,
+}
+
+/// What a whole file looks like.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileMark {
+    pub rows: u64,
+    pub xxh3: String,
+}
+
+/// One measured key.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Row {
+    pub key: Key,
+    /// Independent builds of the key.
+    pub sessions: u32,
+    /// Slices in all sessions.
+    pub count: u32,
+    /// Median over sessions of the median over slices.
+    pub median_us: f64,
+    /// Tenth percentile of slices, smallest session.
+    pub q10_us: f64,
+    /// Median absolute deviation of slices, or half the range of the sessions' medians if that is larger.
+    pub mad_us: f64,
+}
+
+impl Row {
+    /// Spread over time.
+    pub fn relative_spread(&self) -> f64 {
+        if self.median_us > 0.0 {
+            self.mad_us / self.median_us
+        } else {
+            1.0
+        }
+    }
+
+    /// For the fit.
+    pub fn sample(&self) -> Sample {
+        Sample {
+            key: self.key,
+            us: self.median_us,
+            relative_spread: self.relative_spread(),
+        }
+    }
+}
+
+/// A shape that was kept out of the table, predicted after the fit was frozen, then measured.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct HeldOut {
+    pub key: Key,
+    pub predicted_us: f64,
+    pub lo_us: f64,
+    pub hi_us: f64,
+    pub measured_us: f64,
+}
+
+/// How well held-out shapes were predicted.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct HeldOutSummary {
+    pub count: usize,
+    pub mape_pct: f64,
+    /// Share of them within 15 %, in percent.
+    pub within_15_pct: f64,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CoeffsFile {
+    #[serde(default)]
+    path: Vec<CoeffsPath>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CoeffsPath {
+    name: String,
+    rows: usize,
+    cv_mape_pct: f64,
+    spread_ln: f64,
+    term: Vec<Coefficient>,
+}
+
+impl Profile {
+    /// Version of the folder's layout; others are refused by name.
+    pub const FORMAT: u32 = 1;
+
+    /// A profile's folder, whoever's machine it is of.
+    ///
+    /// # Errors
+    /// [`Error::Run`] for a missing file, [`Error::Format`], [`Error::Line`].
+    pub fn load(folder: &FilePath) -> Result<Self> {
+        let head: Head = toml(&folder.join("profile.toml"), None)?;
+        if head.format != Self::FORMAT {
+            return Err(Error::Format {
+                file: folder.join("profile.toml"),
+                detail: format!(
+                    "format {}, expected {}: measure again with `cotk profile`",
+                    head.format,
+                    Self::FORMAT
+                ),
+            });
+        }
+        let mark = |name: &str| {
+            head.files.get(name).ok_or_else(|| Error::Format {
+                file: folder.join("profile.toml"),
+                detail: format!("cut short: nothing in it about {name}"),
+            })
+        };
+        let rows = csv::rows(&folder.join("timings.csv"), mark("timings.csv")?)?;
+        let heldout = csv::heldout(&folder.join("heldout.csv"), mark("heldout.csv")?)?;
+        let coeffs = folder.join("coeffs.toml");
+        let parsed: CoeffsFile = toml(&coeffs, Some(mark("coeffs.toml")?))?;
+        let fit = |path: CoeffsPath| {
+            let fail = |detail| Error::Format {
+                file: coeffs.clone(),
+                detail,
+            };
+            if let Some(c) = path
+                .term
+                .iter()
+                .find(|c| !(c.us_per_unit.is_finite() && c.us_per_unit >= 0.0))
+            {
+                let detail = format!(
+                    "path {}: {}: found {}, expected 0 or more",
+                    path.name,
+                    c.term.name(),
+                    c.us_per_unit
+                );
+                return Err(fail(detail));
+            }
+            Ok(PathFit {
+                path: path.name.parse().map_err(fail)?,
+                coefficients: path.term,
+                rows: path.rows,
+                cv_mape_pct: path.cv_mape_pct,
+                spread_ln: path.spread_ln,
+            })
+        };
+        let fits = parsed.path.into_iter().map(fit).collect::<Result<_>>()?;
+        Ok(Self {
+            head,
+            rows,
+            fits,
+            heldout,
+        })
+    }
+
+    /// Writes the folder anew: whole beside it, then exchanged.
+    ///
+    /// # Errors
+    /// [`Error::Run`]; the old profile then stands.
+    pub fn save(&self, folder: &FilePath) -> Result<()> {
+        let partial = with_suffix(folder, ".partial-new");
+        remove(&partial)?;
+        files::create_folder(&partial)?;
+        let timings = csv::write_rows(&self.rows);
+        let heldout = csv::write_heldout(&self.heldout);
+        let coeffs = CoeffsFile {
+            path: self
+                .fits
+                .iter()
+                .map(|fit| CoeffsPath {
+                    name: fit.path.to_string(),
+                    rows: fit.rows,
+                    cv_mape_pct: fit.cv_mape_pct,
+                    spread_ln: fit.spread_ln,
+                    term: fit.coefficients.clone(),
+                })
+                .collect(),
+        };
+        let encode = |e: toml::ser::Error| Error::Format {
+            file: folder.to_owned(),
+            detail: e.to_string(),
+        };
+        let coeffs = ::toml::to_string(&coeffs).map_err(encode)?;
+        let mut head = self.head.clone();
+        head.good_for = self.good_for();
+        let mark = |text: &str| FileMark {
+            rows: text.lines().count() as u64,
+            xxh3: format!("{:016x}", files::checksum(text.as_bytes())),
+        };
+        let all = [
+            ("timings.csv", &timings),
+            ("coeffs.toml", &coeffs),
+            ("heldout.csv", &heldout),
+        ];
+        head.files = all
+            .iter()
+            .map(|(name, text)| ((*name).to_owned(), mark(text)))
+            .collect();
+        for (name, text) in all {
+            files::write_atomic(partial.join(name), text.as_bytes())?;
+        }
+        let head = ::toml::to_string(&head).map_err(encode)?;
+        files::write_atomic(partial.join("profile.toml"), head.as_bytes())?;
+        let old = with_suffix(folder, ".partial-old");
+        remove(&old)?;
+        if folder.exists() {
+            files::publish_folder(folder, &old)?;
+        }
+        files::publish_folder(&partial, folder)?;
+        remove(&old)
+    }
+
+    /// What was measured.
+    pub fn good_for(&self) -> GoodFor {
+        let mut good = GoodFor::default();
+        for fit in &self.fits {
+            let kind = crate::predict::kind(fit.path.family).to_owned();
+            if !good.kinds.contains(&kind) {
+                good.kinds.push(kind);
+            }
+            good.threads.push(fit.path.threads);
+            good.paths.push(fit.path.to_string());
+        }
+        good.threads.sort_unstable();
+        good.threads.dedup();
+        good
+    }
+
+    /// The profile as something that predicts; `also` joins the profile's own flags.
+    pub fn model(&self, also: &[Flag]) -> Model {
+        let mut flags = also.to_vec();
+        if self.head.noise.verdict == Verdict::Noisy {
+            flags.push(Flag::Noisy);
+        }
+        if self.head.provenance.quick {
+            flags.push(Flag::Quick);
+        }
+        if self.head.purpose == Purpose::Reference {
+            flags.push(Flag::Reference);
+        }
+        let rows = self.rows.iter().map(|r| (r.key, r.median_us, r.relative_spread()));
+        let floor = self.head.noise.floor_pct / 100.0;
+        Model::new(
+            self.head.identity.id(),
+            self.head.identity.block(),
+            rows,
+            self.fits.iter().cloned(),
+            floor,
+            flags,
+        )
+    }
+
+    /// Error on held-out shapes; `None` where none were measured.
+    pub fn heldout_summary(&self) -> Option<HeldOutSummary> {
+        let errors: Vec<f64> = self
+            .heldout
+            .iter()
+            .map(|h| (h.predicted_us / h.measured_us - 1.0).abs())
+            .collect();
+        #[expect(clippy::cast_precision_loss, reason = "counts of shapes")]
+        let count = errors.len() as f64;
+        #[expect(clippy::cast_precision_loss, reason = "counts of shapes")]
+        (count > 0.0).then(|| HeldOutSummary {
+            count: errors.len(),
+            mape_pct: 100.0 * errors.iter().sum::<f64>() / count,
+            within_15_pct: 100.0 * errors.iter().filter(|e| **e <= 0.15).count() as f64 / count,
+        })
+    }
+}
+
+/// Which profile to use: the first that is named wins.
+#[derive(Debug, Clone, Default)]
+pub struct Request {
+    /// `--profile`.
+    pub flag: Option<PathBuf>,
+    /// The recipe's `[latency] profile`; `"auto"` goes on.
+    pub recipe: Option<String>,
+    /// `--force`: another machine's profile may be used.
+    pub force: bool,
+}
+
+/// A profile with where it was found and what to say about it.
+#[derive(Debug, Clone)]
+pub struct Found {
+    pub profile: Profile,
+    pub folder: PathBuf,
+    /// `OtherMachine` when forced.
+    pub flags: Vec<Flag>,
+}
+
+impl Found {
+    /// The profile as something that predicts.
+    pub fn model(&self) -> Model {
+        self.profile.model(&self.flags)
+    }
+}
+
+/// Finds, loads and checks the profile for this machine: `--profile`, the recipe, `$COTK_PROFILE`, `./profiles/<id>`,
+/// `$XDG_DATA_HOME/cotk/profiles/<id>`.
+///
+/// # Errors
+/// [`Error::NoProfile`] with every place looked at; [`Error::OtherMachine`] with every difference; as [`Profile::load`].
+pub fn find(request: &Request, here: &Identity) -> Result<Found> {
+    let recipe = request
+        .recipe
+        .as_deref()
+        .filter(|name| *name != "auto")
+        .map(PathBuf::from);
+    let variable = std::env::var_os("COTK_PROFILE")
+        .filter(|v| !v.is_empty())
+        .map(PathBuf::from);
+    let (folder, looked_at) = match request.flag.clone().or(recipe).or(variable) {
+        Some(named) => (Some(named), Vec::new()),
+        None => {
+            let mut places = vec![PathBuf::from("profiles").join(here.id())];
+            places.extend(files::data_folder().map(|d| d.join("profiles").join(here.id())));
+            (places.iter().find(|p| p.join("profile.toml").exists()).cloned(), places)
+        }
+    };
+    let folder = folder.ok_or(Error::NoProfile { looked_at })?;
+    if !folder.join("profile.toml").exists() {
+        return Err(Error::NoProfile {
+            looked_at: vec![folder],
+        });
+    }
+    let profile = Profile::load(&folder)?;
+    let differences = profile.head.identity.differences(here);
+    let mut flags = Vec::new();
+    if profile.head.purpose == Purpose::Machine && !differences.is_empty() {
+        if !request.force {
+            return Err(Error::OtherMachine { folder, differences });
+        }
+        flags.push(Flag::OtherMachine);
+    }
+    Ok(Found { profile, folder, flags })
+}
+
+/// Where `cotk profile` writes: `./profiles/<id>` inside a checkout of cotk, else the user's data folder.
+pub fn home(here: &Identity) -> PathBuf {
+    let checkout = FilePath::new("crates/cotk").is_dir() && FilePath::new("profiles").is_dir();
+    match files::data_folder().filter(|_| !checkout) {
+        Some(data) => data.join("profiles").join(here.id()),
+        None => PathBuf::from("profiles").join(here.id()),
+    }
+}
+
+pub(crate) fn with_suffix(folder: &FilePath, suffix: &str) -> PathBuf {
+    let mut name = folder.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+fn remove(folder: &FilePath) -> Result<()> {
+    match std::fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::Run(cotk_run::Error::io("remove", folder)(e))),
+        _ => Ok(()),
+    }
+}
+
+fn toml<T: serde::de::DeserializeOwned>(file: &FilePath, mark: Option<&FileMark>) -> Result<T> {
+    let text = files::read_text(file, LIMIT_BYTES)?;
+    let fail = |detail: String| Error::Format {
+        file: file.to_owned(),
+        detail,
+    };
+    let parsed = ::toml::from_str(&text).map_err(|e| fail(e.to_string().trim_end().to_owned()))?;
+    if let Some(mark) = mark {
+        let found = format!("{:016x}", files::checksum(text.as_bytes()));
+        if found != mark.xxh3 {
+            let lines = text.lines().count();
+            return Err(fail(format!(
+                "changed since it was measured: {lines} lines with checksum {found}, expected {} with {}",
+                mark.rows, mark.xxh3
+            )));
+        }
+    }
+    Ok(parsed)
+}
+
+#[cfg(test)]
+mod tests;

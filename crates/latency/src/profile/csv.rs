@@ -1,0 +1,369 @@
+//! `timings.csv` and `heldout.csv`: one typed row, one parser, one writer. Fields hold no commas and no quotes. The last
+//! column is a checksum of the line before it, so that an edited line is refused by its number.
+
+use std::collections::HashMap;
+use std::path::Path as FilePath;
+
+use cotk_run::files;
+
+use super::{FileMark, HeldOut, LIMIT_BYTES, Row};
+use crate::graph::Numerics;
+use crate::work::{
+    Context, ConvKey, ExpertKey, Heat, Key, LinearKey, PlaneKey, ReadKey, Tier, numerics_name, tier_name,
+};
+use crate::{Error, Result};
+
+/// Columns of a key, in the order of the file; those that an operator does not have stay empty. Of a linear layer `cin` and
+/// `cout` are inputs and outputs.
+const KEY: [&str; 18] = [
+    "operator", "batch", "cin", "cout", "kernel", "stride", "groups", "height", "width", "numerics", "context",
+    "hidden", "inner", "bits", "planes", "group", "tokens", "heat",
+];
+const KEY_TAIL: [&str; 3] = ["tier", "bytes", "threads"];
+const ROW: [&str; 5] = ["sessions", "count", "median_us", "q10_us", "mad_us"];
+const HELDOUT: [&str; 4] = ["predicted_us", "lo_us", "hi_us", "measured_us"];
+
+pub(super) fn write_rows(rows: &[Row]) -> String {
+    let values = |r: &Row| {
+        [
+            r.sessions.to_string(),
+            r.count.to_string(),
+            number(r.median_us),
+            number(r.q10_us),
+            number(r.mad_us),
+        ]
+    };
+    write(&ROW, rows.iter().map(|r| (r.key, values(r).to_vec())))
+}
+
+pub(super) fn write_heldout(rows: &[HeldOut]) -> String {
+    let values = |h: &HeldOut| [h.predicted_us, h.lo_us, h.hi_us, h.measured_us].map(number);
+    write(&HELDOUT, rows.iter().map(|h| (h.key, values(h).to_vec())))
+}
+
+/// Shortest text that reads back to the same number.
+fn number(value: f64) -> String {
+    value.to_string()
+}
+
+fn write(extra: &[&str], rows: impl Iterator<Item = (Key, Vec<String>)>) -> String {
+    let names: Vec<&str> = KEY.iter().chain(&KEY_TAIL).chain(extra).copied().collect();
+    let mut text = names.join(",") + ",sum\n";
+    for (key, values) in rows {
+        let cells = cells(&key);
+        let line: Vec<String> = KEY
+            .iter()
+            .chain(&KEY_TAIL)
+            .map(|name| {
+                cells
+                    .iter()
+                    .find(|c| c.0 == *name)
+                    .map(|c| c.1.clone())
+                    .unwrap_or_default()
+            })
+            .chain(values)
+            .collect();
+        let line = line.join(",");
+        text += &format!("{line},{}\n", sum(&line));
+    }
+    text
+}
+
+fn sum(line: &str) -> String {
+    format!("{:08x}", files::checksum(line.as_bytes()) >> 32)
+}
+
+fn cells(key: &Key) -> Vec<(&'static str, String)> {
+    let mut cells = vec![("operator", key.operator().to_owned())];
+    let mut push = |name, value: String| cells.push((name, value));
+    match *key {
+        Key::Session { threads } => push("threads", threads.to_string()),
+        Key::Conv(c) => {
+            let numbers = [
+                ("batch", c.batch),
+                ("cin", c.cin),
+                ("cout", c.cout),
+                ("kernel", c.kernel),
+                ("stride", c.stride),
+                ("groups", c.groups),
+                ("height", c.height),
+                ("width", c.width),
+                ("threads", c.threads),
+            ];
+            numbers
+                .into_iter()
+                .for_each(|(name, value)| push(name, value.to_string()));
+            push("numerics", numerics_name(c.numerics).into());
+            let context = match c.context {
+                Context::Alone => "alone",
+                Context::Chain => "chain",
+            };
+            push("context", context.into());
+        }
+        Key::Linear(l) => {
+            let numbers = [
+                ("batch", l.batch),
+                ("cin", l.inputs),
+                ("cout", l.outputs),
+                ("threads", l.threads),
+            ];
+            numbers
+                .into_iter()
+                .for_each(|(name, value)| push(name, value.to_string()));
+            push("numerics", numerics_name(l.numerics).into());
+        }
+        Key::Add(p) | Key::GlobalAvgPool(p) | Key::Entry(p) => {
+            let numbers = [
+                ("batch", p.batch),
+                ("cin", p.channels),
+                ("height", p.height),
+                ("width", p.width),
+                ("threads", p.threads),
+            ];
+            numbers
+                .into_iter()
+                .for_each(|(name, value)| push(name, value.to_string()));
+            push("numerics", numerics_name(p.numerics).into());
+        }
+        Key::Expert(e) => {
+            let numbers = [
+                ("hidden", e.hidden),
+                ("inner", e.inner),
+                ("bits", e.bits),
+                ("planes", e.planes),
+                ("group", e.group),
+                ("tokens", e.tokens),
+                ("threads", e.threads),
+            ];
+            numbers
+                .into_iter()
+                .for_each(|(name, value)| push(name, value.to_string()));
+            push(
+                "heat",
+                if e.heat == Heat::Hot {
+                    "hot".into()
+                } else {
+                    "cold".into()
+                },
+            );
+        }
+        Key::Read(r) => {
+            push("tier", tier_name(r.tier).into());
+            push("bytes", r.bytes.to_string());
+            push("threads", r.threads.to_string());
+        }
+    }
+    cells
+}
+
+pub(super) fn rows(file: &FilePath, mark: &FileMark) -> Result<Vec<Row>> {
+    read(file, &ROW, mark, |line| {
+        Ok(Row {
+            key: line.key()?,
+            sessions: line.number("sessions")?,
+            count: line.number("count")?,
+            median_us: line.time("median_us")?,
+            q10_us: line.time("q10_us")?,
+            mad_us: line.time("mad_us")?,
+        })
+    })
+}
+
+pub(super) fn heldout(file: &FilePath, mark: &FileMark) -> Result<Vec<HeldOut>> {
+    read(file, &HELDOUT, mark, |line| {
+        Ok(HeldOut {
+            key: line.key()?,
+            predicted_us: line.time("predicted_us")?,
+            lo_us: line.time("lo_us")?,
+            hi_us: line.time("hi_us")?,
+            measured_us: line.time("measured_us")?,
+        })
+    })
+}
+
+fn read<T>(file: &FilePath, extra: &[&str], mark: &FileMark, parse: impl Fn(&Line<'_>) -> Result<T>) -> Result<Vec<T>> {
+    let text = files::read_text(file, LIMIT_BYTES)?;
+    let fail = |line: u64, what: &str, found: String, expected: String| Error::Line {
+        file: file.to_owned(),
+        line,
+        what: what.to_owned(),
+        found,
+        expected,
+    };
+    let names: Vec<&str> = KEY
+        .iter()
+        .chain(&KEY_TAIL)
+        .chain(extra)
+        .copied()
+        .chain(["sum"])
+        .collect();
+    let mut out = Vec::new();
+    let mut seen: HashMap<Key, u64> = HashMap::new();
+    let mut lines = 0;
+    for (line, number) in text.lines().zip(1u64..) {
+        lines = number;
+        if number == 1 {
+            if line != names.join(",") {
+                return Err(fail(1, "columns", line.chars().take(300).collect(), names.join(",")));
+            }
+            continue;
+        }
+        let (body, found) = line.rsplit_once(',').unwrap_or((line, ""));
+        if found != sum(body) {
+            return Err(fail(
+                number,
+                "checksum of the line",
+                format!("`{found}`"),
+                format!("`{}`", sum(body)),
+            ));
+        }
+        let cells: Vec<&str> = body.split(',').collect();
+        if cells.len() + 1 != names.len() {
+            return Err(fail(
+                number,
+                "cells",
+                (cells.len() + 1).to_string(),
+                names.len().to_string(),
+            ));
+        }
+        let line = Line {
+            file,
+            number,
+            cells: names.iter().copied().zip(cells).collect(),
+        };
+        if let Some(first) = seen.insert(line.key()?, number) {
+            return Err(fail(
+                number,
+                "key",
+                format!("that of line {first}"),
+                "each key once".into(),
+            ));
+        }
+        out.push(parse(&line)?);
+    }
+    if lines == 0 {
+        return Err(fail(1, "columns", "nothing".into(), names.join(",")));
+    }
+    if mark.rows != lines || !text.ends_with('\n') {
+        return Err(fail(
+            lines,
+            "end of the file",
+            format!("after {lines} lines"),
+            format!("after {}", mark.rows),
+        ));
+    }
+    Ok(out)
+}
+
+struct Line<'a> {
+    file: &'a FilePath,
+    number: u64,
+    cells: HashMap<&'a str, &'a str>,
+}
+
+impl Line<'_> {
+    fn fail(&self, what: &str, expected: &str) -> Error {
+        let found = self.cells.get(what).copied().unwrap_or_default();
+        Error::Line {
+            file: self.file.to_owned(),
+            line: self.number,
+            what: format!("`{what}`"),
+            found: format!("`{}`", found.chars().take(80).collect::<String>()),
+            expected: expected.to_owned(),
+        }
+    }
+
+    fn number<T: std::str::FromStr + PartialOrd + Default>(&self, name: &str) -> Result<T> {
+        let value: Option<T> = self.cells.get(name).and_then(|cell| cell.parse().ok());
+        value
+            .filter(|v| *v > T::default())
+            .ok_or_else(|| self.fail(name, "a whole number above 0"))
+    }
+
+    fn time(&self, name: &str) -> Result<f64> {
+        let value: Option<f64> = self.cells.get(name).and_then(|cell| cell.parse().ok());
+        value
+            .filter(|v| v.is_finite() && *v >= 0.0)
+            .ok_or_else(|| self.fail(name, "a time of 0 or more"))
+    }
+
+    fn one_of<T: Copy>(&self, name: &str, known: &[(&str, T)]) -> Result<T> {
+        let cell = self.cells.get(name).copied().unwrap_or_default();
+        let expected = || known.iter().map(|k| k.0).collect::<Vec<_>>().join(", ");
+        known
+            .iter()
+            .find(|k| k.0 == cell)
+            .map(|k| k.1)
+            .ok_or_else(|| self.fail(name, &expected()))
+    }
+
+    fn numerics(&self) -> Result<Numerics> {
+        self.one_of(
+            "numerics",
+            &[Numerics::F32, Numerics::Int8].map(|n| (numerics_name(n), n)),
+        )
+    }
+
+    fn key(&self) -> Result<Key> {
+        type Make = fn(PlaneKey) -> Key;
+        let threads = self.number("threads")?;
+        let plane = |make: Make| {
+            Ok(make(PlaneKey {
+                batch: self.number("batch")?,
+                channels: self.number("cin")?,
+                height: self.number("height")?,
+                width: self.number("width")?,
+                numerics: self.numerics()?,
+                threads,
+            }))
+        };
+        match self.cells.get("operator").copied().unwrap_or_default() {
+            "session" => Ok(Key::Session { threads }),
+            "conv" => Ok(Key::Conv(ConvKey {
+                batch: self.number("batch")?,
+                cin: self.number("cin")?,
+                cout: self.number("cout")?,
+                kernel: self.number("kernel")?,
+                stride: self.number("stride")?,
+                groups: self.number("groups")?,
+                height: self.number("height")?,
+                width: self.number("width")?,
+                numerics: self.numerics()?,
+                threads,
+                context: self.one_of("context", &[("alone", Context::Alone), ("chain", Context::Chain)])?,
+            })),
+            "linear" => Ok(Key::Linear(LinearKey {
+                batch: self.number("batch")?,
+                inputs: self.number("cin")?,
+                outputs: self.number("cout")?,
+                numerics: self.numerics()?,
+                threads,
+            })),
+            "add" => plane(Key::Add),
+            "global_avg_pool" => plane(Key::GlobalAvgPool),
+            "entry" => plane(Key::Entry),
+            "expert" => Ok(Key::Expert(ExpertKey {
+                hidden: self.number("hidden")?,
+                inner: self.number("inner")?,
+                bits: self.number("bits")?,
+                planes: self.number("planes")?,
+                group: self.number("group")?,
+                tokens: self.number("tokens")?,
+                threads,
+                heat: self.one_of("heat", &[("hot", Heat::Hot), ("cold", Heat::Cold)])?,
+            })),
+            "read" => {
+                let tiers = [Tier::L2, Tier::L3, Tier::Memory, Tier::Disk, Tier::DiskBuffered];
+                Ok(Key::Read(ReadKey {
+                    tier: self.one_of("tier", &tiers.map(|t| (tier_name(t), t)))?,
+                    bytes: self.number("bytes")?,
+                    threads,
+                }))
+            }
+            _ => Err(self.fail(
+                "operator",
+                "session, conv, linear, add, global_avg_pool, entry, expert or read",
+            )),
+        }
+    }
+}
