@@ -21,23 +21,21 @@ fn one_token<const T: usize, const A: usize, const B: usize, const C: usize>(
     sums: &mut BlockOut,
 ) {
     let (cell, zero_point) = (prefix.cell(), prefix.zero_point());
-    let group_steps = prefix.format().group_steps();
-    let tiles = Tiles::new(prefix, block);
-    let fields = tiles.fields();
+    let tiles = Tiles::<A, B, C>::new(prefix, block);
     let mut scales = [0.0f32; 16];
     *sums = [0.0; 16];
     for tile in tiles {
         for s in 0..tile.steps {
             let step = &steps[tile.first_step + s];
-            if let Some(bytes) = tile.scales(s, group_steps) {
+            if let Some(bytes) = tile.scales(s) {
                 for (scale, b) in scales.iter_mut().zip(bytes.as_chunks::<2>().0) {
                     *scale = f16::from_le_bytes(*b).to_f32() * cell;
                 }
             }
             let mut dots = [0i32; 16];
-            add_lines::<A>(tile.lines(s, fields[0]), step, &mut dots);
-            add_lines::<B>(tile.lines(s, fields[1]), step, &mut dots);
-            add_lines::<C>(tile.lines(s, fields[2]), step, &mut dots);
+            add_lines::<A>(tile.lines(0, s), step, &mut dots);
+            add_lines::<B>(tile.lines(1, s), step, &mut dots);
+            add_lines::<C>(tile.lines(2, s), step, &mut dots);
             for ((sum, dot), scale) in sums.iter_mut().zip(&dots).zip(&scales) {
                 #[expect(clippy::cast_precision_loss, reason = "below 2^24")]
                 let centred = zero_point.mul_add(-step.sum, *dot as f32);

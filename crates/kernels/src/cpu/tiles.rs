@@ -2,83 +2,143 @@
 //! `cotk_quant::layout`; this only steps through them without asking again for each tile.
 
 use cotk_quant::coded::Prefix;
-use cotk_quant::layout::{MAX_PLANES, Placement, SCALE_BYTES, TILE_STEPS};
+use cotk_quant::layout::{Placement, SCALE_BYTES, TILE_STEPS};
 
 use super::activations::Activations;
 use super::dispatch::TOKENS;
 
 /// Most fields of a code.
-pub(crate) const MAX_FIELDS: usize = 3;
+const FIELDS: usize = 3;
 
-/// A field inside a step's codes.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct StepField {
-    plane: usize,
-    /// From the start of the step's codes in its plane.
-    offset: usize,
-}
-
-/// The tiles of one row block, in order.
-pub(crate) struct Tiles<'a> {
-    planes: [&'a [u8]; MAX_PLANES],
-    at: [usize; MAX_PLANES],
-    step_bytes: [usize; MAX_PLANES],
-    count: usize,
-    fields: [StepField; MAX_FIELDS],
-    placement: Placement,
-    group_steps: usize,
+/// The tiles of one row block, in order, for a prefix whose fields have `A`, `B` and `C` bits (0: no such field).
+///
+/// Fields come high bits first: shifting what is summed so far left by a field's width and adding the field's sum
+/// (Horner) gives the whole code's. All arrays are indexed by constants, so that they become registers.
+pub(crate) struct Tiles<'a, const A: usize, const B: usize, const C: usize> {
+    fields: [FieldWalk<'a>; FIELDS],
+    /// 1, or 2 where two matrices take turns.
+    turns: usize,
+    /// Whether the other matrix's tile comes first.
+    second: usize,
+    /// log2 of the steps of a group.
+    group_log2: u32,
     steps: usize,
     next_step: usize,
 }
 
-/// One tile: codes of one or two steps in each plane, and the scales of the groups that begin in it.
+/// One field's plane.
+#[derive(Clone, Copy, Default)]
+struct FieldWalk<'a> {
+    bytes: &'a [u8],
+    /// Start of the row block.
+    block: usize,
+    /// Of all fields of the plane.
+    step_bytes: usize,
+    /// 32 in the plane that has scales, else 0.
+    scale_bytes: usize,
+    /// Of this field in its plane's steps.
+    offset: usize,
+}
+
+/// One tile: codes of one or two steps, and the scales of the groups that begin in it.
 pub(crate) struct Tile<'a> {
     pub(crate) first_step: usize,
     pub(crate) steps: usize,
-    codes: [&'a [u8]; MAX_PLANES],
-    step_bytes: [usize; MAX_PLANES],
-    scales: &'a [[u8; SCALE_BYTES]],
+    codes: [&'a [u8]; FIELDS],
+    step_bytes: [usize; FIELDS],
+    scales: &'a [u8],
+    group_mask: usize,
 }
 
-impl<'a> Tiles<'a> {
+impl<'a, const A: usize, const B: usize, const C: usize> Tiles<'a, A, B, C> {
     pub(crate) fn new(prefix: &Prefix<'a>, block: usize) -> Self {
         let format = prefix.format();
         let (planes, placement) = prefix.planes();
         let mut tiles = Self {
-            planes: [&[]; MAX_PLANES],
-            at: [0; MAX_PLANES],
-            step_bytes: [0; MAX_PLANES],
-            count: planes.len(),
-            fields: [StepField::default(); MAX_FIELDS],
-            placement,
-            group_steps: format.group_steps(),
+            fields: [FieldWalk::default(); FIELDS],
+            turns: if placement == Placement::Alone { 1 } else { 2 },
+            second: usize::from(placement == Placement::PairSecond),
+            group_log2: format.group_steps().ilog2(),
             steps: format.steps(),
             next_step: 0,
         };
-        for (i, plane) in planes.iter().enumerate() {
-            tiles.planes[i] = plane;
-            tiles.at[i] = format.placed_tile(Placement::PairFirst, i, block, 0).offset;
-            if placement == Placement::Alone {
-                tiles.at[i] /= 2;
-            }
-            tiles.step_bytes[i] = format.step_bytes(i);
-        }
-        let mut used = [0; MAX_PLANES];
-        for (i, field) in prefix.fields().enumerate() {
-            let offset = used[field.plane];
-            used[field.plane] += 64 * field.bits as usize;
-            tiles.fields[i] = StepField {
-                plane: field.plane,
-                offset,
+        let mut used = [0; FIELDS];
+        for (walk, field) in tiles.fields.iter_mut().zip(prefix.fields()) {
+            let plane = field.plane;
+            *walk = FieldWalk {
+                bytes: planes[plane],
+                block: tiles.turns * block * format.block_bytes(plane),
+                step_bytes: format.step_bytes(plane),
+                scale_bytes: if plane == 0 { SCALE_BYTES } else { 0 },
+                offset: used[plane],
             };
+            used[plane] += 64 * field.bits as usize;
         }
         tiles
     }
 
-    /// The prefix's fields, high bits first: shifting what is summed so far left by a field's width and adding the
-    /// field's sum (Horner) gives the whole code's.
-    pub(crate) fn fields(&self) -> [StepField; MAX_FIELDS] {
-        self.fields
+    /// The field's bytes from its first in this tile to the tile's last: as `MatrixFormat::placed_tile`, in a few adds.
+    #[inline(always)]
+    fn field(&self, field: usize, first_step: usize, last_step: usize) -> &'a [u8] {
+        let walk = &self.fields[field];
+        let groups = |step: usize| (step + (1 << self.group_log2) - 1) >> self.group_log2;
+        let before = |step: usize| step * walk.step_bytes + groups(step) * walk.scale_bytes;
+        let bytes = before(last_step) - before(first_step);
+        let start = walk.block + self.turns * before(first_step) + self.second * bytes;
+        &walk.bytes[start + walk.offset..start + bytes]
+    }
+}
+
+impl<'a, const A: usize, const B: usize, const C: usize> Iterator for Tiles<'a, A, B, C> {
+    type Item = Tile<'a>;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Tile<'a>> {
+        let first_step = self.next_step;
+        if first_step >= self.steps {
+            return None;
+        }
+        let steps = TILE_STEPS.min(self.steps - first_step);
+        self.next_step += TILE_STEPS;
+        let last_step = first_step + steps;
+        let mut codes: [&[u8]; FIELDS] = [&[]; FIELDS];
+        codes[0] = self.field(0, first_step, last_step);
+        if B > 0 {
+            codes[1] = self.field(1, first_step, last_step);
+        }
+        if C > 0 {
+            codes[2] = self.field(2, first_step, last_step);
+        }
+        Some(Tile {
+            first_step,
+            steps,
+            codes,
+            step_bytes: self.fields.map(|f| f.step_bytes),
+            // The first field begins its plane's steps: what follows their codes is scales.
+            scales: &codes[0][steps * self.fields[0].step_bytes..],
+            group_mask: (1 << self.group_log2) - 1,
+        })
+    }
+}
+
+impl<'a> Tile<'a> {
+    /// The lines of one field in one step: 16 rows × 4 deep, `8 / BITS` times over.
+    #[inline(always)]
+    pub(crate) fn lines<const BITS: usize>(&self, field: usize, step: usize) -> &'a [[u8; 64]; BITS] {
+        let from = step * self.step_bytes[field];
+        let lines = self.codes[field][from..from + 64 * BITS].as_chunks().0;
+        lines.first_chunk().expect("64 · BITS bytes are BITS lines")
+    }
+
+    /// The 16 f16 scales of a group that begins at this step of the tile, if one does.
+    #[inline(always)]
+    pub(crate) fn scales(&self, step: usize) -> Option<&'a [u8; SCALE_BYTES]> {
+        // Tiles begin at even steps: with groups of more than one step, only a first step begins one.
+        if (self.first_step + step) & self.group_mask == 0 {
+            self.scales[step * SCALE_BYTES..].first_chunk()
+        } else {
+            None
+        }
     }
 }
 
@@ -104,69 +164,6 @@ macro_rules! by_fields {
     }};
 }
 pub(crate) use by_fields;
-
-impl<'a> Iterator for Tiles<'a> {
-    type Item = Tile<'a>;
-
-    #[inline(always)]
-    fn next(&mut self) -> Option<Tile<'a>> {
-        let first_step = self.next_step;
-        if first_step >= self.steps {
-            return None;
-        }
-        let steps = TILE_STEPS.min(self.steps - first_step);
-        self.next_step += TILE_STEPS;
-        let first_group = first_step.div_ceil(self.group_steps);
-        let scales = (first_step + steps).div_ceil(self.group_steps) - first_group;
-        let mut tile = Tile {
-            first_step,
-            steps,
-            codes: [&[]; MAX_PLANES],
-            step_bytes: self.step_bytes,
-            scales: &[],
-        };
-        for i in 0..self.count {
-            let codes = steps * self.step_bytes[i];
-            let scale_bytes = if i == 0 { scales * SCALE_BYTES } else { 0 };
-            let bytes = codes + scale_bytes;
-            let start = self.at[i]
-                + if self.placement == Placement::PairSecond {
-                    bytes
-                } else {
-                    0
-                };
-            self.at[i] += if self.placement == Placement::Alone {
-                bytes
-            } else {
-                2 * bytes
-            };
-            let (codes, scale_bytes) = self.planes[i][start..start + bytes].split_at(codes);
-            tile.codes[i] = codes;
-            if i == 0 {
-                tile.scales = scale_bytes.as_chunks().0;
-            }
-        }
-        Some(tile)
-    }
-}
-
-impl<'a> Tile<'a> {
-    /// The lines of one field in one step: 16 rows × 4 deep, `8 / bits` times over.
-    #[inline(always)]
-    pub(crate) fn lines<const BITS: usize>(&self, step: usize, field: StepField) -> &'a [[u8; 64]; BITS] {
-        let from = step * self.step_bytes[field.plane] + field.offset;
-        let lines = self.codes[field.plane][from..from + 64 * BITS].as_chunks().0;
-        lines.first_chunk().expect("64 · BITS bytes are BITS lines")
-    }
-
-    /// The 16 f16 scales of a group that begins at this step of the tile, if one does.
-    #[inline(always)]
-    pub(crate) fn scales(&self, step: usize, group_steps: usize) -> Option<&'a [u8; SCALE_BYTES]> {
-        (self.first_step + step)
-            .is_multiple_of(group_steps)
-            .then(|| &self.scales[if group_steps == 1 { step } else { 0 }])
-    }
-}
 
 /// What every block kernel may rely on.
 pub(crate) fn check(prefix: &Prefix<'_>, block: usize, acts: &Activations, first_token: usize, tokens: usize) {

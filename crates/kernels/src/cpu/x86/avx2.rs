@@ -50,15 +50,13 @@ fn tokens<const T: usize, const A: usize, const B: usize, const C: usize>(
     out: &mut [BlockOut],
 ) {
     let steps: [&[StepCodes]; T] = std::array::from_fn(|t| acts.token(first_token + t));
-    let tiles = Tiles::new(prefix, block);
-    let fields = tiles.fields();
-    let group_steps = prefix.format().group_steps();
+    let tiles = Tiles::<A, B, C>::new(prefix, block);
     let (cell, zero_point) = (_mm256_set1_ps(prefix.cell()), _mm256_set1_ps(prefix.zero_point()));
     let mut sums = [[_mm256_setzero_ps(); 2]; T];
     let mut scales = [_mm256_setzero_ps(); 2];
     for tile in tiles {
         for s in 0..tile.steps {
-            if let Some(bytes) = tile.scales(s, group_steps) {
+            if let Some(bytes) = tile.scales(s) {
                 for (scale, half) in scales.iter_mut().zip(bytes.as_chunks::<16>().0) {
                     // SAFETY: `half` is 16 readable bytes; `loadu` needs no alignment.
                     let halves = unsafe { _mm_loadu_si128(half.as_ptr().cast()) };
@@ -70,9 +68,9 @@ fn tokens<const T: usize, const A: usize, const B: usize, const C: usize>(
                 let dots = [_mm256_setzero_si256(); T];
                 // SAFETY: this function has the path's features.
                 let dots = unsafe {
-                    let dots = add_lines::<A, T>(tile.lines(s, fields[0]), half, &step, dots);
-                    let dots = add_lines::<B, T>(tile.lines(s, fields[1]), half, &step, dots);
-                    add_lines::<C, T>(tile.lines(s, fields[2]), half, &step, dots)
+                    let dots = add_lines::<A, T>(tile.lines(0, s), half, &step, dots);
+                    let dots = add_lines::<B, T>(tile.lines(1, s), half, &step, dots);
+                    add_lines::<C, T>(tile.lines(2, s), half, &step, dots)
                 };
                 for t in 0..T {
                     sums[t][half] = add_step(dots[t], scales[half], zero_point, step[t], sums[t][half]);
