@@ -75,7 +75,7 @@ fn experts_may_go_by_either_name() {
 fn an_unknown_architecture_lists_the_known_ones() {
     check(
         &json!({ "model_type": "llama", "architectures": ["LlamaForCausalLM"] }),
-        &["llama", "Qwen2MoeForCausalLM"],
+        &["LlamaForCausalLM", "Qwen2MoeForCausalLM"],
     );
     check(
         &json!({ "architectures": ["Qwen2MoeForSequenceClassification"] }),

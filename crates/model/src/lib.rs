@@ -6,6 +6,7 @@ pub mod eval;
 pub mod families;
 pub mod folder;
 pub mod generate;
+pub mod inventory;
 pub mod laws;
 pub mod layers;
 pub mod model;
@@ -23,3 +24,5 @@ mod error;
 mod config_tests;
 #[cfg(test)]
 mod goldens;
+#[cfg(test)]
+mod trained_tests;

@@ -19,13 +19,65 @@ use crate::spec::ModelSpec;
 /// The dense part in memory as f32, and a runtime for the rest. Cheap to share behind an [`Arc`].
 pub struct Model {
     spec: ModelSpec,
-    embedding: Linear,
+    ends: Ends,
     layers: Vec<Layer>,
-    final_norm: Vec<f32>,
-    /// Absent when tied to the embedding.
-    head: Option<Linear>,
     rope: Rope,
     runtime: Arc<dyn MoeRuntime>,
+}
+
+/// Embedding, final norm and head: all that a model has outside its layers.
+#[derive(Debug, Clone)]
+pub struct Ends {
+    embedding: Linear,
+    final_norm: Vec<f32>,
+    norm_eps: f32,
+    /// Absent when tied to the embedding.
+    head: Option<Linear>,
+}
+
+impl Ends {
+    /// Loads them alone.
+    ///
+    /// # Errors
+    /// As [`TensorSource::load_f32`].
+    pub fn load(spec: &ModelSpec, source: &dyn TensorSource) -> Result<Self, CheckpointError> {
+        let name = |tensor| families::of(spec).tensor_name(tensor);
+        let shape = [spec.vocab, spec.hidden];
+        Ok(Self {
+            embedding: Linear::load(source, &name(Tensor::Embedding), shape)?,
+            final_norm: source.load_f32(&name(Tensor::FinalNorm), &[spec.hidden])?,
+            norm_eps: spec.norm_eps,
+            head: if spec.tied_embeddings {
+                None
+            } else {
+                Some(Linear::load(source, &name(Tensor::Head), shape)?)
+            },
+        })
+    }
+
+    /// Rows of the embedding, `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// [`ModelError::TokenId`].
+    pub fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
+        let mut hidden = Vec::with_capacity(tokens.len() * self.embedding.inputs());
+        for &token in tokens {
+            if token as usize >= self.embedding.outputs() {
+                return Err(ModelError::TokenId {
+                    found: token,
+                    vocab: self.embedding.outputs(),
+                });
+            }
+            hidden.extend_from_slice(self.embedding.row(token as usize));
+        }
+        Ok(hidden)
+    }
+
+    /// Final norm and head: `[rows, hidden]` to `[rows, vocab]`.
+    pub fn logits(&self, states: &[f32]) -> Vec<f32> {
+        let normed = rms_norm(states, &self.final_norm, self.norm_eps);
+        self.head.as_ref().unwrap_or(&self.embedding).apply(&normed)
+    }
 }
 
 /// Keys and values of one sequence, all layers.
@@ -107,17 +159,9 @@ impl Model {
         source: &dyn TensorSource,
         runtime: Arc<dyn MoeRuntime>,
     ) -> Result<Self, CheckpointError> {
-        let name = |tensor| families::of(&spec).tensor_name(tensor);
-        let shape = [spec.vocab, spec.hidden];
         Ok(Self {
-            embedding: Linear::load(source, &name(Tensor::Embedding), shape)?,
+            ends: Ends::load(&spec, source)?,
             layers: layers::load_all(&spec, source)?,
-            final_norm: source.load_f32(&name(Tensor::FinalNorm), &[spec.hidden])?,
-            head: if spec.tied_embeddings {
-                None
-            } else {
-                Some(Linear::load(source, &name(Tensor::Head), shape)?)
-            },
             rope: Rope::new(&spec.attention.rope, spec.attention.head_dim),
             runtime,
             spec,
@@ -149,22 +193,17 @@ impl Model {
         KvCache::new(&self.spec)
     }
 
-    /// Rows of the embedding, `[tokens, hidden]`.
+    /// What stands before and after the layers.
+    pub fn ends(&self) -> &Ends {
+        &self.ends
+    }
+
+    /// See [`Ends::embed`].
     ///
     /// # Errors
     /// [`ModelError::TokenId`].
     pub fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
-        let mut hidden = Vec::with_capacity(tokens.len() * self.spec.hidden);
-        for &token in tokens {
-            if token as usize >= self.spec.vocab {
-                return Err(ModelError::TokenId {
-                    found: token,
-                    vocab: self.spec.vocab,
-                });
-            }
-            hidden.extend_from_slice(self.embedding.row(token as usize));
-        }
-        Ok(hidden)
+        self.ends.embed(tokens)
     }
 
     /// Runs all layers over the new tokens of all sequences and extends their caches.
@@ -207,10 +246,9 @@ impl Model {
         Ok(Hidden { states, records })
     }
 
-    /// Final norm and head: `[rows, hidden]` to `[rows, vocab]`.
+    /// See [`Ends::logits`].
     pub fn logits(&self, states: &[f32]) -> Vec<f32> {
-        let normed = rms_norm(states, &self.final_norm, self.spec.norm_eps);
-        self.head.as_ref().unwrap_or(&self.embedding).apply(&normed)
+        self.ends.logits(states)
     }
 
     /// [`hidden`](Self::hidden), then [`logits`](Self::logits) of the rows asked for. A sequence without new tokens

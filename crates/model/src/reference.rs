@@ -138,11 +138,10 @@ impl MoeRuntime for PlainMoe {
         }
         let width = self.shape.hidden;
         let run = |(expert, slots): (usize, &Vec<usize>)| {
-            let rows: Vec<f32> = slots
-                .iter()
-                .flat_map(|slot| &hidden[slot / routed.slots * width..][..width])
-                .copied()
-                .collect();
+            let mut rows = Vec::with_capacity(slots.len() * width);
+            for slot in slots {
+                rows.extend_from_slice(&hidden[slot / routed.slots * width..][..width]);
+            }
             let mlp = self.experts[at][expert].as_ref().expect("routing chooses the living");
             mlp.apply(&rows)
         };

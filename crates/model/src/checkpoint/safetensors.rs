@@ -22,7 +22,7 @@ const AXES_LIMIT: usize = 8;
 
 /// A checkpoint in safetensors: tensors of one or several mapped files.
 pub struct Safetensors {
-    /// The folder or file that was opened: where a tensor is missing when no file has it.
+    /// The file or the index: where a tensor is missing when no file has it.
     path: PathBuf,
     files: Vec<File>,
     /// Which file holds a tensor.
@@ -41,9 +41,7 @@ impl Safetensors {
         let single = path.join("model.safetensors");
         let index = path.join("model.safetensors.index.json");
         if single.exists() || !index.exists() {
-            let mut source = Self::open_file(&single)?;
-            path.clone_into(&mut source.path);
-            return Ok(source);
+            return Self::open_file(&single);
         }
         Self::open_shards(path, &index)
     }
@@ -115,7 +113,7 @@ impl Safetensors {
             ));
         }
         Ok(Self {
-            path: folder.to_owned(),
+            path: index.to_owned(),
             files,
             holder,
         })

@@ -131,7 +131,7 @@ pub fn parse_config(file: &Path, text: &str) -> Result<ModelSpec, ConfigError> {
     let found = match (&family, architecture, model_type) {
         (Some(family), Some(architecture), _) if architecture != family.architecture() => architecture,
         (Some(family), ..) => return family.parse_config(file, text),
-        (None, architecture, model_type) => model_type.or(architecture).unwrap_or_default(),
+        (None, architecture, model_type) => architecture.or(model_type).unwrap_or_default(),
     };
     Err(ConfigError::Architecture {
         file: file.to_owned(),

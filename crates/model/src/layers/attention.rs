@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use super::linear::{Linear, Tile, mix, product};
 use super::norm::rms_norm;
 use super::rope::Rope;
+use super::router::max;
 use crate::checkpoint::{CheckpointError, TensorSource};
 use crate::families::{Family, LayerTensor, Tensor};
 use crate::spec::{AttentionSpec, ModelSpec};
@@ -265,7 +266,7 @@ impl Merged {
         scores[..from].fill(0.0);
         scores[to..].fill(0.0);
         let seen = &mut scores[from..to];
-        let max = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let max = max(seen);
         let mut sum = 0.0;
         for score in seen {
             *score = (*score - max).exp();

@@ -3,7 +3,7 @@
 /// Softmax of each row of `[rows, width]`, in place.
 pub fn softmax(x: &mut [f32], width: usize) {
     for row in x.chunks_exact_mut(width) {
-        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let max = max(row);
         let mut sum = 0.0;
         for value in row.iter_mut() {
             *value = (*value - max).exp();
@@ -17,20 +17,29 @@ pub fn softmax(x: &mut [f32], width: usize) {
 
 /// ln Σ exp(x) in f64, without overflow.
 pub fn log_sum_exp(row: &[f32]) -> f64 {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = max(row);
     let sum: f64 = row.iter().map(|&x| f64::from((x - max).exp())).sum();
     f64::from(max) + sum.ln()
 }
 
-/// Index of the largest value, the first of equals.
-pub fn argmax(row: &[f32]) -> usize {
-    let mut best = 0;
-    for (index, value) in row.iter().enumerate() {
-        if value.total_cmp(&row[best]).is_gt() {
-            best = index;
+/// The largest value that is not NaN; −∞ of nothing. Lanes, because a plain fold waits for each comparison.
+pub fn max(row: &[f32]) -> f32 {
+    const LANES: usize = 16;
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    let mut best = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for (best, &x) in best.iter_mut().zip(chunk) {
+            *best = larger(*best, x);
         }
     }
-    best
+    best.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| larger(a, b))
+}
+
+/// Index of the largest value, the first of equals; 0 where there is none.
+pub fn argmax(row: &[f32]) -> usize {
+    let max = max(row);
+    row.iter().position(|&x| x == max).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -45,5 +54,8 @@ mod tests {
         assert!((x[3..].iter().sum::<f32>() - 1.0).abs() < 1e-6);
         assert!((log_sum_exp(&[1000.0, 1000.0]) - (1000.0 + 2f64.ln())).abs() < 1e-9);
         assert_eq!(argmax(&[1.0, 3.0, 3.0]), 1);
+        assert_eq!(argmax(&[f32::NAN, -3.0, f32::NEG_INFINITY]), 1);
+        let long: Vec<f32> = (0..77).map(|i| ((i * 37) % 77) as f32).collect();
+        assert_eq!(long[argmax(&long)], 76.0);
     }
 }
