@@ -92,7 +92,6 @@ mod faer {
 #[cfg(feature = "lapack")]
 mod lapack {
     use ndarray::{Array2, ArrayView2};
-    use ndarray_linalg::error::LinalgError;
     use ndarray_linalg::{Cholesky, JobSvd, SVDDC, UPLO};
 
     use super::Backend;
@@ -111,12 +110,29 @@ mod lapack {
     }
 
     fn cholesky(matrix: ArrayView2<'_, f64>) -> Result<Array2<f64>, usize> {
-        matrix.to_owned().cholesky(UPLO::Lower).map_err(|error| match error {
-            // `potrf` counts from 1.
-            LinalgError::Lapack(ndarray_linalg::lapack::error::Error::LapackComputationalFailure { return_code }) => {
-                usize::try_from(return_code - 1).unwrap_or(0)
+        matrix
+            .to_owned()
+            .cholesky(UPLO::Lower)
+            .map_err(|_| first_bad_pivot(matrix))
+    }
+
+    /// ndarray-linalg hides `potrf`'s answer: the definition, row by row, until a pivot is not above zero.
+    fn first_bad_pivot(matrix: ArrayView2<'_, f64>) -> usize {
+        let size = matrix.nrows();
+        let mut lower = Array2::<f64>::zeros((size, size));
+        for i in 0..size {
+            for j in 0..=i {
+                let sum: f64 = (0..j).map(|k| lower[[i, k]] * lower[[j, k]]).sum();
+                let rest = matrix[[i, j]] - sum;
+                if i != j {
+                    lower[[i, j]] = rest / lower[[j, j]];
+                } else if rest > 0.0 {
+                    lower[[i, i]] = rest.sqrt();
+                } else {
+                    return i;
+                }
             }
-            _ => 0,
-        })
+        }
+        size - 1 // rounding let every pivot pass here: the last is the least certain
     }
 }
