@@ -1,0 +1,92 @@
+//! What the server needs of a model, as two traits. [`crate::model_engine`] is the real one; the tests' own is a few
+//! lines and deterministic. Knows nothing of HTTP. Law: a sequence's logits depend on its own tokens and mode alone,
+//! not on who else is served.
+
+use cotk_model::moe::Mode;
+
+/// What a model is, as far as clients and the scheduler care.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// The name that requests carry.
+    pub id: String,
+    pub family: String,
+    /// `cpu`, or the name of the accelerator.
+    pub device: String,
+    /// Tokens that one sequence may hold, prompt and reply together.
+    pub context: usize,
+    pub vocab: usize,
+    /// Tokens that end a reply.
+    pub end_tokens: Vec<u32>,
+    /// What requests may ask for; the first is the default.
+    pub modes: Vec<Mode>,
+    /// Memory that one token of one sequence takes.
+    pub kv_bytes_per_token: u64,
+}
+
+/// Whether the tokenizer's own begin and end tokens are put around a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpecialTokens {
+    /// A plain prompt: as the tokenizer is configured.
+    Add,
+    /// The text of a chat template has them already.
+    InText,
+}
+
+/// The model failed: the sentence says what, where, found and expected.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{0}")]
+pub struct EngineError(pub String);
+
+/// A model behind the server.
+pub trait Engine: Send + Sync {
+    /// Fixed while the server runs.
+    fn facts(&self) -> &Facts;
+
+    /// # Errors
+    /// When the tokenizer refuses the text.
+    fn encode(&self, text: &str, special: SpecialTokens) -> Result<Vec<u32>, EngineError>;
+
+    /// The bytes of one token, whole characters or not.
+    fn token_bytes(&self, token: u32) -> Vec<u8>;
+
+    /// Turns the tokens of one reply into text as they come.
+    fn text_stream(&self) -> Box<dyn TextStream + '_>;
+
+    /// A sequence with an empty KV cache.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    fn sequence(&self, mode: Mode) -> Result<Box<dyn Sequence + '_>, EngineError>;
+}
+
+/// Tokens to text. Law: pieces are whole characters, and together the text of all tokens.
+pub trait TextStream {
+    /// The text that is certain after this token; often empty.
+    ///
+    /// # Errors
+    /// When the token is unknown.
+    fn push(&mut self, token: u32) -> Result<String, EngineError>;
+
+    /// What an unfinished character at the end reads as.
+    fn finish(&mut self) -> String;
+}
+
+/// One request's KV cache.
+pub trait Sequence {
+    /// Appends `tokens` (at least one) and gives the logits after the last of them: `[vocab]`.
+    ///
+    /// # Errors
+    /// When a layer, expert or file fails.
+    fn advance(&mut self, tokens: &[u32]) -> Result<Step, EngineError>;
+}
+
+/// What one call of [`Sequence::advance`] gave.
+#[derive(Debug, Clone)]
+pub struct Step {
+    /// `[vocab]`, after the last token.
+    pub logits: Vec<f32>,
+    /// Share of the gate mass that went through low-bit prefixes, 0..1, mean over layers and tokens.
+    pub low_bit_fraction: f64,
+    /// Share of the gate mass that no expert served, 0..1.
+    pub skipped_mass: f64,
+}
