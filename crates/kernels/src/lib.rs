@@ -5,6 +5,7 @@
 //! model lives here, and no file layout: that is `cotk-quant`'s. Law: every path gives the same bits.
 
 pub mod cpu;
+pub mod cuda;
 
 pub use self::error::KernelError;
 

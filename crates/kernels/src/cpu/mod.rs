@@ -9,6 +9,7 @@ pub mod bandwidth;
 pub mod dispatch;
 pub mod expert;
 pub mod gemm;
+pub mod probes;
 pub mod reference;
 
 mod scalar;
