@@ -4,7 +4,9 @@
 //! plain Rust: the truth that the runtime is held to) · `runtime` (finds and opens the library) · `session` · `probe`.
 //! The only crate that opens ONNX Runtime. Searching lives in `search`.
 
+pub mod probe;
 pub mod proto;
+pub mod read;
 pub mod reference;
 pub mod runtime;
 pub mod session;

@@ -10,9 +10,6 @@ use prost::Message;
 
 use crate::{Error, Result, runtime};
 
-/// Largest model file that is read.
-pub(crate) const LIMIT_BYTES: u64 = 1 << 28;
-
 /// A model that is ready to run.
 #[derive(Debug)]
 pub struct Session {
@@ -61,7 +58,7 @@ impl Session {
     /// # Errors
     /// As [`Session::from_bytes`].
     pub fn from_file(path: &Path, threads: usize) -> Result<Self> {
-        let bytes = cotk_run::files::read(path, LIMIT_BYTES)?;
+        let bytes = cotk_run::files::read(path, crate::read::LIMIT_BYTES)?;
         Self::from_bytes(&path.display().to_string(), &bytes, threads)
     }
 
@@ -255,7 +252,7 @@ pub fn optimized_operators(name: &str, bytes: &[u8]) -> Result<Vec<(String, Stri
         .with_optimized_model_path(&path)
         .map_err(|e| fail(&e))?;
     builder.commit_from_memory(bytes).map_err(|e| fail(&e))?;
-    let bytes = cotk_run::files::read(&path, LIMIT_BYTES)?;
+    let bytes = cotk_run::files::read(&path, crate::read::LIMIT_BYTES)?;
     let model = crate::proto::Model::decode(&bytes[..]).map_err(|e| fail(&e))?;
     let nodes = model.graph.unwrap_or_default().node;
     Ok(nodes.into_iter().map(|n| (n.domain, n.op_type, n.name)).collect())

@@ -25,8 +25,6 @@ pub struct Settings {
     pub rounds: u32,
     /// Length of a slice; a call that is longer is a slice by itself.
     pub slice: Duration,
-    /// Keys that are live at once.
-    pub live: usize,
 }
 
 impl Settings {
@@ -35,14 +33,12 @@ impl Settings {
         sessions: 2,
         rounds: 15,
         slice: Duration::from_micros(300),
-        live: 16,
     };
     /// The whole measurement.
     pub const FULL: Self = Self {
         sessions: 4,
         rounds: 30,
         slice: Duration::from_micros(400),
-        live: 24,
     };
 }
 
@@ -64,6 +60,8 @@ const APART: f64 = 0.10;
 pub struct Surroundings<'a> {
     pub cancel: &'a Cancel,
     pub progress: &'a dyn Progress,
+    /// Keys that are prepared at once, by probe: what they hold in memory adds up.
+    pub live: &'a [usize],
     pub journal: &'a mut Journal<Session>,
     /// Sessions of an earlier start that are not measured again.
     pub done: Vec<Session>,
@@ -121,7 +119,7 @@ fn measure(
     keys.sort_by_key(|(probe, _)| *probe);
     for batch in keys
         .chunk_by(|a, b| a.0 == b.0)
-        .flat_map(|same| same.chunks(settings.live.max(1)))
+        .flat_map(|same| same.chunks(around.live[same[0].0].max(1)))
     {
         around.cancel.check()?;
         let mut live = Vec::with_capacity(batch.len());

@@ -27,6 +27,8 @@ pub struct Wanted {
     pub table: usize,
     /// Keys drawn from its distribution of use, kept out of the table, measured when the fit is frozen.
     pub heldout: usize,
+    /// Keys that are prepared at once.
+    pub live: usize,
 }
 
 /// What to measure and how it is written down.
@@ -98,6 +100,7 @@ pub fn measure(
         new.dedup();
         heldout.extend(new);
     }
+    let live: Vec<usize> = wanted.iter().map(|w| w.live).collect();
     let probes: Vec<Box<dyn Probe>> = wanted.into_iter().map(|w| w.probe).collect();
 
     let begun = Begun {
@@ -120,6 +123,7 @@ pub fn measure(
     let mut around = Surroundings {
         cancel,
         progress,
+        live: &live,
         journal: &mut journal,
         done,
     };
@@ -175,6 +179,8 @@ pub fn measure(
 
     // Frozen: predictions come before the measurements that judge them.
     let model = profile.model(&[]);
+    // A kind that the table lacks altogether cannot be judged.
+    heldout.retain(|(_, key)| model.predict(&Work::Operator(*key)).is_ok());
     let predicted: Vec<_> = heldout
         .iter()
         .map(|(_, key)| model.predict(&Work::Operator(*key)))

@@ -46,6 +46,49 @@ pub trait Prepared {
     fn run(&mut self, piece: usize) -> Result<()>;
 }
 
+/// A probe with a list of its own seeds, and draws of one kind behind them.
+pub struct Listed {
+    probe: Box<dyn Probe>,
+    seeds: Vec<Key>,
+    like: fn(&Key) -> bool,
+}
+
+impl Listed {
+    /// `seeds` first, then what `probe` draws and `like` accepts.
+    pub fn new(probe: Box<dyn Probe>, seeds: Vec<Key>, like: fn(&Key) -> bool) -> Self {
+        Self { probe, seeds, like }
+    }
+}
+
+impl Probe for Listed {
+    fn name(&self) -> &str {
+        self.probe.name()
+    }
+
+    fn candidates(&self, count: usize, rng: &mut Stream) -> Vec<Key> {
+        let mut keys: Vec<Key> = self.seeds.iter().copied().take(count).collect();
+        if keys.len() < count {
+            // Its own seeds come first there too: ask for more than are wanted, take the last ones.
+            let drawn = self.probe.candidates(8 * count + 1000, rng);
+            let new: Vec<Key> = drawn
+                .into_iter()
+                .rev()
+                .filter(|k| (self.like)(k) && !keys.contains(k))
+                .collect();
+            keys.extend(new.into_iter().take(count - keys.len()));
+        }
+        keys
+    }
+
+    fn measures(&self, key: &Key) -> bool {
+        self.probe.measures(key)
+    }
+
+    fn prepare(&self, key: &Key, session: u32) -> Result<Box<dyn Prepared>> {
+        self.probe.prepare(key, session)
+    }
+}
+
 /// A probe's error about one key.
 pub fn refused(probe: &str, key: &Key, detail: &str) -> Error {
     Error::Probe {

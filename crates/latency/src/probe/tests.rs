@@ -81,7 +81,6 @@ fn plan() -> Plan {
             sessions: 2,
             rounds: 5,
             slice: Duration::from_micros(50),
-            live: 4,
         },
         seeds: Seeds::new(7),
         quick: true,
@@ -104,6 +103,7 @@ fn wanted(cancel_at: Option<(u32, Cancel)>) -> (Vec<Wanted>, Arc<AtomicU32>) {
             probe,
             table: 20,
             heldout: 5,
+            live: 4,
         }],
         runs,
     )

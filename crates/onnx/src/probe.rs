@@ -1,0 +1,599 @@
+//! CNN operators in ONNX Runtime, timed as parts of networks: what one more copy adds. Shape-preserving convolutions stand in
+//! a chain; others fan out from one tensor, each into a pool whose own cost is measured beside it and taken off. Decides
+//! nothing about rounds and slices: that is the gathering loop's.
+
+use std::collections::BTreeMap;
+
+use cotk_latency::graph::{
+    ActQuant, Activation, Conv, Graph, Linear, Node, Numerics, Op, RawGraph, Shape, Source, WeightBits, Weights,
+};
+use cotk_latency::probe::{Prepared, Probe, refused};
+use cotk_latency::work::{Block, Context, ConvKey, Key, PlaneKey};
+use cotk_run::seeds::{Seeds, Stream};
+use ort::value::Tensor;
+use rand::RngExt;
+use rand::seq::IndexedRandom;
+
+use crate::session::Session;
+use crate::weights::{Layer, Matrix, Network, quantize};
+use crate::write::to_onnx_with_outputs;
+use crate::{Error, Result};
+
+/// Copies in the long model; the short one has 1.
+const COPIES: usize = 5;
+const RELU: ActQuant = ActQuant {
+    scale: 0.05,
+    zero_point: 0,
+};
+const SIGNED: ActQuant = ActQuant {
+    scale: 0.05,
+    zero_point: 128,
+};
+
+/// Times sessions, convolutions, linear layers, sums, pools and entries.
+#[derive(Debug, Clone)]
+pub struct OnnxProbe {
+    seeds: Vec<Key>,
+    block: Block,
+}
+
+impl OnnxProbe {
+    /// Measures `seeds` (the operators of the networks at hand) first, then draws convolutions like them. `block` is the
+    /// machine's, see [`cotk_latency::identity::Identity::block`].
+    ///
+    /// # Errors
+    /// [`Error::NoLibrary`] and [`Error::Load`] at once, not after minutes.
+    pub fn new(mut seeds: Vec<Key>, block: Block) -> Result<Self> {
+        crate::runtime::library()?;
+        let mut seen = std::collections::HashSet::new();
+        seeds.retain(|key| is_ours(key) && seen.insert(*key));
+        Ok(Self { seeds, block })
+    }
+
+    /// Number of seed keys.
+    pub fn seeds(&self) -> usize {
+        self.seeds.len()
+    }
+}
+
+fn is_ours(key: &Key) -> bool {
+    match key {
+        Key::Session { .. } | Key::Conv(_) | Key::Linear(_) => true,
+        Key::Add(_) | Key::GlobalAvgPool(_) | Key::Entry(_) => true,
+        Key::Expert(_) | Key::Read(_) => false,
+    }
+}
+
+impl Probe for OnnxProbe {
+    fn name(&self) -> &str {
+        "onnx"
+    }
+
+    fn candidates(&self, count: usize, rng: &mut Stream) -> Vec<Key> {
+        let mut keys: Vec<Key> = self.seeds.iter().copied().take(count).collect();
+        let convs: Vec<ConvKey> = self
+            .seeds
+            .iter()
+            .filter_map(|k| if let Key::Conv(c) = k { Some(*c) } else { None })
+            .collect();
+        let dense: Vec<ConvKey> = convs.into_iter().filter(|c| c.groups == 1).collect();
+        let mut tries = 0;
+        while keys.len() < count && !dense.is_empty() && tries < 100 * count {
+            tries += 1;
+            let mut key = *dense.choose(rng).expect("not empty");
+            // Image channels stay; others move by up to half, mostly to multiples of four and of the block.
+            let mut moved = |channels: u32| {
+                let wish = f64::from(channels) * rng.random_range(0.6..1.6);
+                let step = match rng.random_range(0..20) {
+                    0..9 => 4,
+                    9..17 => self.block.0,
+                    _ => 1,
+                };
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    clippy::cast_sign_loss,
+                    reason = "channels are few"
+                )]
+                let rounded = (wish / f64::from(step)).round().max(1.0) as u32 * step;
+                rounded
+            };
+            let same = key.cin == key.cout && key.stride == 1;
+            if key.cin > 4 {
+                key.cin = moved(key.cin);
+            }
+            key.cout = if same { key.cin } else { moved(key.cout) };
+            if !keys.contains(&Key::Conv(key)) {
+                keys.push(Key::Conv(key));
+            }
+        }
+        keys
+    }
+
+    fn measures(&self, key: &Key) -> bool {
+        is_ours(key)
+    }
+
+    fn prepare(&self, key: &Key, session: u32) -> cotk_latency::Result<Box<dyn Prepared>> {
+        let models = self.models(key).map_err(|e| refused("onnx", key, &e.to_string()))?;
+        let threads = match *key {
+            Key::Session { threads } => threads,
+            Key::Conv(c) => c.threads,
+            Key::Linear(l) => l.threads,
+            Key::Add(p) | Key::GlobalAvgPool(p) | Key::Entry(p) => p.threads,
+            Key::Expert(_) | Key::Read(_) => 1,
+        };
+        let open = |(weight, model): (f64, Model)| -> Result<(f64, Session, Tensor<f32>)> {
+            let session = model.open(threads, u64::from(session))?;
+            let input = uniform(session.input_len(), 1.0, &mut Seeds::new(1).stream("input"));
+            let input = session.input(&input)?;
+            Ok((weight, session, input))
+        };
+        let pieces: Result<Vec<_>> = models.into_iter().map(open).collect();
+        let pieces = pieces.map_err(|e| refused("onnx", key, &e.to_string()))?;
+        Ok(Box::new(Pieces { key: *key, pieces }))
+    }
+}
+
+struct Pieces {
+    key: Key,
+    pieces: Vec<(f64, Session, Tensor<f32>)>,
+}
+
+impl Prepared for Pieces {
+    fn weights(&self) -> Vec<f64> {
+        self.pieces.iter().map(|p| p.0).collect()
+    }
+
+    fn run(&mut self, piece: usize) -> cotk_latency::Result<()> {
+        let (_, session, input) = &mut self.pieces[piece];
+        session
+            .call(input)
+            .map_err(|e| refused("onnx", &self.key, &e.to_string()))
+    }
+}
+
+/// A graph under construction whose listed nodes are outputs.
+struct Model {
+    input: Shape,
+    numerics: Numerics,
+    nodes: Vec<Node>,
+    outputs: Vec<usize>,
+}
+
+/// Slope and intercept of a family of models in its number of copies.
+struct Line(Box<dyn Fn(usize) -> Model>);
+
+impl Line {
+    /// What one more copy adds, `times` over.
+    #[expect(clippy::cast_precision_loss, reason = "a handful of copies")]
+    fn slope(&self, times: f64) -> [(f64, Model); 2] {
+        let per_copy = times / (COPIES - 1) as f64;
+        [(per_copy, (self.0)(COPIES)), (-per_copy, (self.0)(1))]
+    }
+}
+
+impl OnnxProbe {
+    fn models(&self, key: &Key) -> Result<Vec<(f64, Model)>> {
+        Ok(match *key {
+            Key::Session { .. } => vec![(1.0, empty())],
+            Key::Conv(c) if c.context == Context::Alone => {
+                let mut model = Model::new(input(&c), c.numerics);
+                let out = model.conv(Source::Input, op(&c));
+                model.outputs = vec![out];
+                vec![(1.0, model)]
+            }
+            Key::Conv(c) if c.cin == c.cout && c.stride == 1 => chain(c).slope(1.0).into(),
+            Key::Conv(c) => {
+                let out = output(&c);
+                let pool = PlaneKey {
+                    batch: c.batch,
+                    channels: c.cout,
+                    height: out.height,
+                    width: out.width,
+                    numerics: c.numerics,
+                    threads: c.threads,
+                };
+                let mut models: Vec<(f64, Model)> = fan(c, self.block).slope(1.0).into();
+                models.extend(pool_models(&pool, -1.0, self.block));
+                models
+            }
+            Key::GlobalAvgPool(p) => pool_models(&p, 1.0, self.block),
+            Key::Add(p) => {
+                let carrier = pointwise(&p, p.channels);
+                let with_sums = Line(Box::new(move |copies| {
+                    let mut model = Model::new(input(&carrier), carrier.numerics);
+                    let mut x = Source::Node(model.conv(Source::Input, op(&carrier)));
+                    for _ in 0..copies {
+                        let mut inner = op(&carrier);
+                        inner.activation = Activation::None;
+                        let conv = model.conv(x, inner);
+                        x = Source::Node(model.push(Op::Add(Activation::Relu), vec![Source::Node(conv), x]));
+                    }
+                    model.outputs = vec![model.nodes.len() - 1];
+                    model
+                }));
+                let mut models: Vec<(f64, Model)> = with_sums.slope(1.0).into();
+                models.extend(chain(carrier).slope(-1.0));
+                models
+            }
+            Key::Linear(l) => {
+                let shape = Shape {
+                    batch: l.batch,
+                    channels: l.inputs,
+                    height: 1,
+                    width: 1,
+                };
+                let line = Line(Box::new(move |copies| {
+                    let mut model = Model::new(shape, l.numerics);
+                    for _ in 0..copies {
+                        let linear = Linear {
+                            inputs: l.inputs,
+                            outputs: l.outputs,
+                            activation: Activation::None,
+                            weights: weights(l.numerics),
+                        };
+                        let at = model.push(Op::Linear(linear), vec![Source::Input]);
+                        model.nodes[at].output = None; // the last layer gives f32
+                        model.outputs.push(at);
+                    }
+                    model
+                }));
+                line.slope(1.0).into()
+            }
+            Key::Entry(p) => {
+                // What is left of one call when its copies and its session are taken off.
+                let line = fan(pointwise(&p, self.block.0), Block(u32::MAX));
+                let mut models: Vec<(f64, Model)> = line.slope(-1.0).into();
+                models[1].0 += 1.0;
+                models.push((-1.0, empty()));
+                models
+            }
+            Key::Expert(_) | Key::Read(_) => {
+                return Err(Error::Runtime {
+                    action: "measure",
+                    model: key.to_string(),
+                    detail: "not an operator of a CNN".into(),
+                });
+            }
+        })
+    }
+}
+
+/// A session with next to nothing in it.
+fn empty() -> Model {
+    let shape = Shape {
+        batch: 1,
+        channels: 4,
+        height: 1,
+        width: 1,
+    };
+    let mut model = Model::new(shape, Numerics::F32);
+    let sum = model.push(Op::Add(Activation::None), vec![Source::Input; 2]);
+    model.outputs = vec![sum];
+    model
+}
+
+/// A pool behind a 1x1 convolution, less that convolution.
+fn pool_models(p: &PlaneKey, times: f64, block: Block) -> Vec<(f64, Model)> {
+    let carrier = pointwise(p, p.channels);
+    let mut models: Vec<(f64, Model)> = fan(carrier, block).slope(times).into();
+    models.extend(chain(carrier).slope(-times));
+    models
+}
+
+/// A 1x1 convolution on a plane.
+fn pointwise(p: &PlaneKey, cout: u32) -> ConvKey {
+    ConvKey {
+        batch: p.batch,
+        cin: p.channels,
+        cout,
+        kernel: 1,
+        stride: 1,
+        groups: 1,
+        height: p.height,
+        width: p.width,
+        numerics: p.numerics,
+        threads: p.threads,
+        context: Context::Chain,
+    }
+}
+
+/// Copies one behind the other.
+fn chain(c: ConvKey) -> Line {
+    Line(Box::new(move |copies| {
+        let mut model = Model::new(input(&c), c.numerics);
+        let mut x = Source::Input;
+        for _ in 0..copies {
+            x = Source::Node(model.conv(x, op(&c)));
+        }
+        model.outputs = vec![model.nodes.len() - 1];
+        model
+    }))
+}
+
+/// Copies beside each other, each into a pool. Where the input would be blocked, a 1x1 convolution blocks it for all.
+fn fan(c: ConvKey, block: Block) -> Line {
+    Line(Box::new(move |copies| {
+        let mut model = Model::new(input(&c), c.numerics);
+        let mut x = Source::Input;
+        if c.cin >= block.0 {
+            let mut stem = op(&c);
+            (stem.cout, stem.kernel, stem.stride, stem.groups) = (c.cin, 1, 1, 1);
+            x = Source::Node(model.conv(x, stem));
+        }
+        for _ in 0..copies {
+            let conv = model.conv(x, op(&c));
+            let pool = model.push(Op::GlobalAvgPool, vec![Source::Node(conv)]);
+            model.outputs.push(pool);
+        }
+        model
+    }))
+}
+
+fn op(c: &ConvKey) -> Conv {
+    Conv {
+        cin: c.cin,
+        cout: c.cout,
+        kernel: c.kernel,
+        stride: c.stride,
+        groups: c.groups,
+        activation: Activation::Relu,
+        weights: weights(c.numerics),
+    }
+}
+
+fn input(c: &ConvKey) -> Shape {
+    Shape {
+        batch: c.batch,
+        channels: c.cin,
+        height: c.height,
+        width: c.width,
+    }
+}
+
+fn output(c: &ConvKey) -> Shape {
+    Shape {
+        batch: c.batch,
+        channels: c.cout,
+        height: c.height.div_ceil(c.stride),
+        width: c.width.div_ceil(c.stride),
+    }
+}
+
+fn weights(numerics: Numerics) -> Weights {
+    match numerics {
+        Numerics::F32 => Weights::F32,
+        Numerics::Int8 => Weights::Int(WeightBits::B8),
+    }
+}
+
+fn uniform(count: usize, width: f32, rng: &mut Stream) -> Vec<f32> {
+    (0..count).map(|_| (rng.random::<f32>() * 2.0 - 1.0) * width).collect()
+}
+
+impl Model {
+    fn new(input: Shape, numerics: Numerics) -> Self {
+        Self {
+            input,
+            numerics,
+            nodes: Vec::new(),
+            outputs: Vec::new(),
+        }
+    }
+
+    fn conv(&mut self, from: Source, op: Conv) -> usize {
+        self.push(Op::Conv(op), vec![from])
+    }
+
+    fn push(&mut self, op: Op, inputs: Vec<Source>) -> usize {
+        let positive = op.activation() == Activation::Relu || op == Op::GlobalAvgPool;
+        let quant = if positive { RELU } else { SIGNED };
+        self.nodes.push(Node {
+            name: format!("n{}", self.nodes.len()),
+            op,
+            inputs,
+            output: (self.numerics == Numerics::Int8).then_some(quant),
+        });
+        self.nodes.len() - 1
+    }
+
+    /// With random weights: other ones in each copy, or copies would be merged.
+    fn open(self, threads: u32, seed: u64) -> Result<Session> {
+        let graph = Graph::new(RawGraph {
+            name: "probe".into(),
+            input: self.input,
+            input_quant: (self.numerics == Numerics::Int8).then_some(SIGNED),
+            nodes: self.nodes,
+        })?;
+        let mut rng = Seeds::new(seed).stream("probe weights");
+        let mut layers = BTreeMap::new();
+        for node in graph.nodes() {
+            let (channels, per_channel) = match node.op {
+                Op::Conv(c) => (c.cout, c.cin / c.groups * c.kernel * c.kernel),
+                Op::Linear(l) => (l.outputs, l.inputs),
+                Op::Add(_) | Op::GlobalAvgPool => continue,
+            };
+            let (channels, per_channel) = (channels as usize, per_channel as usize);
+            #[expect(clippy::cast_precision_loss, reason = "keeps activations near 1 along a chain")]
+            let width = (6.0 / per_channel as f32).sqrt();
+            let values = uniform(channels * per_channel, width, &mut rng);
+            let matrix = match self.numerics {
+                Numerics::F32 => Matrix::F32(values),
+                Numerics::Int8 => quantize(&values, channels, WeightBits::B8),
+            };
+            let bias = uniform(channels, 0.1, &mut rng);
+            layers.insert(node.name.clone(), Layer { matrix, bias });
+        }
+        let network = Network::new(graph, layers)?;
+        Session::from_bytes(
+            "probe",
+            &to_onnx_with_outputs(&network, &self.outputs),
+            threads as usize,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn conv(cin: u32, cout: u32, stride: u32, numerics: Numerics) -> ConvKey {
+        ConvKey {
+            batch: 1,
+            cin,
+            cout,
+            kernel: 3,
+            stride,
+            groups: 1,
+            height: 8,
+            width: 8,
+            numerics,
+            threads: 1,
+            context: Context::Chain,
+        }
+    }
+
+    fn plane(numerics: Numerics) -> PlaneKey {
+        PlaneKey {
+            batch: 1,
+            channels: 16,
+            height: 8,
+            width: 8,
+            numerics,
+            threads: 1,
+        }
+    }
+
+    /// Law: every kind of key builds models that run, and its weights say "what one more copy adds".
+    #[test]
+    fn every_kind_of_key_prepares_and_runs() {
+        let block = Block(16);
+        let mut keys = vec![Key::Session { threads: 1 }];
+        for numerics in [Numerics::F32, Numerics::Int8] {
+            let alone = ConvKey {
+                context: Context::Alone,
+                ..conv(3, 16, 1, numerics)
+            };
+            let convs = [
+                conv(16, 16, 1, numerics),
+                conv(16, 32, 2, numerics),
+                conv(1, 8, 1, numerics),
+                alone,
+            ];
+            keys.extend(convs.map(Key::Conv));
+            let p = plane(numerics);
+            keys.extend([Key::Add(p), Key::GlobalAvgPool(p), Key::Entry(p)]);
+            keys.push(Key::Linear(cotk_latency::work::LinearKey {
+                batch: 1,
+                inputs: 32,
+                outputs: 10,
+                numerics,
+                threads: 1,
+            }));
+        }
+        let probe = OnnxProbe::new(keys.clone(), block).unwrap();
+        assert_eq!(probe.seeds(), keys.len());
+        for key in keys {
+            let mut prepared = probe.prepare(&key, 0).unwrap();
+            let weights = prepared.weights();
+            for piece in 0..weights.len() {
+                prepared.run(piece).unwrap();
+            }
+            // Slopes take off what they put on; a session and what is timed alone stand for themselves; an entry keeps
+            // one call less one session.
+            let sum: f64 = weights.iter().sum();
+            let alone = matches!(
+                key,
+                Key::Session { .. }
+                    | Key::Conv(ConvKey {
+                        context: Context::Alone,
+                        ..
+                    })
+            );
+            assert!((sum - f64::from(u8::from(alone))).abs() < 1e-12, "{key}: {weights:?}");
+        }
+    }
+
+    #[test]
+    fn draws_are_like_the_seeds_and_repeat_by_seed() {
+        let seeds: Vec<Key> = [conv(16, 16, 1, Numerics::Int8), conv(1, 16, 1, Numerics::Int8)]
+            .map(Key::Conv)
+            .into();
+        let probe = OnnxProbe::new(seeds.clone(), Block(16)).unwrap();
+        let draw = |seed: u64| probe.candidates(20, &mut Seeds::new(seed).stream("draw"));
+        let keys = draw(1);
+        assert_eq!((keys.len(), &keys[..2]), (20, &seeds[..]));
+        assert_eq!(keys, draw(1));
+        assert_ne!(keys, draw(2));
+        for key in &keys[2..] {
+            let Key::Conv(c) = key else { panic!("{key}") };
+            assert!(c.cin == 1 || c.cin == c.cout, "{key}");
+            assert!((1..=32).contains(&c.cout), "{key}");
+        }
+    }
+
+    /// The node lists that the predictor's walk assumes: copies of a convolution add one kernel each and nothing else.
+    #[test]
+    fn one_more_copy_adds_one_kernel() {
+        let operators = |line: &Line, copies: usize| {
+            let model = (line.0)(copies);
+            let numerics = model.numerics;
+            let graph = Graph::new(RawGraph {
+                name: "probe".into(),
+                input: model.input,
+                input_quant: (numerics == Numerics::Int8).then_some(SIGNED),
+                nodes: model.nodes,
+            })
+            .unwrap();
+            let mut layers = BTreeMap::new();
+            let mut rng = Seeds::new(3).stream("w");
+            for node in graph.nodes() {
+                if let Op::Conv(c) = node.op {
+                    let count = (c.cout * c.cin * c.kernel * c.kernel) as usize;
+                    let values = uniform(count, 0.2, &mut rng);
+                    let matrix = match numerics {
+                        Numerics::F32 => Matrix::F32(values),
+                        Numerics::Int8 => quantize(&values, c.cout as usize, WeightBits::B8),
+                    };
+                    layers.insert(
+                        node.name.clone(),
+                        Layer {
+                            matrix,
+                            bias: uniform(c.cout as usize, 0.1, &mut rng),
+                        },
+                    );
+                }
+            }
+            let bytes = to_onnx_with_outputs(&Network::new(graph, layers).unwrap(), &model.outputs);
+            let mut counts = BTreeMap::<String, usize>::new();
+            for (_, op, _) in crate::session::optimized_operators("probe", &bytes).unwrap() {
+                *counts.entry(op).or_default() += 1;
+            }
+            counts
+        };
+        let added = |line: &Line| {
+            let (one, two) = (operators(line, 1), operators(line, 2));
+            two.into_iter()
+                .filter_map(|(op, count)| {
+                    let more = count - one.get(&op).copied().unwrap_or(0);
+                    (more > 0).then_some((op, more))
+                })
+                .collect::<Vec<_>>()
+        };
+        let list = |ops: &[&str]| ops.iter().map(|op| ((*op).to_owned(), 1)).collect::<Vec<_>>();
+        assert_eq!(added(&chain(conv(16, 16, 1, Numerics::F32))), list(&["Conv"]));
+        assert_eq!(added(&chain(conv(16, 16, 1, Numerics::Int8))), list(&["QLinearConv"]));
+        // Beside each other: with its pool, which is measured apart with the same edges.
+        let f32_pool = list(&["Conv", "GlobalAveragePool", "ReorderOutput"]);
+        let int8_pool = list(&[
+            "DequantizeLinear",
+            "QLinearConv",
+            "QLinearGlobalAveragePool",
+            "Transpose",
+        ]);
+        for c in [(16, 32, 2), (1, 16, 1)] {
+            assert_eq!(added(&fan(conv(c.0, c.1, c.2, Numerics::F32), Block(16))), f32_pool);
+            assert_eq!(added(&fan(conv(c.0, c.1, c.2, Numerics::Int8), Block(16))), int8_pool);
+        }
+    }
+}
