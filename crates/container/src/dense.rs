@@ -25,6 +25,19 @@ impl DenseTensor {
     }
 }
 
+/// Size of the file that [`write_dense`] makes.
+pub fn dense_file_bytes(tensors: &[DenseTensor]) -> u64 {
+    let order = in_order(tensors);
+    header(&order).len() as u64 + order.iter().map(|t| t.bytes).sum::<u64>()
+}
+
+/// Widest type first, so that each tensor is aligned; then by name.
+fn in_order(tensors: &[DenseTensor]) -> Vec<&DenseTensor> {
+    let mut order: Vec<&DenseTensor> = tensors.iter().collect();
+    order.sort_by(|a, b| (b.element_bytes(), &a.name).cmp(&(a.element_bytes(), &b.name)));
+    order
+}
+
 /// Writes the tensors, widest type first (so that each is aligned), then by name; `data` gives one's bytes.
 ///
 /// # Errors
@@ -35,8 +48,7 @@ pub fn write_dense<E: From<ContainerError>>(
     tensors: &[DenseTensor],
     mut data: impl FnMut(&DenseTensor) -> Result<Vec<u8>, E>,
 ) -> Result<(), E> {
-    let mut order: Vec<&DenseTensor> = tensors.iter().collect();
-    order.sort_by(|a, b| (b.element_bytes(), &a.name).cmp(&(a.element_bytes(), &b.name)));
+    let order = in_order(tensors);
     let io = |e| ContainerError::from(Error::io("write", path)(e));
     let mut file = AtomicFile::create(path).map_err(ContainerError::from)?;
     file.write_all(&header(&order)).map_err(io)?;
@@ -96,6 +108,7 @@ mod tests {
         let data = |t: &DenseTensor| Ok::<_, ContainerError>(vec![t.name.as_bytes()[0]; t.bytes as usize]);
         write_dense(&path, &tensors, data).unwrap();
         let bytes = fs_err::read(&path).unwrap();
+        assert_eq!(bytes.len() as u64, dense_file_bytes(&tensors));
         let read = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(read.len(), 3);
         for tensor in &tensors {

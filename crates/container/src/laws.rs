@@ -112,7 +112,7 @@ fn write_all(folder: &Path) -> Manifest {
 
 fn finish(folder: &Path, mut writer: ContainerWriter, rest: Vec<(LayerId, Vec<NewExpert>)>) -> Manifest {
     for (layer, experts) in rest {
-        writer.append_layer(layer, experts).unwrap();
+        writer.append_layer(layer, 1.0, experts).unwrap();
     }
     let tensor = DenseTensor {
         name: "norm".to_owned(),
@@ -194,7 +194,7 @@ fn interrupted_anywhere_and_resumed_the_bytes_are_the_same() {
             let mut rest = layers();
             let remembered: Vec<Layer> = rest
                 .drain(..done)
-                .map(|(layer, experts)| writer.append_layer(layer, experts).unwrap())
+                .map(|(layer, experts)| writer.append_layer(layer, 1.0, experts).unwrap())
                 .collect();
             drop(writer);
             // A layer that was begun and not finished.
@@ -217,7 +217,7 @@ fn a_partial_file_that_lost_bytes_is_not_continued() {
     let folder = tempfile::tempdir().unwrap();
     let mut writer = ContainerWriter::resume(folder.path(), vec![]).unwrap();
     let (layer, experts) = layers().swap_remove(0);
-    let entry = writer.append_layer(layer, experts).unwrap();
+    let entry = writer.append_layer(layer, 1.0, experts).unwrap();
     drop(writer);
     let path = folder.path().join(EXPERTS);
     let bytes = fs_err::read(&path).unwrap();
@@ -315,8 +315,9 @@ fn numbers(text: &str) -> Vec<(usize, usize)> {
 }
 
 /// Keys whose value is a report, not a claim about bytes.
-const REPORTED: [&str; 11] = [
+const REPORTED: [&str; 12] = [
     "seed",
+    "gain",
     "tokens",
     "share",
     "gate_share",
@@ -407,7 +408,7 @@ fn matrices_that_do_not_fit_are_not_written() {
     let mut wrong = expert("a", 24, code, code, code);
     wrong.kept.as_mut().unwrap().down = matrix(HIDDEN, 25, code, "other");
     assert!(matches!(
-        writer.append_layer(LayerId(0), vec![wrong]),
+        writer.append_layer(LayerId(0), 1.0, vec![wrong]),
         Err(ContainerError::Unwritable { .. })
     ));
 }

@@ -97,6 +97,12 @@ pub(crate) fn align_record(previous_end: u64, record_bytes: u64) -> u64 {
     previous_end.next_multiple_of(if record_bytes >= PAGED_BYTES { PAGE } else { LINE })
 }
 
+/// Bytes of a record of these formats, and what aligning it costs at most: sums of these bound `experts.bin`.
+pub fn aligned_record_bytes(gate: MatrixFormat, up: MatrixFormat, down: MatrixFormat) -> u64 {
+    let bytes = Layout::of(gate, up, down).bytes;
+    align_record(1, bytes) + bytes
+}
+
 /// Widths that an expert can be used at: every width that one of its matrices can be decoded at.
 pub fn prefixes(formats: [MatrixFormat; 3]) -> Vec<u32> {
     let mut all: Vec<u32> = formats

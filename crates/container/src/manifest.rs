@@ -131,6 +131,8 @@ pub enum DroppedMeaning {
 #[serde(deny_unknown_fields)]
 pub struct Layer {
     pub layer: LayerId,
+    /// What every kept down projection was multiplied by before it was coded, so that the layer's output keeps its size.
+    pub gain: f32,
     /// All experts of the source model, in its numbering.
     pub experts: Vec<Expert>,
 }

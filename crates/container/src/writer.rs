@@ -112,14 +112,15 @@ impl ContainerWriter {
         &self.layers
     }
 
-    /// Appends the records of one layer, experts in their original order, and syncs them. The returned entry is what
-    /// its owner remembers for [`resume`](Self::resume).
+    /// Appends the records of one layer, experts in their original order, and syncs them; `gain` is already in them. The
+    /// returned entry is what its owner remembers for [`resume`](Self::resume).
     ///
     /// # Errors
     /// [`ContainerError::Unwritable`] for matrices that do not fit each other; the file system's.
-    pub fn append_layer(&mut self, layer: LayerId, experts: Vec<NewExpert>) -> Result<Layer> {
+    pub fn append_layer(&mut self, layer: LayerId, gain: f32, experts: Vec<NewExpert>) -> Result<Layer> {
         let mut entry = Layer {
             layer,
+            gain,
             experts: Vec::with_capacity(experts.len()),
         };
         for (id, new) in (0..).map(ExpertId).zip(experts) {

@@ -88,7 +88,7 @@ fn write(folder: &Path, code: Code, dropped: &[u32], meaning: DroppedMeaning, no
     for layer in [0, 2].map(LayerId) {
         let experts = experts(layer, code, dropped);
         let new = experts.into_iter().map(|kept| NewExpert { why, kept }).collect();
-        writer.append_layer(layer, new).unwrap();
+        writer.append_layer(layer, 1.0, new).unwrap();
     }
     cotk_container::dense::write_dense(&folder.join(DENSE), &[], |_| {
         Ok::<_, cotk_container::ContainerError>(vec![])

@@ -3,6 +3,7 @@
 
 use cotk_container::ContainerError;
 use cotk_container::reader::ExpertView;
+use cotk_kernels::KernelError;
 use cotk_kernels::cpu::activations::Activations;
 use cotk_kernels::cpu::dispatch::Isa;
 use cotk_kernels::cpu::expert::{self, Expert, ExpertScratch};
@@ -21,13 +22,27 @@ const JOB_ROWS: usize = 64;
 /// Multiply-adds below which a thread costs more than it brings. Decides who works, not what comes out.
 const PARALLEL_FROM: usize = 1 << 20;
 
+/// The kernels that this process runs on.
+#[derive(Debug, Clone, Copy)]
+pub struct Cpu(Isa);
+
+impl Cpu {
+    /// The best path of this CPU, or the one that `COTK_ISA` names.
+    ///
+    /// # Errors
+    /// A path that does not exist, or that this CPU lacks.
+    pub fn selected() -> Result<Self, KernelError> {
+        Isa::selected().map(Self)
+    }
+}
+
 /// What runs, and how its width is decided.
 pub struct Mix<'a> {
     pub store: &'a dyn ExpertStore,
     pub mode: &'a dyn RoutingMode,
     /// What the cache holds of an expert's stored bits.
     pub held_bits: &'a (dyn Fn(Place, u32) -> u32 + Sync),
-    pub isa: Isa,
+    pub cpu: Cpu,
     pub layer: LayerId,
     pub hidden_size: usize,
 }
@@ -113,12 +128,12 @@ impl Mix<'_> {
         }
 
         // Quantized once for all experts of a token.
-        let acts = Activations::of(self.isa, hidden, width);
+        let acts = Activations::of(self.cpu.0, hidden, width);
         let run = |scratch: &mut (Activations, ExpertScratch), (kernel, rows): &(Expert<'_>, &[usize])| {
             let (gathered, scratch) = scratch;
             gathered.gather(&acts, rows.iter().map(|pair| pair / slots));
             let mut out = vec![0.0; rows.len() * width];
-            expert::forward(self.isa, kernel, gathered, &mut out, scratch, Threads::One);
+            expert::forward(self.cpu.0, kernel, gathered, &mut out, scratch, Threads::One);
             out
         };
         let work: usize = jobs
@@ -163,4 +178,23 @@ fn width_of(view: &ExpertView<'_>) -> (u8, Precision) {
     let is_full = parts.iter().all(|p| p.bits() == p.format().code().full());
     let precision = if is_full { Precision::Full } else { Precision::Prefix };
     (u8::try_from(bits).expect("at most 8"), precision)
+}
+
+/// One expert for rows `[rows, hidden]`, alone and without a gate: `[rows, hidden]`.
+///
+/// # Panics
+/// Matrices that do not fit each other: those of one record always do.
+pub fn run_expert(cpu: Cpu, view: &ExpertView<'_>, rows: &[f32]) -> Vec<f32> {
+    let kernel = Expert::try_new(view.gate, view.up, view.down).expect("matrices of one expert");
+    let acts = Activations::of(cpu.0, rows, kernel.hidden());
+    let mut out = vec![0.0; rows.len()];
+    expert::forward(
+        cpu.0,
+        &kernel,
+        &acts,
+        &mut out,
+        &mut ExpertScratch::default(),
+        Threads::One,
+    );
+    out
 }

@@ -5,12 +5,11 @@ use std::sync::Arc;
 
 use cotk_container::manifest::State;
 use cotk_container::reader::Container;
-use cotk_kernels::cpu::dispatch::Isa;
 use cotk_model::moe::{Mode, MoeRecord, MoeRuntime, MoeShape, RouterScores, RuntimeError, route};
 use cotk_model::spec::ModelSpec;
 use cotk_run::units::LayerId;
 
-use crate::mix::Mix;
+use crate::mix::{Cpu, Mix};
 use crate::policy::{AllHit, CachePolicy, Exact, Little, RoutingMode};
 use crate::store::alive;
 use crate::{Error, Result};
@@ -24,7 +23,7 @@ pub struct Resident {
     living: Vec<Vec<bool>>,
     modes: Vec<Mode>,
     little: Option<Little>,
-    isa: Isa,
+    cpu: Cpu,
 }
 
 impl Resident {
@@ -75,7 +74,7 @@ impl Resident {
             living,
             modes,
             little,
-            isa: Isa::selected()?,
+            cpu: Cpu::selected()?,
         })
     }
 
@@ -119,7 +118,7 @@ impl MoeRuntime for Resident {
             store: self.container.as_ref(),
             mode,
             held_bits: &|place, stored| AllHit.held_bits(place, stored),
-            isa: self.isa,
+            cpu: self.cpu,
             layer,
             hidden_size: self.shape.hidden,
         };

@@ -1,0 +1,86 @@
+//! Why a compression cannot be done, with what was found and what was expected.
+
+use std::path::PathBuf;
+
+use cotk_container::ContainerError;
+use cotk_data::DataError;
+use cotk_model::ModelError;
+use cotk_model::checkpoint::CheckpointError;
+use cotk_model::moe::RuntimeError;
+use cotk_model::tokenizer::TokenizerError;
+use cotk_quant::QuantError;
+use cotk_run::units::{Bytes, ExpertId, LayerId};
+
+/// Errors of the compression pipeline.
+#[derive(Debug, thiserror::Error)]
+pub enum CompressError {
+    /// Files, recipes, journals, an unfinished output of other inputs, Ctrl-C.
+    #[error(transparent)]
+    Run(#[from] cotk_run::Error),
+    /// Config, weights, tokenizer of the source.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+    /// Calibration or evaluation text.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The kernels cannot run here.
+    #[error(transparent)]
+    Runtime(#[from] cotk_runtime::Error),
+    /// The model has no routed experts.
+    #[error("{}: {family} model without routed experts: nothing to compress", file.display())]
+    NoExperts { file: PathBuf, family: &'static str },
+    /// The source is a container already.
+    #[error("{}: is a compressed model, expected a Hugging Face checkpoint", file.display())]
+    AlreadyCompressed { file: PathBuf },
+    /// A folder stands where the output is to go, and it is not this command's own unfinished output.
+    #[error("{}: exists, and is not an unfinished output of this command", folder.display())]
+    OutputExists { folder: PathBuf },
+    /// The text is too short to calibrate or to measure on.
+    #[error("{}: {found} tokens for {purpose}, expected at least {expected}", file.display())]
+    ShortText {
+        file: PathBuf,
+        purpose: &'static str,
+        found: usize,
+        expected: usize,
+    },
+    #[error("{}: needs about {}, {} are free", folder.display(), Bytes(*need), Bytes(*have))]
+    DiskSpace { folder: PathBuf, need: u64, have: u64 },
+    /// A weight cannot be coded.
+    #[error("{}: {layer}, {expert}, {matrix}: {source}", file.display())]
+    Weights {
+        file: PathBuf,
+        layer: LayerId,
+        expert: ExpertId,
+        matrix: &'static str,
+        source: QuantError,
+    },
+    /// The byte budget is below what the recipe can reach.
+    #[error("budget of {} cannot be met: the smallest output of this recipe is {}", Bytes(*budget), Bytes(*least))]
+    Budget { budget: u64, least: u64 },
+    /// The allocator refused its candidates.
+    #[error("allocation: {0}")]
+    Allocation(QuantError),
+}
+
+/// `Result` with this crate's [`CompressError`].
+pub type Result<T, E = CompressError> = std::result::Result<T, E>;
+
+impl From<CheckpointError> for CompressError {
+    fn from(error: CheckpointError) -> Self {
+        Self::Model(error.into())
+    }
+}
+
+impl From<RuntimeError> for CompressError {
+    fn from(error: RuntimeError) -> Self {
+        Self::Model(error.into())
+    }
+}
+
+impl From<TokenizerError> for CompressError {
+    fn from(error: TokenizerError) -> Self {
+        Self::Model(error.into())
+    }
+}

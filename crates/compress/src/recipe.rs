@@ -1,0 +1,314 @@
+//! The recipe of `cotk compress`: `seed`, `[compress]`, `[budget]`. Law: what parses is valid, every choice an enum.
+
+use cotk_container::manifest::DroppedMeaning;
+use cotk_quant::code::{Bits, Code};
+use cotk_run::recipe::{self, Source};
+use serde::{Deserialize, Serialize};
+
+/// Recipes that are found by bare name.
+pub const EMBEDDED: [(&str, &str); 1] = [("moe-int4", include_str!("../../../recipes/moe-int4.toml"))];
+
+/// A whole recipe.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Of every random choice.
+    #[serde(default)]
+    pub seed: u64,
+    pub compress: Compress,
+    #[serde(default)]
+    pub budget: Budget,
+}
+
+/// `[compress]`: what is measured, dropped and coded.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Compress {
+    /// Tokens of the calibration text that are used, at most.
+    #[serde(default = "defaults::calibration_tokens")]
+    pub calibration_tokens: Tokens,
+    /// Longest piece of a document that is seen at once.
+    #[serde(default = "defaults::calibration_window")]
+    pub calibration_window: Tokens,
+    /// Share of the experts to drop.
+    #[serde(default)]
+    pub drop_ratio: DropRatio,
+    #[serde(default)]
+    pub drop_shape: DropShape,
+    /// What a dropped expert means to routing.
+    #[serde(default = "defaults::dropped")]
+    pub dropped: DroppedMeaning,
+    /// Codes to choose from, per expert.
+    #[serde(default)]
+    pub codes: Codes,
+    /// Weights per scale.
+    #[serde(default)]
+    pub group: Group,
+    /// Width that `little` reads, where the codes have it.
+    #[serde(default = "defaults::little_bits")]
+    pub little_bits: Bits,
+}
+
+/// `[budget]`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Budget {
+    /// Of `dense.safetensors` and `experts.bin` together, at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
+}
+
+/// How drops are spread over layers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DropShape {
+    /// The same number in each layer.
+    #[default]
+    Uniform,
+    /// The least used of all layers together.
+    Usage,
+}
+
+/// A share of experts, 0 up to but without 1.
+#[derive(Debug, Clone, Copy, Default, PartialEq, PartialOrd, Serialize, Deserialize)]
+#[serde(try_from = "f64", into = "f64")]
+pub struct DropRatio(f64);
+
+impl DropRatio {
+    /// The number.
+    pub fn get(self) -> f64 {
+        self.0
+    }
+
+    /// Of `experts`, rounded to the nearest, but `keep` stay.
+    pub fn count(self, experts: usize, keep: usize) -> usize {
+        #[expect(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "expert counts are small, the ratio is below 1"
+        )]
+        let count = (experts as f64 * self.0).round() as usize;
+        count.min(experts.saturating_sub(keep))
+    }
+}
+
+impl TryFrom<f64> for DropRatio {
+    type Error = String;
+
+    fn try_from(ratio: f64) -> Result<Self, String> {
+        if (0.0..1.0).contains(&ratio) {
+            Ok(Self(ratio))
+        } else {
+            Err(format!(
+                "{ratio} is not a share of experts to drop: expected 0 or more and below 1"
+            ))
+        }
+    }
+}
+
+impl From<DropRatio> for f64 {
+    fn from(ratio: DropRatio) -> Self {
+        ratio.0
+    }
+}
+
+/// A count of tokens: 2 to 2^30.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u64", into = "u64")]
+pub struct Tokens(usize);
+
+impl Tokens {
+    /// The number.
+    pub fn get(self) -> usize {
+        self.0
+    }
+}
+
+impl TryFrom<u64> for Tokens {
+    type Error = String;
+
+    fn try_from(tokens: u64) -> Result<Self, String> {
+        match usize::try_from(tokens) {
+            Ok(count) if (2..=1 << 30).contains(&count) => Ok(Self(count)),
+            _ => Err(format!("{tokens} is not a count of tokens: expected 2 to 1073741824")),
+        }
+    }
+}
+
+impl From<Tokens> for u64 {
+    fn from(tokens: Tokens) -> Self {
+        tokens.0 as Self
+    }
+}
+
+/// Weights per scale: 32, 64 or 128.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u64", into = "u64")]
+pub struct Group(usize);
+
+impl Group {
+    /// The number.
+    pub fn get(self) -> usize {
+        self.0
+    }
+}
+
+impl Default for Group {
+    fn default() -> Self {
+        Self(32)
+    }
+}
+
+impl TryFrom<u64> for Group {
+    type Error = String;
+
+    fn try_from(group: u64) -> Result<Self, String> {
+        match group {
+            32 => Ok(Self(32)),
+            64 => Ok(Self(64)),
+            128 => Ok(Self(128)),
+            _ => Err(format!("{group} is not a group size: expected 32, 64 or 128")),
+        }
+    }
+}
+
+impl From<Group> for u64 {
+    fn from(group: Group) -> Self {
+        group.0 as Self
+    }
+}
+
+/// One code or several, each once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Vec<Code>", into = "Vec<Code>")]
+pub struct Codes(Vec<Code>);
+
+impl Codes {
+    /// In the recipe's order.
+    pub fn get(&self) -> &[Code] {
+        &self.0
+    }
+}
+
+impl Default for Codes {
+    fn default() -> Self {
+        Self(vec![Code::Nested224])
+    }
+}
+
+impl TryFrom<Vec<Code>> for Codes {
+    type Error = String;
+
+    fn try_from(codes: Vec<Code>) -> Result<Self, String> {
+        if codes.is_empty() {
+            return Err("no codes: expected at least one".to_owned());
+        }
+        if let Some(twice) = (1..codes.len()).find(|&i| codes[..i].contains(&codes[i])) {
+            return Err(format!("code {} stands twice: expected each once", codes[twice]));
+        }
+        Ok(Self(codes))
+    }
+}
+
+impl From<Codes> for Vec<Code> {
+    fn from(codes: Codes) -> Self {
+        codes.0
+    }
+}
+
+mod defaults {
+    use super::{Bits, DroppedMeaning, Tokens};
+
+    pub(super) fn calibration_tokens() -> Tokens {
+        Tokens(16_384)
+    }
+    pub(super) fn calibration_window() -> Tokens {
+        Tokens(512)
+    }
+    pub(super) fn dropped() -> DroppedMeaning {
+        DroppedMeaning::Masked
+    }
+    pub(super) fn little_bits() -> Bits {
+        Bits::B4
+    }
+}
+
+impl Recipe {
+    /// A file or the bare name of an embedded recipe, after `--set key=value`, `--seed` and `--budget-bytes`.
+    ///
+    /// # Errors
+    /// [`cotk_run::Error`] with line, column, caret and the nearest known key.
+    pub fn load(name: &str, sets: &[String], seed: Option<u64>, budget_bytes: Option<u64>) -> cotk_run::Result<Self> {
+        let mut recipe: Self = recipe::parse(&Source::find(name, &EMBEDDED)?, sets)?;
+        recipe.seed = seed.unwrap_or(recipe.seed);
+        recipe.budget.bytes = budget_bytes.or(recipe.budget.bytes);
+        Ok(recipe)
+    }
+
+    /// Whether the first pass, that of the uncompressed model, has anything to find out.
+    pub fn needs_measuring(&self) -> bool {
+        let drops = self.compress.drop_ratio.get() > 0.0;
+        self.compress.codes.get().len() > 1 || (drops && self.compress.drop_shape == DropShape::Usage)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> cotk_run::Result<Recipe> {
+        let source = Source {
+            name: "r.toml".into(),
+            text: text.into(),
+        };
+        recipe::parse(&source, &[])
+    }
+
+    #[test]
+    fn embedded_recipes_parse_and_resolve_to_themselves() {
+        for (name, _) in EMBEDDED {
+            let recipe = Recipe::load(name, &[], None, None).unwrap();
+            let resolved = recipe::resolved(&recipe).unwrap();
+            assert_eq!(parse(&resolved).unwrap(), recipe);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_right_is_refused_with_its_line() {
+        for (line, expected) in [
+            ("drop_ratio = 1.0", "expected 0 or more and below 1"),
+            ("drop_ratio = -0.1", "expected 0 or more and below 1"),
+            ("drop_ratio = nan", "expected 0 or more and below 1"),
+            ("group = 48", "expected 32, 64 or 128"),
+            ("codes = []", "expected at least one"),
+            ("codes = [\"plain4\", \"plain4\"]", "each once"),
+            ("codes = [\"plain5\"]", "plain5"),
+            ("calibration_tokens = 0", "count of tokens"),
+            ("little_bits = 5", "expected one of 2, 3, 4, 8"),
+            ("drop_shapes = \"uniform\"", "drop_shape"),
+        ] {
+            let error = parse(&format!("[compress]\n{line}\n")).unwrap_err().to_string();
+            assert!(error.contains(expected) && error.contains("line 2"), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_wins_and_changes_the_hash() {
+        let plain = Recipe::load("moe-int4", &[], None, None).unwrap();
+        let sets = ["compress.drop_ratio=0.5".to_owned()];
+        let changed = Recipe::load("moe-int4", &sets, Some(3), Some(1000)).unwrap();
+        assert_eq!((changed.seed, changed.budget.bytes), (3, Some(1000)));
+        assert_eq!(changed.compress.drop_ratio.get(), 0.5);
+        assert_ne!(recipe::hash(&plain).unwrap(), recipe::hash(&changed).unwrap());
+    }
+
+    #[test]
+    fn drops_are_rounded_and_leave_enough() {
+        let ratio = |r| DropRatio::try_from(r).unwrap();
+        assert_eq!(ratio(0.25).count(32, 4), 8);
+        assert_eq!(ratio(0.99).count(32, 4), 28);
+        assert_eq!(ratio(0.0).count(32, 4), 0);
+        assert_eq!(ratio(0.5).count(2, 4), 0);
+    }
+}

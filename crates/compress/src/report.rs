@@ -1,0 +1,184 @@
+//! What a compression did: the `result` of `--json`, the facts for the ledger, and `report.md`.
+
+use std::fmt::Write;
+
+use cotk_run::facts::Fact;
+use cotk_run::units::{Bytes, significant};
+use serde::{Deserialize, Serialize};
+
+use crate::quality::Quality;
+
+/// One MoE layer of the result.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayerReport {
+    pub layer: u32,
+    pub experts: usize,
+    pub experts_kept: usize,
+    /// Of its records.
+    pub bytes: u64,
+    /// ‖student − teacher‖ / ‖teacher‖ of the experts' mixed output on calibration tokens.
+    pub relative_error: f64,
+    /// What the kept down projections were multiplied by.
+    pub gain: f32,
+    /// Share of the calibration tokens' selections that went to experts that were dropped.
+    pub dropped_share: f64,
+}
+
+/// The whole result.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    pub input: String,
+    pub output: String,
+    pub bytes_before: u64,
+    /// All files but the report.
+    pub bytes_after: u64,
+    pub expert_bytes_before: u64,
+    /// Of `experts.bin`, headers and padding included.
+    pub expert_bytes_after: u64,
+    /// Codes, scales and zero points over the weights of all experts of the source.
+    pub bits_per_expert_weight: f64,
+    pub experts_kept: Vec<usize>,
+    pub perplexity_before: f64,
+    pub perplexity_after: f64,
+    pub kl_nats: f64,
+    pub top1_agreement: f64,
+    pub quality: Quality,
+    pub layers: Vec<LayerReport>,
+    pub calibration_tokens: usize,
+    /// Experts that no calibration token chose.
+    pub experts_without_tokens: usize,
+    pub seed: u64,
+    pub recipe_hash: String,
+    /// Of this process: an interrupted run counts from its last start.
+    pub seconds: f64,
+    pub peak_rss_bytes: u64,
+    /// One token with every weight in memory; absent without a profile.
+    pub predicted_decode_ms: Option<f64>,
+    pub resumed: bool,
+    pub warnings: Vec<String>,
+}
+
+impl Report {
+    /// What was measured, for the ledger.
+    #[expect(clippy::cast_precision_loss, reason = "byte counts are far below 2^53")]
+    pub fn facts(&self, subject: &str) -> Vec<Fact> {
+        let half = |ci: [f64; 2]| (ci[1] - ci[0]) / 2.0;
+        let tokens = self.quality.tokens as u64;
+        let fact = |metric: &str, value: f64, unit: &str| Fact::new(subject, metric, value, unit);
+        let mut facts = vec![
+            fact("bytes_before", self.bytes_before as f64, "bytes"),
+            fact("bytes_after", self.bytes_after as f64, "bytes"),
+            fact("expert_bytes_before", self.expert_bytes_before as f64, "bytes"),
+            fact("expert_bytes_after", self.expert_bytes_after as f64, "bytes"),
+            fact("bits_per_expert_weight", self.bits_per_expert_weight, "bits"),
+            fact("experts_kept", self.experts_kept.iter().sum::<usize>() as f64, "count"),
+            fact("perplexity_before", self.perplexity_before, "perplexity").count(tokens),
+            fact("perplexity_after", self.perplexity_after, "perplexity")
+                .spread(half(self.quality.perplexity_after_ci95))
+                .count(tokens),
+            fact("kl_nats", self.kl_nats, "nats")
+                .spread(half(self.quality.kl_ci95))
+                .count(tokens),
+            fact("top1_agreement", self.top1_agreement, "fraction").count(tokens),
+            fact("seconds", self.seconds, "s"),
+            fact("peak_rss_bytes", self.peak_rss_bytes as f64, "bytes"),
+        ];
+        facts.extend(self.predicted_decode_ms.map(|ms| fact("predicted_decode_ms", ms, "ms")));
+        for layer in &self.layers {
+            let subject = format!("{subject}:layer-{}", layer.layer);
+            facts.push(Fact::new(&subject, "experts_kept", layer.experts_kept as f64, "count"));
+            facts.push(Fact::new(&subject, "expert_bytes_after", layer.bytes as f64, "bytes"));
+            facts.push(Fact::new(&subject, "relative_error", layer.relative_error, "fraction"));
+        }
+        facts
+    }
+
+    /// `report.md`.
+    pub fn markdown(&self) -> String {
+        let mut text = String::from("# Compression report\n\n");
+        let number = |x: f64| significant(x, 4);
+        let rows = [
+            (
+                "all files",
+                Bytes(self.bytes_before).to_string(),
+                Bytes(self.bytes_after).to_string(),
+            ),
+            (
+                "routed experts",
+                Bytes(self.expert_bytes_before).to_string(),
+                Bytes(self.expert_bytes_after).to_string(),
+            ),
+            (
+                "experts",
+                self.layers.iter().map(|l| l.experts).sum::<usize>().to_string(),
+                self.experts_kept.iter().sum::<usize>().to_string(),
+            ),
+            (
+                "perplexity",
+                number(self.perplexity_before),
+                number(self.perplexity_after),
+            ),
+            ("KL (nats)", "0".to_owned(), number(self.kl_nats)),
+            ("top-1 agreement", "1".to_owned(), number(self.top1_agreement)),
+        ];
+        let _ = writeln!(text, "`{}` → `{}`\n", self.input, self.output);
+        let _ = writeln!(text, "| | before | after |\n|---|---:|---:|");
+        for (what, before, after) in rows {
+            let _ = writeln!(text, "| {what} | {before} | {after} |");
+        }
+        let quality = &self.quality;
+        let _ = writeln!(
+            text,
+            "\n{} bits per expert weight of the source. Quality on {} tokens of {} (window {}, stride {}; 95 %: perplexity \
+             {} to {}, KL {} to {}). Calibrated on {} tokens; {} experts saw none of them. Seed {}, recipe {}. \
+             {} s, {} peak memory{}.",
+            number(self.bits_per_expert_weight),
+            quality.tokens,
+            quality.text,
+            quality.window,
+            quality.stride,
+            number(quality.perplexity_after_ci95[0]),
+            number(quality.perplexity_after_ci95[1]),
+            number(quality.kl_ci95[0]),
+            number(quality.kl_ci95[1]),
+            self.calibration_tokens,
+            self.experts_without_tokens,
+            self.seed,
+            self.recipe_hash,
+            number(self.seconds),
+            Bytes(self.peak_rss_bytes),
+            if self.resumed { ", resumed" } else { "" },
+        );
+        if let Some(ms) = self.predicted_decode_ms {
+            let _ = writeln!(
+                text,
+                "\nPredicted time of one token with every weight in memory: {} ms.",
+                number(ms)
+            );
+        }
+        let _ = writeln!(
+            text,
+            "\n| layer | experts kept | bytes | relative error | gain | selections dropped |\n|---:|---:|---:|---:|---:|---:|"
+        );
+        for layer in &self.layers {
+            let _ = writeln!(
+                text,
+                "| {} | {} of {} | {} | {} | {} | {} |",
+                layer.layer,
+                layer.experts_kept,
+                layer.experts,
+                Bytes(layer.bytes),
+                number(layer.relative_error),
+                number(f64::from(layer.gain)),
+                number(layer.dropped_share),
+            );
+        }
+        if !self.warnings.is_empty() {
+            let _ = writeln!(text, "\nWarnings:\n");
+            for warning in &self.warnings {
+                let _ = writeln!(text, "- {warning}");
+            }
+        }
+        text
+    }
+}

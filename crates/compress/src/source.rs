@@ -1,0 +1,146 @@
+//! The model that is compressed: its files, what its bytes are, what of them is dense.
+
+use std::path::Path;
+
+use cotk_container::dense::DenseTensor;
+use cotk_container::manifest::{Checksum, SourceModel};
+use cotk_container::reader::is_container;
+use cotk_model::families::{self, LayerTensor, Matrix, Tensor};
+use cotk_model::folder::ModelFolder;
+use cotk_run::files;
+use cotk_run::units::{ExpertId, LayerId};
+
+use crate::{CompressError, Result};
+
+/// Copied beside the dense part where the source has them; names as in Hugging Face folders.
+const COPIED: [&str; 7] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+];
+
+/// An open source model.
+pub struct Source {
+    pub files: ModelFolder,
+    /// The config as JSON, for the manifest.
+    pub config: serde_json::Value,
+    pub origin: SourceModel,
+    /// Tensors that stay as they are.
+    pub dense: Vec<DenseTensor>,
+    /// Bytes of the weight files' tensors.
+    pub bytes: u64,
+}
+
+impl Source {
+    /// Opens a Hugging Face folder and reads all of it once, for its hash.
+    ///
+    /// # Errors
+    /// What is missing or broken; a model without routed experts; a container.
+    pub fn open(path: &Path) -> Result<Self> {
+        if is_container(path) {
+            return Err(CompressError::AlreadyCompressed { file: path.to_owned() });
+        }
+        let files = ModelFolder::open(path)?;
+        let spec = &files.spec;
+        let layers = spec.moe_layers();
+        if layers.is_empty() {
+            return Err(CompressError::NoExperts {
+                file: path.join("config.json"),
+                family: spec.family,
+            });
+        }
+        let family = families::of(spec);
+        let experts = (0..).map(ExpertId).take(spec.routing.experts);
+        let mut expert_names: Vec<String> = Vec::new();
+        for &layer in &layers {
+            for expert in experts.clone() {
+                for matrix in Matrix::ALL {
+                    let tensor = Tensor::Layer(layer, LayerTensor::Expert(expert, matrix));
+                    expert_names.push(family.tensor_name(tensor));
+                }
+            }
+        }
+        let source = files.source.as_ref();
+        let mut expert_bytes = 0;
+        for (name, matrix) in expert_names.iter().zip(Matrix::ALL.into_iter().cycle()) {
+            let shape = matrix.shape(spec.hidden, spec.moe_intermediate);
+            expert_bytes += source.require(name, &shape)?.bytes();
+        }
+        expert_names.sort_unstable();
+        let dense: Vec<DenseTensor> = source
+            .names()
+            .into_iter()
+            .filter(|name| expert_names.binary_search(name).is_err())
+            .filter_map(|name| source.info(&name).map(|info| (name, info)))
+            .map(|(name, info)| DenseTensor {
+                name,
+                dtype: info.dtype.name(),
+                bytes: info.bytes(),
+                shape: info.shape,
+            })
+            .collect();
+        let bytes = source.bytes();
+        let per_expert = 3 * spec.hidden as u64 * spec.moe_intermediate as u64;
+        let origin = SourceModel {
+            hash: hash(&files)?,
+            bytes,
+            expert_bytes,
+            expert_weights: per_expert * (layers.len() * spec.routing.experts) as u64,
+        };
+        let config = serde_json::from_str(&files.config_text).map_err(|e| cotk_run::Error::Io {
+            action: "read",
+            file: path.join("config.json"),
+            source: e.into(),
+        })?;
+        Ok(Self {
+            config,
+            origin,
+            dense,
+            bytes,
+            files,
+        })
+    }
+
+    /// Files to copy as they are: those that the source has.
+    pub fn copied(&self) -> Vec<&'static str> {
+        COPIED
+            .into_iter()
+            .filter(|name| self.files.path.join(name).is_file())
+            .collect()
+    }
+
+    /// Weights of the dense part that one token reads: all but the rows of an embedding that is not the head.
+    pub fn dense_weights_per_token(&self) -> u64 {
+        let spec = &self.files.spec;
+        let embedding = families::of(spec).tensor_name(Tensor::Embedding);
+        let is_read = |t: &&DenseTensor| spec.tied_embeddings || t.name != embedding;
+        let weights = |t: &DenseTensor| t.shape.iter().map(|&n| n as u64).product::<u64>();
+        self.dense.iter().filter(is_read).map(weights).sum()
+    }
+
+    /// Layers with experts, ascending.
+    pub fn moe_layers(&self) -> Vec<LayerId> {
+        self.files.spec.moe_layers()
+    }
+}
+
+/// Of config, tokenizer and every tensor's bytes, whatever files they are cut into.
+fn hash(folder: &ModelFolder) -> Result<Checksum> {
+    let mut sums = files::checksum(folder.config_text.as_bytes()).to_le_bytes().to_vec();
+    for name in COPIED {
+        let path = folder.path.join(name);
+        if path.is_file() {
+            sums.extend_from_slice(name.as_bytes());
+            sums.extend_from_slice(&files::checksum_file(&path)?.to_le_bytes());
+        }
+    }
+    for name in folder.source.names() {
+        sums.extend_from_slice(name.as_bytes());
+        sums.extend_from_slice(&files::checksum(&folder.source.raw(&name)?).to_le_bytes());
+    }
+    Ok(Checksum(files::checksum(&sums)))
+}

@@ -1,0 +1,155 @@
+//! Which tokens calibrate and which judge. Law: what judges is never used to choose; the seed draws the calibration.
+
+use std::path::Path;
+
+use cotk_data::text::{MARKER, documents};
+use cotk_model::tokenizer::Tokenizer;
+use cotk_run::files;
+use cotk_run::seeds::Seeds;
+use rand::RngExt;
+use rand::seq::SliceRandom;
+
+use crate::recipe::Compress;
+use crate::{CompressError, Result};
+
+/// Targets of the quality measurement at most.
+pub const QUALITY_TOKENS: usize = 16_384;
+/// Shorter pieces of documents teach nothing about attention.
+const SHORTEST_WINDOW: usize = 16;
+/// No text of ours comes near this.
+const LIMIT_BYTES: u64 = 1 << 30;
+
+/// Tokens of both purposes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Texts {
+    /// Pieces of documents, seen one by one.
+    pub calibration: Vec<Vec<u32>>,
+    /// One text, scored by sliding windows.
+    pub quality: Vec<u32>,
+    /// What the quality text is, for tables.
+    pub quality_name: String,
+    pub warnings: Vec<String>,
+}
+
+impl Texts {
+    /// Tokens that calibrate.
+    pub fn calibration_tokens(&self) -> usize {
+        self.calibration.iter().map(Vec::len).sum()
+    }
+}
+
+/// Reads and draws. Without `eval_text` the last fifth of the calibration documents judges, and does nothing else.
+///
+/// # Errors
+/// Texts that cannot be read, or are too short.
+pub fn draw(
+    tokenizer: &Tokenizer,
+    calibration: &Path,
+    eval_text: Option<&Path>,
+    context: usize,
+    recipe: &Compress,
+    seeds: Seeds,
+) -> Result<Texts> {
+    let mut documents = documents(calibration)?;
+    let (quality, quality_name) = match eval_text {
+        Some(path) => (files::read_text(path, LIMIT_BYTES)?, name_of(path)),
+        None => {
+            let judging = split_off_fifth(&mut documents);
+            (judging, format!("last fifth of {}", name_of(calibration)))
+        }
+    };
+    let mut quality = tokenizer.encode(&quality)?;
+    quality.truncate(QUALITY_TOKENS + 1);
+    let enough = |file: &Path, purpose, found: usize| {
+        let expected = SHORTEST_WINDOW;
+        if found >= expected {
+            return Ok(());
+        }
+        let file = file.to_owned();
+        Err(CompressError::ShortText {
+            file,
+            purpose,
+            found,
+            expected,
+        })
+    };
+    enough(eval_text.unwrap_or(calibration), "measuring", quality.len())?;
+
+    let window = recipe
+        .calibration_window
+        .get()
+        .min(context)
+        .max(SHORTEST_WINDOW.min(context));
+    let mut stream = seeds.stream("calibration");
+    let mut windows: Vec<Vec<u32>> = Vec::new();
+    for document in &documents {
+        let tokens = tokenizer.encode_bare(document)?;
+        // The first cut is drawn too: two seeds differ even where every token is used.
+        let first = stream.random_range(1..=window).min(tokens.len());
+        let (head, rest) = tokens.split_at(first);
+        windows.extend([head].into_iter().chain(rest.chunks(window)).map(<[u32]>::to_vec));
+    }
+    windows.retain(|w| w.len() >= SHORTEST_WINDOW.min(window));
+    windows.shuffle(&mut stream);
+    let wanted = recipe.calibration_tokens.get();
+    let mut total = 0;
+    let mut drawn = Vec::new();
+    for mut piece in windows {
+        piece.truncate(wanted - total);
+        total += piece.len();
+        drawn.push(piece);
+        if total == wanted {
+            break;
+        }
+    }
+    enough(calibration, "calibration", total)?;
+    let mut warnings = Vec::new();
+    if total < wanted {
+        warnings.push(format!(
+            "calibration text has {total} usable tokens, {wanted} were asked for"
+        ));
+    }
+    Ok(Texts {
+        calibration: drawn,
+        quality,
+        quality_name,
+        warnings,
+    })
+}
+
+/// Takes the last fifth of the documents away and joins it; of a single document, its last fifth by characters.
+fn split_off_fifth(documents: &mut Vec<String>) -> String {
+    if let [only] = documents.as_mut_slice() {
+        let characters = only.chars().count();
+        let from = only
+            .char_indices()
+            .nth(characters - characters / 5)
+            .map_or(only.len(), |(at, _)| at);
+        return only.split_off(from);
+    }
+    let keep = documents.len() - documents.len().div_ceil(5);
+    documents.split_off(keep).join(MARKER)
+}
+
+/// File name alone: tables and manifests hold no folders.
+fn name_of(path: &Path) -> String {
+    path.file_name()
+        .map_or_else(String::new, |n| n.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_fifth_is_taken_away() {
+        let mut documents: Vec<String> = (0..11).map(|i| format!("d{i}")).collect();
+        assert_eq!(split_off_fifth(&mut documents), ["d8", "d9", "d10"].join(MARKER));
+        assert_eq!(documents.len(), 8);
+        let mut one = vec!["0123456789".to_owned()];
+        assert_eq!(split_off_fifth(&mut one), "89");
+        assert_eq!(one, ["01234567"]);
+        let mut two = vec!["a".to_owned(), "b".to_owned()];
+        assert_eq!(split_off_fifth(&mut two), "b");
+    }
+}

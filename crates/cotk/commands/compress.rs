@@ -1,0 +1,273 @@
+//! `cotk compress --moe`: a checkpoint in, a container out, and what it cost in bytes and quality.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use cotk_compress::CompressError;
+use cotk_compress::pipeline::{Plan, Request, Surroundings, compress, plan};
+use cotk_compress::recipe::Recipe;
+use cotk_compress::report::Report;
+use cotk_latency::identity::Identity;
+use cotk_latency::predict::CostModel;
+use cotk_latency::profile;
+use cotk_run::progress::Progress;
+use cotk_run::recipe;
+use cotk_run::units::{Bytes, significant};
+use serde_json::{Value, json};
+
+use crate::context::{Context, Outcome};
+use crate::fault::{self, FAILED, Fault, OUT_OF_REACH, Report as FaultReport, WRONG_USE};
+use crate::model_faults;
+use crate::provenance::{self, Run};
+use crate::table::Table;
+
+/// Compress a mixture-of-experts model: drop experts, code the rest, measure what it cost
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  cotk compress --moe ../shared/models/ref-qwen2moe -o out --calibration ../shared/models/text/calibration.txt\n  cotk compress --moe data/tiny-qwen2moe -o out --calibration data/tiny-qwen2moe/train.txt --set compress.drop_ratio=0.25\n\nKilled at any moment, the same command goes on where it was."
+)]
+pub struct Args {
+    /// Hugging Face folder with config.json, safetensors and tokenizer.json
+    #[arg(long, value_name = "MODEL", required = true)]
+    pub moe: PathBuf,
+    /// Folder to make; must not exist
+    #[arg(long, short, value_name = "OUT", required = true)]
+    pub output: PathBuf,
+    /// File, or name of a recipe that comes with cotk
+    #[arg(long, value_name = "F", default_value = "moe-int4")]
+    pub recipe: String,
+    /// Text that shows how experts are used (UTF-8, documents separated by <|endoftext|>)
+    #[arg(long, value_name = "F", required = true)]
+    pub calibration: PathBuf,
+    /// Text that judges (default: the last fifth of the calibration documents, which then does nothing else)
+    #[arg(long, value_name = "F")]
+    pub eval_text: Option<PathBuf>,
+    /// Most bytes of dense.safetensors and experts.bin together
+    #[arg(long, value_name = "N")]
+    pub budget_bytes: Option<u64>,
+    /// Change a value of the recipe: compress.drop_ratio=0.25
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Say what would be done and what it needs, and stop
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// # Errors
+/// An input that cannot be right, a budget that cannot be met, a full disk, Ctrl-C.
+pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
+    let request = Request {
+        model: args.moe.clone(),
+        out: args.output.clone(),
+        recipe: Recipe::load(&args.recipe, &args.set, cx.seed, args.budget_bytes)?,
+        calibration: args.calibration.clone(),
+        eval_text: args.eval_text.clone(),
+    };
+    let mut warnings = Vec::new();
+    let cost = cost_model(cx, &mut warnings)?;
+    let ledger = provenance::ledger(
+        cx,
+        Run {
+            recipe_hash: Some(recipe::hash(&request.recipe)?),
+            seed: Some(request.recipe.seed),
+            folder: None,
+        },
+    )?;
+    let with = Surroundings {
+        progress: &cx.ui,
+        cancel: &cx.cancel,
+        facts: &ledger,
+        cost: cost.as_ref().map(|model| model as &dyn CostModel),
+        threads: cx.threads,
+    };
+    if args.dry_run {
+        let plan = plan(&request, &with)?;
+        warnings.extend(plan.warnings.clone());
+        return Ok(Outcome::new(json!({ "plan": plan }), plan_table(&plan)).warn(warnings));
+    }
+    let report = compress(&request, &with)?;
+    warnings.extend(report.warnings.clone());
+    if report.resumed {
+        cx.ui.note("went on with an unfinished output");
+    }
+    let mut result = serde_json::to_value(&report).unwrap_or(Value::Null);
+    if let Value::Object(fields) = &mut result {
+        // They stand in the envelope.
+        fields.remove("warnings");
+    }
+    Ok(Outcome::new(result, table(&report)).warn(warnings))
+}
+
+/// This machine's profile, if there is one. `--profile` must be right; finding none is a warning of the library's.
+fn cost_model(cx: &Context, warnings: &mut Vec<String>) -> Result<Option<cotk_latency::predict::Model>, Fault> {
+    let request = profile::Request {
+        flag: cx.profile.clone(),
+        ..profile::Request::default()
+    };
+    match profile::find(&request, &Identity::here(BTreeMap::new())) {
+        Ok(found) => {
+            warnings.extend(
+                found
+                    .flags
+                    .iter()
+                    .map(|flag| format!("{}: {flag:?}", found.folder.display())),
+            );
+            Ok(Some(found.model()))
+        }
+        Err(cotk_latency::Error::NoProfile { .. }) if cx.profile.is_none() => Ok(None),
+        Err(error) => Err(Fault::usage(
+            error.to_string(),
+            "measure this machine with `cotk profile`, or leave --profile out",
+        )),
+    }
+}
+
+fn table(report: &Report) -> String {
+    let show = |value: f64| significant(value, 4);
+    let bytes = |n: u64| Bytes(n).to_string();
+    let mut table = Table::new(&["", "before", "after", "after, 95 %"]);
+    let interval = |[lo, hi]: [f64; 2]| format!("{} to {}", show(lo), show(hi));
+    let experts: usize = report.layers.iter().map(|l| l.experts).sum();
+    let kept: usize = report.experts_kept.iter().sum();
+    let none = String::new;
+    table
+        .row([
+            "all files".into(),
+            bytes(report.bytes_before),
+            bytes(report.bytes_after),
+            none(),
+        ])
+        .row([
+            "routed experts".into(),
+            bytes(report.expert_bytes_before),
+            bytes(report.expert_bytes_after),
+            none(),
+        ])
+        .row(["experts".into(), experts.to_string(), kept.to_string(), none()])
+        .row([
+            "perplexity".into(),
+            show(report.perplexity_before),
+            show(report.perplexity_after),
+            interval(report.quality.perplexity_after_ci95),
+        ])
+        .row([
+            "KL, nats".into(),
+            "0".into(),
+            show(report.kl_nats),
+            interval(report.quality.kl_ci95),
+        ])
+        .row([
+            "top-1 agreement".into(),
+            "1".into(),
+            show(report.top1_agreement),
+            none(),
+        ]);
+    let predicted = report.predicted_decode_ms.map_or_else(String::new, |ms| {
+        format!(
+            "Predicted time of one token with every weight in memory: {} ms.\n",
+            show(ms)
+        )
+    });
+    format!(
+        "{}\n{} bits per expert weight. Quality on {} tokens of {}.\n{predicted}{}: {} s, {} peak memory.\n",
+        table.render(),
+        show(report.bits_per_expert_weight),
+        report.quality.tokens,
+        report.quality.text,
+        report.output,
+        significant(report.seconds, 3),
+        Bytes(report.peak_rss_bytes),
+    )
+}
+
+fn plan_table(plan: &Plan) -> String {
+    let mut table = Table::new(&["what", "how much"]);
+    let first = if plan.is_measured_first { "twice" } else { "once" };
+    table
+        .row(["weights before".into(), Bytes(plan.bytes_before).to_string()])
+        .row(["weights after, at most".into(), Bytes(plan.bytes_after).to_string()])
+        .row(["disk needed".into(), Bytes(plan.disk_bytes_needed).to_string()])
+        .row(["disk free".into(), Bytes(plan.disk_bytes_free).to_string()])
+        .row(["memory, about".into(), Bytes(plan.memory_bytes).to_string()])
+        .row([
+            "layers walked".into(),
+            format!("{} ({} with experts), {first}", plan.layers, plan.moe_layers),
+        ])
+        .row([
+            "experts dropped".into(),
+            format!("{} of {}", plan.experts_dropped, plan.experts),
+        ])
+        .row(["codes".into(), plan.codes.join(", ")])
+        .row(["calibration tokens".into(), plan.calibration_tokens.to_string()])
+        .row([
+            "quality measured on".into(),
+            format!("{} tokens of {}", plan.quality_tokens, plan.quality_text),
+        ]);
+    table.render()
+}
+
+/// What failures of the pipeline mean to a user.
+pub(crate) fn failure(error: &CompressError) -> FaultReport {
+    let facts = |kind, exit_code| FaultReport {
+        kind,
+        exit_code,
+        ..FaultReport::default()
+    };
+    match error {
+        CompressError::Run(error) => fault::run(error),
+        CompressError::Model(error) => model_faults::model(error),
+        CompressError::Container(error) => model_faults::container(error),
+        CompressError::Runtime(error) => model_faults::runtime(error),
+        CompressError::Data(_) => FaultReport {
+            help: Some("give a UTF-8 text with documents separated by <|endoftext|>".into()),
+            ..facts("text", WRONG_USE)
+        },
+        CompressError::NoExperts { file, .. } => FaultReport {
+            file: Some(file.display().to_string()),
+            help: Some("`--moe` wants a mixture-of-experts model".into()),
+            ..facts("no-experts", WRONG_USE)
+        },
+        CompressError::AlreadyCompressed { file } => FaultReport {
+            file: Some(file.display().to_string()),
+            help: Some("compress the checkpoint that it was made from".into()),
+            ..facts("already-compressed", WRONG_USE)
+        },
+        CompressError::OutputExists { folder } => FaultReport {
+            file: Some(folder.display().to_string()),
+            help: Some("give another -o, or move that folder away".into()),
+            ..facts("output-exists", WRONG_USE)
+        },
+        CompressError::ShortText {
+            file, found, expected, ..
+        } => FaultReport {
+            file: Some(file.display().to_string()),
+            found: Some(format!("{found} tokens")),
+            expected: Some(format!("at least {expected} tokens")),
+            help: Some("give a longer text".into()),
+            ..facts("short-text", WRONG_USE)
+        },
+        CompressError::DiskSpace { folder, need, have } => FaultReport {
+            file: Some(folder.display().to_string()),
+            found: Some(Bytes(*have).to_string()),
+            expected: Some(Bytes(*need).to_string()),
+            help: Some("free some space, or write to another disk".into()),
+            ..facts("disk-full", FAILED)
+        },
+        CompressError::Weights { file, source, .. } => FaultReport {
+            file: Some(file.display().to_string()),
+            found: Some(source.to_string()),
+            ..facts("weights", WRONG_USE)
+        },
+        CompressError::Budget { budget, least } => FaultReport {
+            key: Some("budget.bytes".into()),
+            found: Some(budget.to_string()),
+            expected: Some(format!("at least {least}")),
+            help: Some("raise the budget, add narrower codes to compress.codes, or raise compress.drop_ratio".into()),
+            ..facts("budget", OUT_OF_REACH)
+        },
+        CompressError::Allocation(_) => FaultReport {
+            help: Some("this is a bug of cotk: please report it with the recipe".into()),
+            ..facts("allocation", FAILED)
+        },
+    }
+}
