@@ -13,15 +13,12 @@ const FIELDS: usize = 3;
 /// The tiles of one row block, in order, for a prefix whose fields have `A`, `B` and `C` bits (0: no such field).
 ///
 /// Fields come high bits first: shifting what is summed so far left by a field's width and adding the field's sum
-/// (Horner) gives the whole code's. All arrays are indexed by constants, so that they become registers.
+/// (Horner) gives the whole code's. Arrays over fields are indexed by constants, so that they become registers.
 pub(crate) struct Tiles<'a, const A: usize, const B: usize, const C: usize> {
     fields: [FieldWalk<'a>; FIELDS],
-    /// 1, or 2 where two matrices take turns.
-    turns: usize,
-    /// Whether the other matrix's tile comes first.
-    second: usize,
-    /// log2 of the steps of a group.
-    group_log2: u32,
+    /// Where two matrices take turns and the other one's tile comes first.
+    is_second: bool,
+    group_mask: usize,
     steps: usize,
     next_step: usize,
 }
@@ -30,8 +27,12 @@ pub(crate) struct Tiles<'a, const A: usize, const B: usize, const C: usize> {
 #[derive(Clone, Copy, Default)]
 struct FieldWalk<'a> {
     bytes: &'a [u8],
-    /// Start of the row block.
-    block: usize,
+    /// Start of the next tile, were it whole.
+    at: usize,
+    /// Bytes of a whole tile, even and odd: groups of 128 have scales in every second one.
+    whole: [usize; 2],
+    /// From the start of an even (odd) whole tile to that of the next.
+    pitch: [usize; 2],
     /// Of all fields of the plane.
     step_bytes: usize,
     /// 32 in the plane that has scales, else 0.
@@ -54,38 +55,62 @@ impl<'a, const A: usize, const B: usize, const C: usize> Tiles<'a, A, B, C> {
     pub(crate) fn new(prefix: &Prefix<'a>, block: usize) -> Self {
         let format = prefix.format();
         let (planes, placement) = prefix.planes();
-        let mut tiles = Self {
-            fields: [FieldWalk::default(); FIELDS],
-            turns: if placement == Placement::Alone { 1 } else { 2 },
-            second: usize::from(placement == Placement::PairSecond),
-            group_log2: format.group_steps().ilog2(),
-            steps: format.steps(),
-            next_step: 0,
+        let turns = if placement == Placement::Alone { 1 } else { 2 };
+        let is_second = placement == Placement::PairSecond;
+        // Scales of whole tiles, even and odd, for groups of one, two and four steps.
+        let scales = match format.group_steps() {
+            1 => [2, 2],
+            2 => [1, 1],
+            _ => [1, 0],
         };
+        let mut fields = [FieldWalk::default(); FIELDS];
         let mut used = [0; FIELDS];
-        for (walk, field) in tiles.fields.iter_mut().zip(prefix.fields()) {
+        for (walk, field) in fields.iter_mut().zip(prefix.fields()) {
             let plane = field.plane;
+            let step_bytes = format.step_bytes(plane);
+            let scale_bytes = if plane == 0 { SCALE_BYTES } else { 0 };
+            let whole = scales.map(|n| TILE_STEPS * step_bytes + n * scale_bytes);
             *walk = FieldWalk {
                 bytes: planes[plane],
-                block: tiles.turns * block * format.block_bytes(plane),
-                step_bytes: format.step_bytes(plane),
-                scale_bytes: if plane == 0 { SCALE_BYTES } else { 0 },
+                at: turns * block * format.block_bytes(plane) + if is_second { whole[0] } else { 0 },
+                whole,
+                pitch: if is_second {
+                    [whole[0] + whole[1]; 2]
+                } else {
+                    whole.map(|bytes| turns * bytes)
+                },
+                step_bytes,
+                scale_bytes,
                 offset: used[plane],
             };
             used[plane] += 64 * field.bits as usize;
         }
-        tiles
+        Self {
+            fields,
+            is_second,
+            group_mask: format.group_steps() - 1,
+            steps: format.steps(),
+            next_step: 0,
+        }
+    }
+}
+
+impl<'a> FieldWalk<'a> {
+    /// From this field's first byte in a whole tile to the tile's end.
+    #[inline(always)]
+    fn whole(&mut self, odd: usize) -> &'a [u8] {
+        let start = self.at;
+        self.at += self.pitch[odd];
+        &self.bytes[start + self.offset..start + self.whole[odd]]
     }
 
-    /// The field's bytes from its first in this tile to the tile's last: as `MatrixFormat::placed_tile`, in a few adds.
-    #[inline(always)]
-    fn field(&self, field: usize, first_step: usize, last_step: usize) -> &'a [u8] {
-        let walk = &self.fields[field];
-        let groups = |step: usize| (step + (1 << self.group_log2) - 1) >> self.group_log2;
-        let before = |step: usize| step * walk.step_bytes + groups(step) * walk.scale_bytes;
-        let bytes = before(last_step) - before(first_step);
-        let start = walk.block + self.turns * before(first_step) + self.second * bytes;
-        &walk.bytes[start + walk.offset..start + bytes]
+    /// The same in the last tile of one step, with `groups` scales.
+    #[cold]
+    fn half(&mut self, odd: usize, groups: usize, is_second: bool) -> &'a [u8] {
+        let bytes = self.step_bytes + groups * self.scale_bytes;
+        // The other matrix's tile before it is short, too.
+        let start = self.at - if is_second { self.whole[odd] - bytes } else { 0 };
+        &self.bytes[start + self.offset..start + bytes]
     }
 }
 
@@ -100,14 +125,17 @@ impl<'a, const A: usize, const B: usize, const C: usize> Iterator for Tiles<'a, 
         }
         let steps = TILE_STEPS.min(self.steps - first_step);
         self.next_step += TILE_STEPS;
-        let last_step = first_step + steps;
+        let odd = first_step / TILE_STEPS % 2;
         let mut codes: [&[u8]; FIELDS] = [&[]; FIELDS];
-        codes[0] = self.field(0, first_step, last_step);
-        if B > 0 {
-            codes[1] = self.field(1, first_step, last_step);
-        }
-        if C > 0 {
-            codes[2] = self.field(2, first_step, last_step);
+        for (i, bits) in [A, B, C].into_iter().enumerate() {
+            if bits > 0 {
+                codes[i] = if steps == TILE_STEPS {
+                    self.fields[i].whole(odd)
+                } else {
+                    let groups = usize::from(first_step & self.group_mask == 0);
+                    self.fields[i].half(odd, groups, self.is_second)
+                };
+            }
         }
         Some(Tile {
             first_step,
@@ -116,7 +144,7 @@ impl<'a, const A: usize, const B: usize, const C: usize> Iterator for Tiles<'a, 
             step_bytes: self.fields.map(|f| f.step_bytes),
             // The first field begins its plane's steps: what follows their codes is scales.
             scales: &codes[0][steps * self.fields[0].step_bytes..],
-            group_mask: (1 << self.group_log2) - 1,
+            group_mask: self.group_mask,
         })
     }
 }
