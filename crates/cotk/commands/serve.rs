@@ -1,0 +1,125 @@
+//! `cotk serve`: a model behind the OpenAI API. Port, model, template, then `cotk_serve` until Ctrl-C.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cotk_run::progress::Progress;
+use cotk_run::units::{Bytes, significant};
+use cotk_runtime::open::{Opened, open};
+use cotk_serve::Limits;
+use cotk_serve::model_engine::ModelEngine;
+use cotk_serve::server::{Bound, Options, serve};
+use cotk_serve::template::ChatTemplate;
+use serde_json::json;
+
+use crate::context::{Context, Outcome};
+use crate::fault::Fault;
+use crate::launch;
+
+/// Containers up to this size have every byte checked before the first request: less than a second.
+const CHECKED_BYTES: u64 = 1 << 30;
+/// How long running requests may take after Ctrl-C.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Serve a model over the OpenAI API
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  cotk serve out --port 8080\n  cotk serve out --host 0.0.0.0 --api-key \"$KEY\" --chat-template chatml.jinja"
+)]
+pub struct Args {
+    /// Hugging Face folder, or output of `cotk compress`
+    pub model: PathBuf,
+    /// Address to listen on; 0.0.0.0 lets other machines in
+    #[arg(long, default_value = "127.0.0.1", value_name = "HOST")]
+    pub host: String,
+    /// 0: any free port
+    #[arg(long, default_value_t = 8080, value_name = "N")]
+    pub port: u16,
+    /// Clients must send this key (Authorization: Bearer KEY)
+    #[arg(long, value_name = "KEY", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub api_key: Option<String>,
+    /// Jinja file instead of the model's own chat template
+    #[arg(long, value_name = "F")]
+    pub chat_template: Option<PathBuf>,
+    /// Requests that are computed in turn
+    #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub slots: u16,
+    /// Requests that may wait; more are refused with 429
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub queue: u16,
+}
+
+/// Returns when it was asked to stop and has drained.
+///
+/// # Errors
+/// A port in use, a model or a template that cannot be read, a damaged record.
+pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
+    let started = Instant::now();
+    let bound = Bound::bind(&args.host, args.port)?;
+    let mut opened = open(&args.model)?;
+    check_records(&opened, cx)?;
+    cx.cancel.check()?;
+    let template = ChatTemplate::choose(
+        args.chat_template.as_deref(),
+        opened.files.chat_template.take(),
+        &args.model.display().to_string(),
+        std::mem::take(&mut opened.files.special_tokens),
+    )?;
+    let engine = Arc::new(ModelEngine::from_opened(opened, "cpu"));
+    let options = Options {
+        api_key: args.api_key.clone(),
+        limits: Limits {
+            slots: usize::from(args.slots),
+            queue: usize::from(args.queue),
+            ..Limits::default()
+        },
+        drain: DRAIN,
+        seeds: cx.seeds(0),
+        version: env!("CARGO_PKG_VERSION"),
+    };
+    serve(bound, engine, template, options, &cx.cancel, |ready| {
+        let ready_s = started.elapsed().as_secs_f64();
+        if cx.ui.is_json() {
+            let result = json!({
+                "listening": ready.listening,
+                "model": ready.model,
+                "device": ready.device,
+                "ready_s": ready_s,
+            });
+            launch::print_line(&launch::envelope_ok("serve", &result, &ready.warnings).to_string());
+        } else {
+            let (model, device, seconds) = (&ready.model, &ready.device, significant(ready_s, 2));
+            launch::print_line(&format!(
+                "{}: {model} on {device}, ready in {seconds} s; Ctrl-C stops it",
+                ready.listening
+            ));
+            for warning in &ready.warnings {
+                launch::complain(&format!("warning: {warning}"));
+            }
+        }
+    })?;
+    cx.ui.note("drained, stopped");
+    Ok(Outcome {
+        is_printed: true,
+        ..Outcome::default()
+    })
+}
+
+/// A damaged record is better found now than by a client; a large container is checked as it is used.
+fn check_records(opened: &Opened, cx: &Context) -> Result<(), Fault> {
+    let Some(container) = &opened.container else {
+        return Ok(());
+    };
+    let bytes = container.manifest().files.values().map(|file| file.bytes).sum();
+    if bytes <= CHECKED_BYTES {
+        container.verify().map_err(cotk_runtime::Error::from)?;
+    } else {
+        cx.ui.note(&format!(
+            "{}: {} are checked as they are used, not before",
+            container.folder().display(),
+            Bytes(bytes)
+        ));
+    }
+    Ok(())
+}
