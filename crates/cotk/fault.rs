@@ -1,6 +1,8 @@
 //! Every way a command can fail: exit code, kind, and what to do next. A library's error states facts; here the
 //! program decides what they mean. Law: no `_` arm over error variants that need different next steps.
 
+use crate::model_faults;
+
 /// One failure. Library errors come in by `From`.
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {
@@ -10,6 +12,12 @@ pub enum Fault {
     /// The ledger or its baseline.
     #[error(transparent)]
     Ledger(#[from] cotk_ledger::Error),
+    /// Config, weights, tokenizer, prompt.
+    #[error(transparent)]
+    Model(#[from] cotk_model::ModelError),
+    /// Opening a model for running.
+    #[error(transparent)]
+    Runtime(#[from] cotk_runtime::Error),
     /// Arguments that cannot be right.
     #[error("{message}")]
     Usage { message: String, help: String },
@@ -57,6 +65,8 @@ impl Fault {
         let mut report = match self {
             Self::Run(error) => run(error),
             Self::Ledger(error) => ledger(error),
+            Self::Model(error) => model_faults::model(error),
+            Self::Runtime(error) => model_faults::runtime(error),
             Self::Usage { help, .. } => Report {
                 kind: "usage",
                 exit_code: WRONG_USE,
@@ -76,7 +86,7 @@ impl Fault {
     }
 }
 
-fn run(error: &cotk_run::Error) -> Report {
+pub(crate) fn run(error: &cotk_run::Error) -> Report {
     use cotk_run::Error;
     let facts = |kind, exit_code| Report {
         kind,

@@ -7,6 +7,7 @@ pub mod commands;
 pub mod context;
 pub mod fault;
 pub mod launch;
+mod model_faults;
 pub mod provenance;
 pub mod sibling;
 pub mod table;

@@ -3,12 +3,17 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use cotk_model::moe::Mode;
 
 use crate::context::{Context, Outcome};
 use crate::fault::Fault;
 use crate::sibling;
 
 pub mod check;
+pub mod eval;
+pub mod inspect;
+pub mod logits;
+pub mod run;
 pub mod search;
 
 /// Makes neural networks fit a given machine, and proves that they do.
@@ -47,14 +52,40 @@ pub struct Global {
 /// What `cotk` does. (One variant a command, in the order of a user's day.)
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    Inspect(inspect::Args),
+    Run(run::Args),
+    Eval(eval::Args),
+    Logits(logits::Args),
     Search(search::Args),
     Check(check::Args),
+}
+
+/// `--mode`: which width of the experts is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum ModeArg {
+    /// Their full stored width
+    Exact,
+    /// Their short prefix, in a container that has one
+    Little,
+}
+
+impl From<ModeArg> for Mode {
+    fn from(mode: ModeArg) -> Self {
+        match mode {
+            ModeArg::Exact => Self::Exact,
+            ModeArg::Little => Self::Little,
+        }
+    }
 }
 
 impl Command {
     /// As typed, and as `command` in `--json`.
     pub fn name(&self) -> &'static str {
         match self {
+            Self::Inspect(_) => "inspect",
+            Self::Run(_) => "run",
+            Self::Eval(_) => "eval",
+            Self::Logits(_) => "logits",
             Self::Search(_) => "search",
             Self::Check(_) => "check",
         }
@@ -68,6 +99,10 @@ impl Command {
 pub fn run(command: &Command, cx: &Context) -> Result<Outcome, Fault> {
     let _ = cx;
     match command {
+        Command::Inspect(args) => inspect::run(args, cx),
+        Command::Run(args) => run::run(args, cx),
+        Command::Eval(args) => eval::run(args, cx),
+        Command::Logits(args) => logits::run(args, cx),
         Command::Search(args) => {
             args.check()?;
             Err(sibling::become_trainer())

@@ -73,7 +73,7 @@ impl TensorSource for Drawn<'_> {
         } else if name.ends_with(".bias") {
             numbers.map(|u| (u - 0.5) * 1.732_050_8).collect()
         } else {
-            numbers.map(|u| (u - 0.5) * 0.692_820_32).collect()
+            numbers.map(|u| (u - 0.5) * 0.692_820_3).collect()
         };
         (self.harm)(name, &mut values);
         Ok(values)

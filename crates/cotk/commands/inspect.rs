@@ -1,0 +1,245 @@
+//! `cotk inspect`: what a model is, from its headers alone: no weight is read.
+
+use std::path::PathBuf;
+
+use cotk_container::manifest::{DENSE, EXPERTS, State};
+use cotk_container::reader::Container;
+use cotk_model::inventory;
+use cotk_model::spec::{LayerKind, ModelSpec};
+use cotk_run::units::{Bytes, ExpertId, LayerId, significant};
+use cotk_runtime::open::{Folder, open_folder};
+use serde_json::{Value, json};
+
+use crate::context::{Context, Outcome};
+use crate::fault::Fault;
+use crate::table::Table;
+
+/// Say what a model is: layers, experts, bits, bytes
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  cotk inspect ../shared/models/ref-qwen2moe\n  cotk inspect out --experts --json")]
+pub struct Args {
+    /// Hugging Face folder, or output of `cotk compress`
+    pub model: PathBuf,
+    /// List every expert
+    #[arg(long)]
+    pub experts: bool,
+}
+
+/// One expert as stored.
+struct Expert {
+    id: ExpertId,
+    bytes: u64,
+    /// Bits per weight of gate, up and down.
+    bits: [u32; 3],
+    /// `kept` or `dropped`.
+    kind: &'static str,
+    params: u64,
+}
+
+/// # Errors
+/// What the folder's files refuse.
+pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
+    let Folder { files, container } = open_folder(&args.model)?;
+    let spec = &files.spec;
+    inventory::check(spec, files.source.as_ref(), container.is_none()).map_err(cotk_model::ModelError::from)?;
+
+    let mut per_layer = Vec::new();
+    for (id, layer) in (0..).map(LayerId).zip(&spec.layers) {
+        let experts = match (layer.kind, &container) {
+            (LayerKind::Dense { .. }, _) => Vec::new(),
+            (LayerKind::Moe { .. }, Some(container)) => coded(container, id),
+            (LayerKind::Moe { .. }, None) => (0..u32::try_from(spec.routing.experts).unwrap_or(0))
+                .map(ExpertId)
+                .map(|expert| {
+                    let (bytes, bits) = inventory::expert_storage(spec, files.source.as_ref(), id, expert)?;
+                    Ok(Expert {
+                        id: expert,
+                        bytes,
+                        bits,
+                        kind: "kept",
+                        params: inventory::expert_params(spec),
+                    })
+                })
+                .collect::<Result<_, cotk_model::checkpoint::CheckpointError>>()
+                .map_err(cotk_model::ModelError::from)?,
+        };
+        per_layer.push((id, layer.kind, experts));
+    }
+
+    let all = || per_layer.iter().flat_map(|(_, _, experts)| experts);
+    let kept = |experts: &[Expert]| experts.iter().filter(|e| e.kind == "kept").count();
+    let params_total = inventory::dense_params(spec) + all().map(|e| e.params).sum::<u64>();
+    let params_active = inventory::dense_params(spec)
+        + per_layer
+            .iter()
+            .map(|(_, _, experts)| active(spec, experts, kept(experts)))
+            .sum::<u64>();
+    let (bytes, expert_bytes) = match &container {
+        None => (files.source.bytes(), all().map(|e| e.bytes).sum()),
+        Some(container) => {
+            let size = |name: &str| container.manifest().files.get(name).map_or(0, |entry| entry.bytes);
+            (size(DENSE) + size(EXPERTS), size(EXPERTS))
+        }
+    };
+    let format = if container.is_some() { "cotk" } else { "hf" };
+    let result = json!({
+        "format": format,
+        "family": spec.family,
+        "layers": spec.layers.len(),
+        "hidden": spec.hidden,
+        "vocab": spec.vocab,
+        "context": spec.context,
+        "heads": spec.attention.heads,
+        "kv_heads": spec.attention.kv_heads,
+        "head_dim": spec.attention.head_dim,
+        "experts": spec.routing.experts,
+        "top_k": spec.routing.top_k,
+        "norm_topk_prob": spec.routing.norm_topk,
+        "moe_intermediate": spec.moe_intermediate,
+        "tied_embeddings": spec.tied_embeddings,
+        "params_total": params_total,
+        "params_active": params_active,
+        "bytes": bytes,
+        "expert_bytes": expert_bytes,
+        "little_bits": container.as_ref().and_then(|c| c.manifest().little_bits),
+        "per_layer": per_layer.iter().map(|(id, kind, experts)| layer_json(*id, *kind, experts, args.experts))
+            .collect::<Vec<_>>(),
+    });
+
+    let mut text = String::new();
+    #[expect(clippy::cast_precision_loss, reason = "shown with three digits")]
+    let millions = |count: u64| format!("{} M", significant(count as f64 / 1e6, 4));
+    let mut facts = Table::new(&["model", &args.model.display().to_string()]);
+    facts
+        .row(["format", format])
+        .row(["family", spec.family])
+        .row(["layers".to_owned(), spec.layers.len().to_string()])
+        .row([
+            "hidden, context, vocabulary".to_owned(),
+            format!("{}, {}, {}", spec.hidden, spec.context, spec.vocab),
+        ])
+        .row([
+            "heads, key heads, width".to_owned(),
+            format!(
+                "{}, {}, {}",
+                spec.attention.heads, spec.attention.kv_heads, spec.attention.head_dim
+            ),
+        ])
+        .row([
+            "experts, chosen, width".to_owned(),
+            format!(
+                "{}, {}, {}",
+                spec.routing.experts, spec.routing.top_k, spec.moe_intermediate
+            ),
+        ])
+        .row(["parameters".to_owned(), millions(params_total)])
+        .row(["active per token".to_owned(), millions(params_active)])
+        .row(["bytes".to_owned(), Bytes(bytes).to_string()])
+        .row(["of experts".to_owned(), Bytes(expert_bytes).to_string()]);
+    text.push_str(&facts.render());
+    text.push('\n');
+    text.push_str(&layers_table(&per_layer, args.experts));
+    Ok(Outcome::new(result, text))
+}
+
+/// Parameters of the experts that one token runs: the largest, where they differ.
+fn active(spec: &ModelSpec, experts: &[Expert], kept: usize) -> u64 {
+    let largest = experts.iter().map(|e| e.params).max().unwrap_or(0);
+    largest * spec.routing.top_k.min(kept) as u64
+}
+
+fn coded(container: &Container, layer: LayerId) -> Vec<Expert> {
+    let Some(layer) = container.layer(layer) else {
+        return Vec::new();
+    };
+    layer
+        .experts
+        .iter()
+        .map(|expert| match &expert.state {
+            State::Dropped => Expert {
+                id: expert.expert,
+                bytes: 0,
+                bits: [0; 3],
+                kind: "dropped",
+                params: 0,
+            },
+            State::Kept(record) => Expert {
+                id: expert.expert,
+                bytes: record.bytes,
+                bits: record.formats().map(|format| format.code().full().get()),
+                kind: "kept",
+                params: record
+                    .formats()
+                    .iter()
+                    .map(|format| (format.rows() * format.cols()) as u64)
+                    .sum(),
+            },
+        })
+        .collect()
+}
+
+fn layer_json(id: LayerId, kind: LayerKind, experts: &[Expert], is_listed: bool) -> Value {
+    let mut layer = json!({
+        "layer": id,
+        "kind": kind_name(kind),
+        "experts_kept": experts.iter().filter(|e| e.kind == "kept").count(),
+    });
+    if is_listed {
+        layer["experts"] = experts
+            .iter()
+            .map(|e| {
+                json!({
+                    "id": e.id,
+                    "bytes": e.bytes,
+                    "bits": { "gate": e.bits[0], "up": e.bits[1], "down": e.bits[2] },
+                    "rank": null,
+                    "kind": e.kind,
+                })
+            })
+            .collect();
+    }
+    layer
+}
+
+fn kind_name(kind: LayerKind) -> &'static str {
+    match kind {
+        LayerKind::Dense { .. } => "dense",
+        LayerKind::Moe { .. } => "moe",
+    }
+}
+
+fn layers_table(per_layer: &[(LayerId, LayerKind, Vec<Expert>)], is_listed: bool) -> String {
+    if is_listed {
+        let mut table = Table::new(&["layer", "expert", "kind", "gate bits", "up bits", "down bits", "bytes"]);
+        for (id, _, experts) in per_layer {
+            for e in experts {
+                let [gate, up, down] = e.bits.map(|bits| bits.to_string());
+                table.row([
+                    id.0.to_string(),
+                    e.id.0.to_string(),
+                    e.kind.to_owned(),
+                    gate,
+                    up,
+                    down,
+                    e.bytes.to_string(),
+                ]);
+            }
+        }
+        return table.render();
+    }
+    let mut table = Table::new(&["layer", "kind", "experts kept", "bytes of experts"]);
+    for (id, kind, experts) in per_layer {
+        let bytes: u64 = experts.iter().map(|e| e.bytes).sum();
+        table.row([
+            id.0.to_string(),
+            kind_name(*kind).to_owned(),
+            format!(
+                "{} of {}",
+                experts.iter().filter(|e| e.kind == "kept").count(),
+                experts.len()
+            ),
+            Bytes(bytes).to_string(),
+        ]);
+    }
+    table.render()
+}
