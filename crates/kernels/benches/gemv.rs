@@ -1,6 +1,6 @@
 //! Single-thread GEMV by code and path as a share of the memory read bandwidth of the same minute, and GEMM in GOPS.
 //!
-//! `cargo bench -p cotk-kernels --profile dev`; weights rotate over 256 MiB (`COTK_BENCH_MIB`), samples are interleaved
+//! `cargo bench -p cotk-kernels --profile dev`; weights rotate over 256 MiB (`COTK_BENCH_MIB`), `COTK_ISA` picks one path, samples are interleaved
 //! with the bandwidth probe, figures are medians. Time is the thread's CPU time: another process on the core does not count.
 #![expect(clippy::print_stdout, reason = "a bench prints its table")]
 
@@ -40,10 +40,41 @@ fn seconds(work: impl FnOnce()) -> f64 {
 fn matrix(code: Code) -> CodedMatrix {
     let format = MatrixFormat::try_new(ROWS, COLS, code, 32).expect("a shape of ours");
     let codes: Vec<u8> = (0..ROWS * COLS)
-        .map(|i| ((i * 2_654_435_761) >> 13) as u8 & ((1u32 << code.full().get()) - 1) as u8)
+        .map(|i: usize| (i.wrapping_mul(2_654_435_761) >> 13) as u8 & ((1u32 << code.full().get()) - 1) as u8)
         .collect();
     let scales = vec![f16::from_f32(0.01); ROWS * format.groups()];
     cotk_quant::encode::assemble(format, &codes, &scales, vec![8.0; code.planes()]).expect("lengths of the format")
+}
+
+/// Copies of a matrix's planes, each at a multiple of 64 bytes as in a record.
+struct Copies {
+    one: CodedMatrix,
+    planes: Vec<(Vec<u8>, usize, usize)>,
+}
+
+impl Copies {
+    fn new(one: CodedMatrix, count: usize) -> Self {
+        let planes = one.planes.iter().map(|plane| {
+            let pitch = plane.len().next_multiple_of(64);
+            let mut bytes = vec![0; pitch * count + 64];
+            let start = bytes.as_ptr().align_offset(64);
+            for i in 0..count {
+                bytes[start + i * pitch..][..plane.len()].copy_from_slice(plane);
+            }
+            (bytes, start, pitch)
+        });
+        let planes = planes.collect();
+        Self { one, planes }
+    }
+
+    fn view(&self, i: usize) -> CodedView<'_> {
+        let planes = self.planes.iter().zip(&self.one.planes);
+        let slices: Vec<&[u8]> = planes
+            .map(|((bytes, start, pitch), plane)| &bytes[start + i * pitch..][..plane.len()])
+            .collect();
+        CodedView::try_new(self.one.format, &slices, &self.one.zero_points, Placement::Alone)
+            .expect("lengths of the format")
+    }
 }
 
 fn main() {
@@ -58,23 +89,25 @@ fn main() {
         "{:12} {:12} {:>5} {:>10} {:>10} {:>8}",
         "path", "code", "bits", "gemv GB/s", "read GB/s", "share %"
     );
-    for isa in Isa::present() {
+    let wanted = |isa: &Isa| std::env::var("COTK_ISA").map_or(true, |name| name == isa.name());
+    for isa in Isa::present().into_iter().filter(wanted) {
         let acts = Activations::of(isa, &x, COLS);
         for code in Code::ALL {
             let one = matrix(code);
             for bits in code.prefixes() {
                 let bytes = one.format.prefix_bytes(*bits).expect("a prefix of the code");
-                let copies: Vec<CodedMatrix> = (0..(mib << 20).div_ceil(bytes)).map(|_| one.clone()).collect();
+                let count = (mib << 20).div_ceil(bytes);
+                let copies = Copies::new(one.clone(), count);
                 let mut out = vec![0.0; ROWS];
                 let (mut rates, mut reads) = (Vec::new(), Vec::new());
                 for _ in 0..if isa.name() == "scalar" { 2 } else { SAMPLES } {
                     let time = seconds(|| {
-                        for m in &copies {
-                            let prefix = m.prefix(*bits).expect("a prefix of the code");
+                        for i in 0..count {
+                            let prefix = copies.view(i).prefix(*bits).expect("a prefix of the code");
                             gemm(isa, &prefix, &acts, &mut out, Threads::One);
                         }
                     });
-                    rates.push((bytes * copies.len()) as f64 / time / 1e9);
+                    rates.push((bytes * count) as f64 / time / 1e9);
                     let time = seconds(|| {
                         std::hint::black_box(read_once(isa, &stream, Threads::One));
                     });
@@ -95,20 +128,14 @@ fn main() {
         "{:12} {:12} {:>5} {:>8} {:>8} {:>8}",
         "path", "code", "bits", "1", "8", "64"
     );
-    for isa in Isa::present() {
+    for isa in Isa::present().into_iter().filter(wanted) {
         for code in Code::ALL {
             let format = MatrixFormat::try_new(512, 512, code, 32).expect("a shape of ours");
             let scales = vec![f16::from_f32(0.01); 512 * 16];
             let m = cotk_quant::encode::assemble(format, &vec![1; 512 * 512], &scales, vec![8.0; code.planes()])
                 .expect("lengths of the format");
-            let m = CodedView::try_new(
-                format,
-                &m.planes.iter().map(Vec::as_slice).collect::<Vec<_>>(),
-                &m.zero_points,
-                Placement::Alone,
-            )
-            .expect("lengths of the format");
-            let prefix = m.prefix(code.full()).expect("the full width");
+            let m = Copies::new(m, 1);
+            let prefix = m.view(0).prefix(code.full()).expect("the full width");
             let mut figures = Vec::new();
             for tokens in [1usize, 8, 64] {
                 let x: Vec<f32> = (0..512 * tokens).map(|i| (i as f32).sin()).collect();
