@@ -99,6 +99,7 @@ pub fn gather(
         .filter(|(_, key)| range(&sessions, key) > APART)
         .copied()
         .collect();
+    around.progress.begin("measuring again", apart.len() as u64, "timings");
     measure(probes, apart, settings.sessions, settings, order, around, &mut sessions)?;
     around.progress.end();
     Ok(sessions)
@@ -134,16 +135,7 @@ fn measure(
             }
         }
         for (key, live) in live {
-            let statistics = Statistics::of(&live.values_us);
-            let done = Session {
-                key,
-                session,
-                count: settings.rounds,
-                // What one more copy adds may come out below zero when it is hardly anything.
-                median_us: statistics.median.max(0.0),
-                q10_us: statistics.q10.max(0.0),
-                mad_us: statistics.mad,
-            };
+            let done = live.session(key, session);
             around.journal.append(&done)?;
             sessions.push(done);
             around.progress.advance(1);
@@ -157,7 +149,8 @@ struct Live {
     weights: Vec<f64>,
     /// Calls in a slice, per piece.
     calls: Vec<u32>,
-    values_us: Vec<f64>,
+    /// Slices, by piece.
+    slices_us: Vec<Vec<f64>>,
 }
 
 impl Live {
@@ -186,24 +179,42 @@ impl Live {
         }
         Ok(Self {
             prepared,
+            slices_us: vec![Vec::new(); weights.len()],
             weights,
             calls,
-            values_us: Vec::new(),
         })
     }
 
-    /// One slice of each piece, one value.
+    /// One slice of each piece.
     fn round(&mut self) -> Result<()> {
-        let mut value_us = 0.0;
-        for (piece, (&weight, &calls)) in self.weights.iter().zip(&self.calls).enumerate() {
+        for (piece, (slices, &calls)) in self.slices_us.iter_mut().zip(&self.calls).enumerate() {
             let begin = Instant::now();
             for _ in 0..calls {
                 self.prepared.run(piece)?;
             }
-            value_us += weight * begin.elapsed().as_secs_f64() * 1e6 / f64::from(calls);
+            slices.push(begin.elapsed().as_secs_f64() * 1e6 / f64::from(calls));
         }
-        self.values_us.push(value_us);
         Ok(())
+    }
+
+    /// Statistics of each piece first, then their sum: a preemption inside one slice of six must not spoil the other five.
+    fn session(&self, key: Key, session: u32) -> Session {
+        let (mut median_us, mut q10_us, mut variance) = (0.0, 0.0, 0.0);
+        for (slices, weight) in self.slices_us.iter().zip(&self.weights) {
+            let statistics = Statistics::of(slices);
+            median_us += weight * statistics.median;
+            q10_us += weight * statistics.q10;
+            variance += (weight * statistics.mad).powi(2);
+        }
+        Session {
+            key,
+            session,
+            count: u32::try_from(self.slices_us.first().map_or(0, Vec::len)).unwrap_or(u32::MAX),
+            // What one more copy adds may come out below zero when it is hardly anything.
+            median_us: median_us.max(0.0),
+            q10_us: q10_us.max(0.0),
+            mad_us: variance.sqrt(),
+        }
     }
 }
 

@@ -32,17 +32,15 @@ impl Probe for MemoryProbe {
     fn candidates(&self, count: usize, _rng: &mut Stream) -> Vec<Key> {
         // Far beyond every cache, but no more than a small machine can spare.
         let far = (8 * self.cache_bytes).clamp(1 << 27, 1 << 28);
-        let sets = [
-            (Tier::Memory, far),
-            (Tier::Memory, far / 2),
-            (Tier::L2, 1 << 18),
-            (Tier::L3, 4 << 20),
-        ];
-        let keys = sets.into_iter().flat_map(|(tier, bytes)| {
-            self.threads
-                .iter()
-                .map(move |&threads| Key::Read(ReadKey { tier, bytes, threads }))
-        });
+        let caches = [(Tier::L2, 1u64 << 18), (Tier::L3, 4 << 20)];
+        let memory = [(Tier::Memory, far), (Tier::Memory, far / 2)];
+        let key = |tier, bytes, threads| Key::Read(ReadKey { tier, bytes, threads });
+        // Starting threads takes longer than reading a cache: those with one thread.
+        let keys = caches.into_iter().map(|(tier, bytes)| key(tier, bytes, 1));
+        let far = memory
+            .into_iter()
+            .flat_map(|(tier, bytes)| self.threads.iter().map(move |&t| key(tier, bytes, t)));
+        let keys = keys.chain(far);
         keys.take(count).collect()
     }
 
