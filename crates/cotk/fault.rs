@@ -1,6 +1,7 @@
 //! Every way a command can fail: exit code, kind, and what to do next. A library's error states facts; here the
 //! program decides what they mean. Law: no `_` arm over error variants that need different next steps.
 
+use crate::commands;
 use crate::model_faults;
 
 /// One failure. Library errors come in by `From`.
@@ -18,6 +19,15 @@ pub enum Fault {
     /// Opening a model for running.
     #[error(transparent)]
     Runtime(#[from] cotk_runtime::Error),
+    /// The server.
+    #[error(transparent)]
+    Serve(#[from] cotk_serve::Error),
+    /// Choosing a path of the CPU, a GPU that fails, NVRTC.
+    #[error(transparent)]
+    Kernels(#[from] cotk_kernels::KernelError),
+    /// The compression pipeline.
+    #[error(transparent)]
+    Compress(#[from] cotk_compress::CompressError),
     /// Arguments that cannot be right.
     #[error("{message}")]
     Usage { message: String, help: String },
@@ -67,6 +77,9 @@ impl Fault {
             Self::Ledger(error) => ledger(error),
             Self::Model(error) => model_faults::model(error),
             Self::Runtime(error) => model_faults::runtime(error),
+            Self::Serve(error) => serve(error),
+            Self::Kernels(error) => kernels(error),
+            Self::Compress(error) => commands::compress::failure(error),
             Self::Usage { help, .. } => Report {
                 kind: "usage",
                 exit_code: WRONG_USE,
@@ -83,6 +96,34 @@ impl Fault {
         report.message = self.to_string();
         report.help = report.help.filter(|help| !help.is_empty());
         report
+    }
+}
+
+pub(crate) fn kernels(error: &cotk_kernels::KernelError) -> Report {
+    use cotk_kernels::KernelError;
+    let facts = |kind, exit_code, help: &str| Report {
+        kind,
+        exit_code,
+        help: Some(help.to_owned()),
+        ..Report::default()
+    };
+    match error {
+        KernelError::Isa { found, present } => Report {
+            key: Some("COTK_ISA".into()),
+            found: Some(found.clone()),
+            expected: Some(present.join(", ")),
+            ..facts("isa", WRONG_USE, "unset COTK_ISA, or name a path that this CPU has")
+        },
+        KernelError::Gpu { .. } => facts("gpu", FAILED, "see `nvidia-smi`; restart the driver or the machine"),
+        KernelError::NoCompiler { looked_at, .. } => Report {
+            file: Some(looked_at.clone()),
+            ..facts(
+                "no-nvrtc",
+                FAILED,
+                "install the wheel nvidia-cuda-nvrtc-cu12==12.4.127 and name its nvidia/cuda_nvrtc/lib by COTK_NVRTC",
+            )
+        },
+        KernelError::Quant(_) => facts("codes", FAILED, ""),
     }
 }
 
@@ -212,6 +253,43 @@ fn ledger(error: &cotk_ledger::Error) -> Report {
             help: Some("this is a bug of cotk: please report it with the ledger".into()),
             ..facts("ledger-query", FAILED)
         },
+    }
+}
+
+fn serve(error: &cotk_serve::Error) -> Report {
+    use cotk_serve::Error;
+    let facts = |kind, exit_code| Report {
+        kind,
+        exit_code,
+        ..Report::default()
+    };
+    match error {
+        Error::Run(error) => run(error),
+        Error::Host { host, .. } => Report {
+            key: Some("host".into()),
+            found: Some(host.clone()),
+            expected: Some("an address of this machine, or a name that has one".into()),
+            ..facts("host", WRONG_USE)
+        },
+        Error::PortInUse { address } => Report {
+            key: Some("port".into()),
+            found: Some(address.port().to_string()),
+            expected: Some("a free port".into()),
+            help: Some("stop what listens there, or choose another: --port 0 takes any free one".into()),
+            ..facts("port-in-use", FAILED)
+        },
+        Error::Bind { address, .. } => Report {
+            found: Some(address.to_string()),
+            help: Some("choose another --host or --port; ports below 1024 need rights".into()),
+            ..facts("bind", FAILED)
+        },
+        Error::Template { origin, line, .. } => Report {
+            file: Some(origin.clone()),
+            found: Some(format!("line {line}")),
+            help: Some("--chat-template F gives another".into()),
+            ..facts("chat-template", WRONG_USE)
+        },
+        Error::System { .. } => facts("system", FAILED),
     }
 }
 

@@ -10,11 +10,14 @@ use crate::fault::Fault;
 use crate::sibling;
 
 pub mod check;
+pub mod compress;
 pub mod eval;
+pub mod gpu_check;
 pub mod inspect;
 pub mod logits;
 pub mod run;
 pub mod search;
+pub mod serve;
 
 /// Makes neural networks fit a given machine, and proves that they do.
 #[derive(Debug, Parser)]
@@ -56,8 +59,11 @@ pub enum Command {
     Run(run::Args),
     Eval(eval::Args),
     Logits(logits::Args),
+    Compress(compress::Args),
+    Serve(serve::Args),
     Search(search::Args),
     Check(check::Args),
+    GpuCheck(gpu_check::Args),
 }
 
 /// `--mode`: which width of the experts is used.
@@ -86,8 +92,11 @@ impl Command {
             Self::Run(_) => "run",
             Self::Eval(_) => "eval",
             Self::Logits(_) => "logits",
+            Self::Compress(_) => "compress",
+            Self::Serve(_) => "serve",
             Self::Search(_) => "search",
             Self::Check(_) => "check",
+            Self::GpuCheck(_) => "gpu-check",
         }
     }
 }
@@ -103,10 +112,13 @@ pub fn run(command: &Command, cx: &Context) -> Result<Outcome, Fault> {
         Command::Run(args) => run::run(args, cx),
         Command::Eval(args) => eval::run(args, cx),
         Command::Logits(args) => logits::run(args, cx),
+        Command::Compress(args) => compress::run(args, cx),
+        Command::Serve(args) => serve::run(args, cx),
         Command::Search(args) => {
             args.check()?;
             Err(sibling::become_trainer())
         }
         Command::Check(args) => check::run(args, cx),
+        Command::GpuCheck(args) => gpu_check::run(args, cx),
     }
 }
