@@ -3,6 +3,7 @@
 
 use crate::commands;
 use crate::model_faults;
+use crate::search_faults;
 
 /// One failure. Library errors come in by `From`.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +26,9 @@ pub enum Fault {
     /// Choosing a path of the CPU, a GPU that fails, NVRTC.
     #[error(transparent)]
     Kernels(#[from] cotk_kernels::KernelError),
+    /// A search, its data, its profile, ONNX Runtime.
+    #[error(transparent)]
+    Search(#[from] cotk_search::SearchError),
     /// The compression pipeline.
     #[error(transparent)]
     Compress(#[from] cotk_compress::CompressError),
@@ -79,6 +83,7 @@ impl Fault {
             Self::Runtime(error) => model_faults::runtime(error),
             Self::Serve(error) => serve(error),
             Self::Kernels(error) => kernels(error),
+            Self::Search(error) => search_faults::search(error),
             Self::Compress(error) => commands::compress::failure(error),
             Self::Usage { help, .. } => Report {
                 kind: "usage",

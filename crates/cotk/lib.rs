@@ -9,6 +9,7 @@ pub mod fault;
 pub mod launch;
 mod model_faults;
 pub mod provenance;
+mod search_faults;
 pub mod sibling;
 pub mod table;
 pub mod ui;

@@ -7,8 +7,19 @@
 #![forbid(unsafe_code)]
 
 pub mod checkpoint;
+pub mod constraint;
+pub mod cost;
 pub mod export;
+pub mod gates;
 pub mod measure;
+pub mod method;
+pub mod pipeline;
+pub mod plan;
+pub mod profile;
+pub mod recipe;
+pub mod repair;
+pub mod report;
+pub mod result;
 pub mod space;
 pub mod trainable;
 

@@ -14,7 +14,7 @@ const NORMALISATION: Normalisation = Normalisation {
 };
 
 fn tiny() -> Supernet {
-    crate::set_threads(2);
+    crate::set_threads(1);
     let section = Section {
         stem: 8,
         stages: vec![12, 16],
