@@ -3,14 +3,16 @@
 //! Widths come from the codes that the dispatch table's paths must all run, so that a new code is measured without being
 //! listed again. Cold keys rotate over more memory than the caches hold; hot ones run the same expert.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use cotk_latency::probe::{Prepared, Probe, refused};
 use cotk_latency::work::{ExpertKey, Heat, Key};
+use cotk_quant::QuantError;
 use cotk_quant::code::{Bits, Code};
-use cotk_quant::coded::CodedMatrix;
+use cotk_quant::coded::{CodedMatrix, CodedView};
 use cotk_quant::encode::assemble;
-use cotk_quant::layout::MatrixFormat;
+use cotk_quant::layout::{MAX_PLANES, MatrixFormat, Placement};
 use cotk_run::seeds::Stream;
 use half::f16;
 use rand::RngExt;
@@ -139,9 +141,7 @@ impl ExpertProbe {
             let codes: Vec<u8> = (0..rows * cols)
                 .map(|_| {
                     state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                    #[expect(clippy::cast_possible_truncation, reason = "a byte")]
-                    let byte = (state >> 24) as u8 >> (8 - code.full().get());
-                    byte
+                    (state >> 24) as u8 >> (8 - code.full().get())
                 })
                 .collect();
             let scales = vec![f16::from_f32(0.01); rows * format.groups()];
@@ -153,10 +153,8 @@ impl ExpertProbe {
             matrix(inner, hidden, session + 1)?,
             matrix(hidden, inner, session + 2)?,
         ];
-        let mut bytes = 0;
-        for m in &one {
-            bytes += m.format.prefix_bytes(bits).map_err(|e| e.to_string())?;
-        }
+        let record = Record::new(&one, bits).map_err(|e| e.to_string())?;
+        let bytes = record.bytes.len() - ALIGN;
         let copies = match key.heat {
             Heat::Hot => 1,
             Heat::Cold => {
@@ -177,7 +175,7 @@ impl ExpertProbe {
         Ok(Ready {
             isa: self.isa,
             bits,
-            experts: vec![one; copies],
+            records: (0..copies).map(|_| record.again()).collect(),
             next: 0,
             acts: Activations::of(self.isa, &x, hidden),
             out: vec![0.0; tokens * hidden],
@@ -190,7 +188,7 @@ impl ExpertProbe {
 struct Ready {
     isa: Isa,
     bits: Bits,
-    experts: Vec<[CodedMatrix; 3]>,
+    records: Vec<Record>,
     next: usize,
     acts: Activations,
     out: Vec<f32>,
@@ -200,9 +198,8 @@ struct Ready {
 
 impl Prepared for Ready {
     fn run(&mut self, _piece: usize) -> cotk_latency::Result<()> {
-        let [gate, up, down] = &self.experts[self.next];
-        self.next = (self.next + 1) % self.experts.len();
-        let expert = prefixes(gate, up, down, self.bits);
+        let expert = self.records[self.next].expert(self.bits);
+        self.next = (self.next + 1) % self.records.len();
         let (isa, acts, out, scratch) = (self.isa, &self.acts, &mut self.out, &mut self.scratch);
         match &self.pool {
             None => forward(isa, &expert, acts, out, scratch, Threads::One),
@@ -213,9 +210,84 @@ impl Prepared for Ready {
     }
 }
 
-fn prefixes<'a>(gate: &'a CodedMatrix, up: &'a CodedMatrix, down: &'a CodedMatrix, bits: Bits) -> Expert<'a> {
-    let at = |m: &'a CodedMatrix| m.prefix(bits).expect("built with a code that has this prefix");
-    Expert::try_new(at(gate), at(up), at(down)).expect("built with shapes that fit")
+/// Where planes begin: as in a record, no line of 64 bytes straddles two of the cache.
+const ALIGN: usize = 64;
+
+/// The planes of one expert as a record holds them: gate and up tile by tile in turn, then down.
+struct Record {
+    bytes: Vec<u8>,
+    /// Of the bytes that the prefix reads, plane by plane: `[pair, down]`, from the first aligned byte.
+    ranges: Vec<[Range<usize>; 2]>,
+    formats: [MatrixFormat; 3],
+    zero_points: [Vec<f32>; 3],
+}
+
+impl Record {
+    fn new(matrices: &[CodedMatrix; 3], bits: Bits) -> Result<Self, QuantError> {
+        let [gate, up, down] = matrices;
+        let pair = CodedMatrix::interleave(gate, up)?;
+        let planes = gate.format.code().prefix_index(bits)? + 1;
+        let (mut packed, mut ranges) = (Vec::new(), Vec::new());
+        let mut put = |plane: &[u8]| {
+            let from = packed.len();
+            packed.extend_from_slice(plane);
+            packed.resize(packed.len().next_multiple_of(ALIGN), 0);
+            from..from + plane.len()
+        };
+        for (pair, down) in pair.iter().zip(&down.planes).take(planes) {
+            ranges.push([put(pair), put(down)]);
+        }
+        let mut record = Self {
+            bytes: Vec::new(),
+            ranges,
+            formats: [gate.format, up.format, down.format],
+            zero_points: [
+                gate.zero_points.clone(),
+                up.zero_points.clone(),
+                down.zero_points.clone(),
+            ],
+        };
+        record.bytes = aligned(&packed);
+        Ok(record)
+    }
+
+    /// The same bytes in memory of their own.
+    fn again(&self) -> Self {
+        let start = self.bytes.as_ptr().align_offset(ALIGN);
+        Self {
+            bytes: aligned(&self.bytes[start..start + self.bytes.len() - ALIGN]),
+            ranges: self.ranges.clone(),
+            formats: self.formats,
+            zero_points: self.zero_points.clone(),
+        }
+    }
+
+    fn expert(&self, bits: Bits) -> Expert<'_> {
+        let bytes = &self.bytes[self.bytes.as_ptr().align_offset(ALIGN)..];
+        let matrix = |i: usize, side: usize, placement: Placement| {
+            let mut planes: [&[u8]; MAX_PLANES] = [&[]; MAX_PLANES];
+            for (plane, ranges) in planes.iter_mut().zip(&self.ranges) {
+                *plane = &bytes[ranges[side].clone()];
+            }
+            let view = CodedView::try_new(
+                self.formats[i],
+                &planes[..self.ranges.len()],
+                &self.zero_points[i],
+                placement,
+            );
+            view.and_then(|v| v.prefix(bits)).expect("laid out by `new`")
+        };
+        let (gate, up) = (matrix(0, 0, Placement::PairFirst), matrix(1, 0, Placement::PairSecond));
+        Expert::try_new(gate, up, matrix(2, 1, Placement::Alone)).expect("built with shapes that fit")
+    }
+}
+
+/// `content` from the first byte at a multiple of [`ALIGN`], in a buffer that is [`ALIGN`] bytes longer.
+fn aligned(content: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![0; content.len() + ALIGN];
+    let start = bytes.as_ptr().align_offset(ALIGN);
+    bytes[start..start + content.len()].copy_from_slice(content);
+    bytes
 }
 
 #[cfg(test)]
