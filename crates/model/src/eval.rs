@@ -327,7 +327,7 @@ fn fraction(count: usize, of: usize) -> f64 {
 }
 
 /// Mean and half width of its 95 % interval, by batch means: neighbours of a text are not independent, blocks of
-/// [`BLOCK_TARGETS`] nearly are. Short texts get at least two smaller blocks.
+/// 256 nearly are. Short texts get at least two smaller blocks.
 #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
 pub fn mean_with_ci95(values: impl Iterator<Item = f64>) -> (f64, f64) {
     let values: Vec<f64> = values.collect();

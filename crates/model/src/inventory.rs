@@ -74,16 +74,20 @@ pub fn expert_params(spec: &ModelSpec) -> u64 {
     (3 * spec.hidden * spec.moe_intermediate) as u64
 }
 
-/// Holds a checkpoint to its config without reading a weight: every tensor there, of its shape. A container's dense
-/// part has no experts: `has_experts` false.
+/// Holds a checkpoint to its config without reading a weight: every tensor there, of its shape, of a type that holds
+/// weights. A container's dense part has no experts: `has_experts` false.
 ///
 /// # Errors
-/// The first tensor that is missing or ill-shaped.
+/// The first tensor that is missing, ill-shaped or of another type.
 pub fn check(spec: &ModelSpec, source: &dyn TensorSource, has_experts: bool) -> Result<(), CheckpointError> {
     let family = families::of(spec);
     for (tensor, shape) in tensors(spec) {
         if has_experts || !is_expert(tensor) {
-            source.require(&family.tensor_name(tensor), &shape)?;
+            let name = family.tensor_name(tensor);
+            let info = source.require(&name, &shape)?;
+            if !info.dtype.is_weight() {
+                return Err(CheckpointError::not_a_weight(source.file(&name), &name, info.dtype));
+            }
         }
     }
     Ok(())

@@ -223,3 +223,13 @@ fn windows_that_do_not_fit_are_refused() {
         assert!(matches!(refused, Err(ModelError::Setting { .. })), "{options:?}");
     }
 }
+
+#[test]
+fn the_inventory_lists_what_the_checkpoint_holds() {
+    let (folder, _) = tiny();
+    crate::inventory::check(&folder.spec, folder.source.as_ref(), true).unwrap();
+    let expected = crate::inventory::tensors(&folder.spec);
+    assert_eq!(expected.len(), folder.source.names().len());
+    let params = crate::inventory::dense_params(&folder.spec) + 24 * crate::inventory::expert_params(&folder.spec);
+    assert_eq!(params, 275_200);
+}

@@ -55,6 +55,17 @@ pub enum CheckpointError {
     },
 }
 
+impl CheckpointError {
+    pub(crate) fn not_a_weight(file: &Path, tensor: &str, found: DType) -> Self {
+        Self::Type {
+            file: file.to_owned(),
+            tensor: tensor.to_owned(),
+            found: found.name().to_owned(),
+            expected: "F32, F16 or BF16".to_owned(),
+        }
+    }
+}
+
 /// Element types of stored tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DType {
@@ -116,6 +127,11 @@ impl DType {
             .find(|(_, d)| *d == self)
             .map(|(n, _)| *n)
             .expect("every variant stands in the table")
+    }
+
+    /// Whether [`decode_f32`] reads it.
+    pub fn is_weight(self) -> bool {
+        matches!(self, Self::F32 | Self::F16 | Self::BF16)
     }
 
     /// Bytes of one element.
@@ -186,12 +202,8 @@ pub trait TensorSource: Send + Sync {
     fn load_f32(&self, name: &str, expected: &[usize]) -> Result<Vec<f32>, CheckpointError> {
         let info = self.require(name, expected)?;
         let bytes = self.raw(name)?;
-        let values = decode_f32(&bytes, info.dtype).ok_or_else(|| CheckpointError::Type {
-            file: self.file(name).to_owned(),
-            tensor: name.to_owned(),
-            found: info.dtype.name().to_owned(),
-            expected: "F32, F16 or BF16".to_owned(),
-        })?;
+        let values = decode_f32(&bytes, info.dtype)
+            .ok_or_else(|| CheckpointError::not_a_weight(self.file(name), name, info.dtype))?;
         match values.iter().position(|v| !v.is_finite()) {
             None => Ok(values),
             Some(index) => Err(CheckpointError::NotFinite {

@@ -1,5 +1,5 @@
 //! Safetensors by memory map: one file, or the shards that `model.safetensors.index.json` names. One gate,
-//! [`File::open`], checks a whole header; behind it every range is known to lie in its file.
+//! `File::open`, checks a whole header; behind it every range is known to lie in its file.
 //! Format: <https://huggingface.co/docs/safetensors> (8 bytes header length, JSON header, tensors without gaps).
 
 use std::borrow::Cow;

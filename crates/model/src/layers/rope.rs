@@ -1,4 +1,4 @@
-//! Rotary positions, half-split ("NeoX") layout: pair j is (x[j], x[j + head_dim / 2]). Frequencies in f32 step by
+//! Rotary positions, half-split ("NeoX") layout: pair j is `(x[j], x[j + head_dim / 2])`. Frequencies in f32 step by
 //! step as transformers computes them: at long range an angle of f64 would be another angle.
 
 use std::f64::consts::PI;
