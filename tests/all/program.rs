@@ -68,6 +68,22 @@ impl Workplace {
             .expect("cotk starts")
     }
 
+    /// A copy of the tiny checkpoint to damage, at `name`.
+    pub(crate) fn copy_of_tiny(&self, name: &str) -> PathBuf {
+        let folder = self.join(name);
+        fs_err::create_dir(&folder).expect("a fresh folder");
+        for file in [
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ] {
+            fs_err::copy(Path::new(&tiny_model()).join(file), folder.join(file)).expect("the committed checkpoint");
+        }
+        folder
+    }
+
     /// Every file below `folder` with its bytes, by relative path, sorted.
     pub(crate) fn bytes_below(&self, folder: impl AsRef<Path>) -> Vec<(PathBuf, Vec<u8>)> {
         let root = self.join(folder);
