@@ -20,7 +20,7 @@ use rand::RngExt;
 
 use crate::CompressError;
 use crate::partial::partial_path;
-use crate::pipeline::{Request, Surroundings, compress, plan};
+use crate::pipeline::{Plan, Request, Surroundings, check_disk, compress, plan};
 use crate::recipe::Recipe;
 use crate::report::Report;
 
@@ -47,6 +47,7 @@ fn request(out: &Path, sets: &[&str]) -> Request {
     Request {
         model: tiny(""),
         out: out.to_owned(),
+        recipe_name: "moe-int4".to_owned(),
         recipe: Recipe::load("moe-int4", &sets, None, None).unwrap(),
         calibration: tiny("train.txt"),
         eval_text: Some(judge(out)),
@@ -150,6 +151,12 @@ fn figures_are_those_of_evaluating_the_finished_container() {
     assert_eq!(
         report.expert_bytes_after,
         container.manifest().files["experts.bin"].bytes
+    );
+    assert!(
+        facts
+            .facts()
+            .iter()
+            .all(|f| f.subject.starts_with("compress:moe-int4:tiny-qwen2moe"))
     );
     let value = |metric: &str| facts.facts().into_iter().find(|f| f.metric == metric).unwrap().value;
     assert_eq!(value("perplexity_after"), report.perplexity_after);
@@ -350,6 +357,14 @@ fn a_plan_writes_nothing_and_bounds_what_comes() {
     };
     let plan = plan(&request, &with).unwrap();
     assert_eq!(fs_err::read_dir(folder.path()).unwrap().count(), 1, "the judge alone");
+    let full = Plan {
+        disk_bytes_free: plan.disk_bytes_needed - 1,
+        ..plan.clone()
+    };
+    match check_disk(&full, &request).unwrap_err() {
+        CompressError::DiskSpace { need, have, .. } => assert_eq!((need, have), (plan.disk_bytes_needed, need - 1)),
+        other => panic!("{other}"),
+    }
     let report = run(&request).unwrap();
     let container = Container::open(&out).unwrap();
     let weights = ["dense.safetensors", "experts.bin"].map(|name| container.manifest().files[name].bytes);
@@ -444,7 +459,7 @@ fn any_failing_file_operation_is_named_and_the_next_run_ends_well() {
     let expected = folder.path().join("expected");
     run(&allocated(&expected)).unwrap();
     for op in ["open", "read", "write", "sync", "rename"] {
-        // 1, 3, 8, 20, 50, …: early ones densely, late ones sparsely.
+        // 1, 4, 13, 40, …; the program's own tests walk them more densely.
         let mut at = 1;
         loop {
             let out = folder.path().join(format!("{op}-{at}"));
@@ -461,7 +476,7 @@ fn any_failing_file_operation_is_named_and_the_next_run_ends_well() {
                 run(&allocated(&out)).unwrap_or_else(|e| panic!("{op} {at}: {e}"));
             }
             assert_same(&out, &expected, op);
-            at += 1 + at * 3 / 2;
+            at = 1 + at * 3;
         }
     }
 }

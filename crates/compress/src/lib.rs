@@ -19,6 +19,10 @@ pub mod text;
 
 pub use self::error::{CompressError, Result};
 
+mod build;
 mod error;
+mod finish;
 #[cfg(test)]
 mod laws;
+mod measure;
+mod walk;

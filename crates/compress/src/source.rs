@@ -1,6 +1,6 @@
 //! The model that is compressed: its files, what its bytes are, what of them is dense.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use cotk_container::dense::DenseTensor;
 use cotk_container::manifest::{Checksum, SourceModel};
@@ -31,7 +31,7 @@ pub struct Source {
     pub origin: SourceModel,
     /// Tensors that stay as they are.
     pub dense: Vec<DenseTensor>,
-    /// Bytes of the weight files' tensors.
+    /// Of its files: weights, config, tokenizer.
     pub bytes: u64,
 }
 
@@ -83,11 +83,11 @@ impl Source {
                 shape: info.shape,
             })
             .collect();
-        let bytes = source.bytes();
+        let bytes = file_bytes(&files)?;
         let per_expert = 3 * spec.hidden as u64 * spec.moe_intermediate as u64;
         let origin = SourceModel {
             hash: hash(&files)?,
-            bytes,
+            bytes: source.bytes(),
             expert_bytes,
             expert_weights: per_expert * (layers.len() * spec.routing.experts) as u64,
         };
@@ -126,6 +126,26 @@ impl Source {
     pub fn moe_layers(&self) -> Vec<LayerId> {
         self.files.spec.moe_layers()
     }
+}
+
+/// Config, copied files and the files that hold tensors.
+fn file_bytes(folder: &ModelFolder) -> Result<u64> {
+    let names = folder.source.names();
+    let mut paths: Vec<PathBuf> = names.iter().map(|name| folder.source.file(name).to_owned()).collect();
+    paths.push(folder.path.join("config.json"));
+    paths.extend(
+        COPIED
+            .iter()
+            .map(|name| folder.path.join(name))
+            .filter(|path| path.is_file()),
+    );
+    paths.sort();
+    paths.dedup();
+    let bytes = |path: &PathBuf| {
+        let length = files::open(path)?.metadata().map(|m| m.len());
+        length.map_err(cotk_run::Error::io("read", path))
+    };
+    paths.iter().map(|path| Ok(bytes(path)?)).sum()
 }
 
 /// Of config, tokenizer and every tensor's bytes, whatever files they are cut into.

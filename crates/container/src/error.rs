@@ -55,14 +55,6 @@ pub enum ContainerError {
         found: u64,
         expected: u64,
     },
-    /// A layer, expert or prefix was asked for that the container does not have.
-    #[error("{}: no {what}: found {found}, expected {expected}", file.display())]
-    Absent {
-        file: PathBuf,
-        what: String,
-        found: String,
-        expected: String,
-    },
     /// Matrices that cannot stand in one record.
     #[error("{layer}, {expert}: {what}: found {found}, expected {expected}")]
     Unwritable {

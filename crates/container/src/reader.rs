@@ -133,6 +133,12 @@ impl Container {
         self.manifest.layers.iter().find(|l| l.layer == layer)
     }
 
+    /// An expert's widest width; `None`: dropped, or no such expert.
+    pub fn stored_bits(&self, layer: LayerId, expert: ExpertId) -> Option<u32> {
+        let slot = &self.slots[*self.index.get(&(layer, expert))?];
+        self.record(slot).prefixes.last().map(|prefix| prefix.bits)
+    }
+
     /// One expert, each matrix at its widest prefix of at most `bits` (its narrowest if none is). `None`: dropped, or
     /// no such expert.
     ///

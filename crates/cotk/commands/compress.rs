@@ -1,12 +1,13 @@
 //! `cotk compress --moe`: a checkpoint in, a container out, and what it cost in bytes and quality.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use cotk_compress::CompressError;
 use cotk_compress::pipeline::{Plan, Request, Surroundings, compress, plan};
 use cotk_compress::recipe::Recipe;
 use cotk_compress::report::Report;
+use cotk_data::DataError;
 use cotk_latency::identity::Identity;
 use cotk_latency::predict::CostModel;
 use cotk_latency::profile;
@@ -59,6 +60,7 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
     let request = Request {
         model: args.moe.clone(),
         out: args.output.clone(),
+        recipe_name: recipe_name(&args.recipe),
         recipe: Recipe::load(&args.recipe, &args.set, cx.seed, args.budget_bytes)?,
         calibration: args.calibration.clone(),
         eval_text: args.eval_text.clone(),
@@ -96,6 +98,12 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         fields.remove("warnings");
     }
     Ok(Outcome::new(result, table(&report)).warn(warnings))
+}
+
+/// File name without folder and extension.
+fn recipe_name(recipe: &str) -> String {
+    let stem = Path::new(recipe).file_stem();
+    stem.map_or_else(|| recipe.to_owned(), |stem| stem.to_string_lossy().into_owned())
 }
 
 /// This machine's profile, if there is one. `--profile` must be right; finding none is a warning of the library's.
@@ -218,6 +226,7 @@ pub(crate) fn failure(error: &CompressError) -> FaultReport {
         CompressError::Model(error) => model_faults::model(error),
         CompressError::Container(error) => model_faults::container(error),
         CompressError::Runtime(error) => model_faults::runtime(error),
+        CompressError::Data(DataError::Run(error)) => fault::run(error),
         CompressError::Data(_) => FaultReport {
             help: Some("give a UTF-8 text with documents separated by <|endoftext|>".into()),
             ..facts("text", WRONG_USE)

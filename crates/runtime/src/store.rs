@@ -1,10 +1,10 @@
 //! Where coded experts come from, as far as the arithmetic cares: a mapped container, or a layer that was just coded.
 
+use cotk_container::ContainerError;
 use cotk_container::layout::{prefix_at, prefixes};
 use cotk_container::manifest::DroppedMeaning;
 use cotk_container::reader::{Container, ExpertView};
 use cotk_container::writer::CodedExpert;
-use cotk_container::{ContainerError, manifest};
 use cotk_model::moe::Alive;
 use cotk_run::units::{ExpertId, LayerId};
 
@@ -26,10 +26,7 @@ impl ExpertStore for Container {
     }
 
     fn stored_bits(&self, layer: LayerId, expert: ExpertId) -> Option<u32> {
-        match &self.layer(layer)?.experts.get(expert.index())?.state {
-            manifest::State::Kept(record) => record.prefixes.last().map(|p| p.bits),
-            manifest::State::Dropped => None,
-        }
+        Self::stored_bits(self, layer, expert)
     }
 }
 

@@ -1,0 +1,284 @@
+//! The second pass: statistics on the compressed model's own stream, codes, records, and both quality streams. Law: each
+//! layer sees what the compressed layers before it made, so that errors travel as they will when it is served.
+
+use cotk_container::manifest::{DroppedMeaning, Why};
+use cotk_container::writer::{CodedExpert, ContainerWriter, NewExpert};
+use cotk_model::layers::linear::Linear;
+use cotk_model::layers::{Layer, Mlp};
+use cotk_model::moe::{RouterScores, route};
+use cotk_model::reference::PlainMoe;
+use cotk_model::spec::ModelSpec;
+use cotk_run::units::{ExpertId, LayerId};
+use cotk_runtime::mix::{Cpu, Mix};
+use cotk_runtime::policy::Exact;
+use cotk_runtime::store::{CodedLayer, alive};
+use rayon::prelude::*;
+
+use crate::Result;
+use crate::decide::{self, Decisions};
+use crate::layer::{LayerView, Usage};
+use crate::partial::{BuiltLayer, BuiltMoe, Entry, Partial};
+use crate::pipeline::{Job, Streams};
+use crate::quality;
+use crate::stage::{Change, code_expert, measure_prefixes};
+use crate::states::{Stream, attend};
+use crate::walk::{add, run_plain};
+
+impl Job<'_> {
+    /// The second pass: statistics on the compressed model's own stream, codes, records.
+    pub(crate) fn build(&self, partial: &mut Partial, streams: &Streams, decisions: Option<&Decisions>) -> Result<()> {
+        let done = partial.built().len();
+        self.with
+            .progress
+            .begin("compressing", (self.layers() - done) as u64, "layers");
+        if done == 0 {
+            self.embed(&streams.calibration[1], &self.calibration_windows())?;
+            let windows = quality::plan(&self.source.files.spec, self.texts.quality.len()).2;
+            let quality: Vec<&[u32]> = windows.iter().map(|w| &self.texts.quality[w.inputs.clone()]).collect();
+            self.embed(&streams.teacher, &quality)?;
+            self.embed(&streams.student, &quality)?;
+        }
+        let entries = partial
+            .built()
+            .iter()
+            .filter_map(|b| b.moe.as_ref().map(|m| m.entry.clone()))
+            .collect();
+        let mut writer = ContainerWriter::resume(&partial.out(), entries)?;
+        for index in done..self.layers() {
+            let layer = self.load_layer(index)?;
+            let moe = if layer.is_moe() {
+                Some(self.build_moe(&layer, index, streams, decisions, &mut writer)?)
+            } else {
+                for stream in streams.all_built() {
+                    self.step_dense(&layer, stream, index)?;
+                }
+                None
+            };
+            let [a, b, c] = streams.all_built().map(|stream| stream.checksum(index + 1));
+            partial.finished(Entry::Built(Box::new(BuiltLayer {
+                layer: index,
+                moe,
+                states: [a?, b?, c?],
+            })))?;
+            for stream in streams.all_built() {
+                stream.forget(index);
+            }
+            self.with.progress.advance(1);
+        }
+        self.with.progress.end();
+        Ok(())
+    }
+
+    fn build_moe(
+        &self,
+        layer: &Layer,
+        index: usize,
+        streams: &Streams,
+        decisions: Option<&Decisions>,
+        writer: &mut ContainerWriter,
+    ) -> Result<BuiltMoe> {
+        let calibration = &streams.calibration[1];
+        let (usage, samples) = self.observe(layer, calibration, index)?;
+        let view = self.view(layer.id(), &usage, &samples);
+        let changes = match decisions {
+            Some(decisions) => decided(decisions, layer.id()),
+            None => self.undisputed(&usage),
+        };
+        let plain = self.plain_layer(layer.id())?;
+        let coded = self.code(&view, &changes, 1.0)?;
+        let gain = self.gain(
+            layer,
+            &self.student(layer.id(), &coded, &living(&coded)),
+            &plain,
+            calibration,
+            index,
+        )?;
+        let mut coded = self.code(&view, &changes, gain)?;
+        self.measure_prefixes(&view, &mut coded, gain)?;
+        let living = living(&coded);
+        let student = self.student(layer.id(), &coded, &living);
+        let relative_error = self.step_student(layer, &student, Some(&plain), calibration, index)?;
+        self.step_student(layer, &student, None, &streams.student, index)?;
+        self.step_plain(layer, &plain, &streams.teacher, index)?;
+
+        let new = view
+            .experts()
+            .into_iter()
+            .zip(coded)
+            .map(|(expert, kept)| NewExpert {
+                why: Why {
+                    tokens: usage.experts[expert.index()].tokens,
+                    share: usage.share(expert),
+                    gate_share: usage.gate_share(expert),
+                },
+                kept,
+            })
+            .collect();
+        let entry = writer.append_layer(layer.id(), gain, new)?;
+        Ok(BuiltMoe {
+            entry,
+            usage,
+            relative_error,
+        })
+    }
+
+    /// Codes the kept experts of a layer, their down projections times `gain`.
+    fn code(&self, view: &LayerView<'_>, changes: &[Change], gain: f32) -> Result<Vec<Option<CodedExpert>>> {
+        let group = self.request.recipe.compress.group.get();
+        let code = |expert: ExpertId| match changes[expert.index()] {
+            Change::Drop => Ok(None),
+            Change::Code(code) => {
+                code_expert(view, expert, &scaled(view.weights(expert)?, gain), code, group).map(Some)
+            }
+        };
+        view.experts().into_par_iter().map(code).collect()
+    }
+
+    fn measure_prefixes(&self, view: &LayerView<'_>, coded: &mut [Option<CodedExpert>], gain: f32) -> Result<()> {
+        let measure = |(expert, slot): (ExpertId, &mut Option<CodedExpert>)| -> Result<()> {
+            if let Some(coded) = slot.take() {
+                let weights = scaled(view.weights(expert)?, gain);
+                let sample = view.samples.routed(expert);
+                *slot = Some(measure_prefixes(self.cpu, view, coded, &weights, sample));
+            }
+            Ok(())
+        };
+        view.experts().into_par_iter().zip(coded).try_for_each(measure)
+    }
+
+    fn student<'s>(&self, layer: LayerId, coded: &'s [Option<CodedExpert>], living: &'s [bool]) -> Student<'s> {
+        Student {
+            store: CodedLayer { layer, experts: coded },
+            living,
+            meaning: self.request.recipe.compress.dropped,
+            cpu: self.cpu,
+        }
+    }
+
+    /// The least-squares factor from the compressed layer's mixed output to the source's, over the calibration tokens:
+    /// what is dropped and what is rounded away shrink the output, and one factor a layer in the down projections gives
+    /// its size back at no cost (reference: moe-compression 3.1, 7; there per expert).
+    fn gain(
+        &self,
+        layer: &Layer,
+        student: &Student<'_>,
+        plain: &PlainMoe,
+        stream: &Stream,
+        index: usize,
+    ) -> Result<f32> {
+        let spec = &self.source.files.spec;
+        let (mut product, mut square) = (0.0f64, 0.0f64);
+        stream.read(index, self.with.cancel, |mut hidden, windows| {
+            attend(spec, &self.rope, layer, &mut hidden, windows);
+            let normed = layer.mixer_input(&hidden);
+            let (own, truth) = (student.run(layer, spec, &normed)?, run_plain(layer, plain, &normed)?);
+            for (own, truth) in own.iter().zip(&truth) {
+                product += f64::from(*own) * f64::from(*truth);
+                square += f64::from(*own) * f64::from(*own);
+            }
+            Ok(())
+        })?;
+        #[expect(clippy::cast_possible_truncation, reason = "a factor near 1")]
+        let gain = (product / square) as f32;
+        // A layer that hardly speaks, or whose output turned around, is left alone.
+        Ok(if (0.5..=2.0).contains(&gain) { gain } else { 1.0 })
+    }
+
+    /// What a recipe that leaves nothing to allocate wants.
+    fn undisputed(&self, usage: &Usage) -> Vec<Change> {
+        let recipe = &self.request.recipe.compress;
+        let count = decide::drops(recipe, &[usage], self.source.files.spec.routing.top_k)[0];
+        let mut changes = vec![Change::Code(recipe.codes.get()[0]); usage.experts.len()];
+        for expert in &usage.least_used()[..count] {
+            changes[expert.index()] = Change::Drop;
+        }
+        changes
+    }
+
+    /// Returns the relative error of the mixed output against `plain` on the first batch; 0 without one.
+    fn step_student(
+        &self,
+        layer: &Layer,
+        student: &Student<'_>,
+        mut plain: Option<&PlainMoe>,
+        stream: &Stream,
+        index: usize,
+    ) -> Result<f64> {
+        let spec = &self.source.files.spec;
+        let mut relative_error = 0.0;
+        stream.step(index, self.with.cancel, |hidden, windows| {
+            attend(spec, &self.rope, layer, hidden, windows);
+            let normed = layer.mixer_input(hidden);
+            let mixed = student.run(layer, spec, &normed)?;
+            if let Some(plain) = plain.take() {
+                relative_error = relative(&mixed, &run_plain(layer, plain, &normed)?);
+            }
+            add(hidden, &mixed);
+            layer.add_dense(&normed, hidden);
+            Ok(())
+        })?;
+        Ok(relative_error)
+    }
+}
+
+/// How the compressed layer mixes.
+struct Student<'a> {
+    store: CodedLayer<'a>,
+    living: &'a [bool],
+    meaning: DroppedMeaning,
+    cpu: Cpu,
+}
+
+impl Student<'_> {
+    /// The routed experts' mixed output, `[tokens, hidden]`: with the kernels that will serve it.
+    fn run(&self, layer: &Layer, spec: &ModelSpec, normed: &[f32]) -> Result<Vec<f32>> {
+        let scores = layer.router_scores(normed).expect("a MoE layer has a router");
+        let routed = route(
+            &RouterScores::new(&scores, &spec.routing)?,
+            alive(self.meaning, self.living),
+        );
+        let mix = Mix {
+            store: &self.store,
+            mode: &Exact,
+            held_bits: &|_, stored| stored,
+            cpu: self.cpu,
+            layer: layer.id(),
+            hidden_size: spec.hidden,
+        };
+        let mut mixed = vec![0.0; normed.len()];
+        mix.forward(normed, &routed, &mut mixed)?;
+        Ok(mixed)
+    }
+}
+
+fn living(coded: &[Option<CodedExpert>]) -> Vec<bool> {
+    coded.iter().map(Option::is_some).collect()
+}
+
+/// The same expert with its output times `gain`.
+fn scaled(mut weights: Mlp, gain: f32) -> Mlp {
+    let down = weights.down.weights().iter().map(|w| w * gain).collect();
+    weights.down = Linear::new(down, weights.down.outputs(), weights.down.inputs());
+    weights
+}
+
+fn decided(decisions: &Decisions, layer: LayerId) -> Vec<Change> {
+    let of = decisions.layers.iter().find(|(id, _)| *id == layer);
+    of.expect("every MoE layer was measured").1.clone()
+}
+
+/// ‖a − b‖ / ‖b‖; where b is 0: 0 if a is too, else 1.
+fn relative(a: &[f32], b: &[f32]) -> f64 {
+    let square = |x: f64| x * x;
+    let difference: f64 = a
+        .iter()
+        .zip(b)
+        .map(|(a, b)| square(f64::from(*a) - f64::from(*b)))
+        .sum();
+    let size: f64 = b.iter().map(|b| square(f64::from(*b))).sum();
+    if difference == 0.0 {
+        0.0
+    } else {
+        (difference / size).sqrt()
+    }
+}

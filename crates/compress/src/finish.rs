@@ -1,0 +1,211 @@
+//! After the last layer: quality, the container's other files, the report and what it predicts.
+
+use cotk_container::dense::write_dense;
+use cotk_container::manifest::{self, Checksum, DENSE, EXPERTS, Manifest, Origin, State};
+use cotk_container::writer::{ContainerWriter, Head};
+use cotk_latency::work::{DecodeStep, ExpertKey, Work};
+use cotk_model::model::KvCache;
+use cotk_run::files;
+use cotk_run::recipe as recipes;
+
+use crate::partial::{BuiltMoe, Entry, Partial};
+use crate::pipeline::{Job, Streams};
+use crate::quality::{self, Quality};
+use crate::report::{LayerReport, Report};
+use crate::stage::expert_key;
+use crate::{CompressError, Result};
+
+/// Context of the predicted decoding step.
+const PREDICTED_POSITIONS: usize = 512;
+
+impl Job<'_> {
+    pub(crate) fn score(&self, partial: &mut Partial, streams: &Streams) -> Result<Quality> {
+        if let Some(quality) = partial.scored() {
+            return Ok(quality.clone());
+        }
+        self.with.progress.begin("scoring", 0, "tokens");
+        let quality = quality::measure(
+            &self.ends,
+            &self.texts.quality,
+            &self.texts.quality_name,
+            &streams.teacher,
+            &streams.student,
+            self.layers(),
+            self.with.cancel,
+        )?;
+        self.with.progress.advance(quality.tokens as u64);
+        self.with.progress.end();
+        partial.finished(Entry::Scored(quality.clone()))?;
+        Ok(quality)
+    }
+
+    /// Dense part, copied files, manifest. Repeatable: each file appears whole.
+    pub(crate) fn finish_container(&self, partial: &Partial) -> Result<Manifest> {
+        self.with.cancel.check()?;
+        let out = partial.out();
+        let tensors = self.source.files.source.as_ref();
+        write_dense(&out.join(DENSE), &self.source.dense, |tensor| {
+            self.with.cancel.check()?;
+            Ok::<_, CompressError>(tensors.raw(&tensor.name)?.into_owned())
+        })?;
+        let copied = self.source.copied();
+        for name in &copied {
+            let bytes = files::read(self.source.files.path.join(name), 1 << 30)?;
+            files::write_atomic(out.join(name), &bytes)?;
+        }
+        let recipe = &self.request.recipe;
+        let entries: Vec<_> = partial
+            .built()
+            .iter()
+            .filter_map(|b| b.moe.as_ref().map(|m| m.entry.clone()))
+            .collect();
+        let little = recipe.compress.little_bits.get();
+        let has_little = entries
+            .iter()
+            .flat_map(|layer: &manifest::Layer| &layer.experts)
+            .any(|e| match &e.state {
+                State::Kept(record) => {
+                    let widths = record.prefixes.iter().map(|p| p.bits);
+                    widths.clone().any(|b| b == little) && widths.max() > Some(little)
+                }
+                State::Dropped => false,
+            });
+        let head = Head {
+            source: self.source.origin.clone(),
+            config: self.source.config.clone(),
+            recipe: Origin {
+                hash: Checksum(recipes::hash(recipe)?),
+                seed: recipe.seed,
+                calibration: Checksum(files::checksum_file(&self.request.calibration)?),
+                calibration_tokens: self.texts.calibration_tokens() as u64,
+            },
+            little_bits: has_little.then_some(little),
+            dropped: recipe.compress.dropped,
+            hidden: self.source.files.spec.hidden,
+        };
+        let writer = ContainerWriter::resume(&out, entries)?;
+        let extra: Vec<&str> = copied.into_iter().chain([DENSE]).collect();
+        Ok(writer.finish(head, &extra)?)
+    }
+
+    pub(crate) fn report(
+        &self,
+        partial: &Partial,
+        manifest: &Manifest,
+        quality: Quality,
+        mut warnings: Vec<String>,
+    ) -> Result<Report> {
+        let spec = &self.source.files.spec;
+        let built: Vec<&BuiltMoe> = partial.built().into_iter().filter_map(|b| b.moe.as_ref()).collect();
+        let layers: Vec<LayerReport> = built.iter().map(|moe| layer_report(moe)).collect();
+        let manifest_bytes = manifest.to_bytes().len() as u64;
+        let without: usize = built
+            .iter()
+            .map(|m| m.usage.experts.iter().filter(|e| e.tokens == 0).count())
+            .sum();
+        if without > 0 {
+            warnings.push(format!(
+                "{without} experts saw no calibration token: their figures rest on their neighbours'"
+            ));
+        }
+        let counts: Vec<usize> = layers.iter().map(|l| l.experts_kept).collect();
+        if counts.windows(2).any(|w| w[0] != w[1]) || counts.iter().any(|&c| c != spec.routing.experts) {
+            warnings.push(
+                "experts were dropped: other engines demand all of them, this container runs in cotk alone".to_owned(),
+            );
+        }
+        Ok(Report {
+            input: self.request.model.display().to_string(),
+            output: self.request.out.display().to_string(),
+            bytes_before: self.source.bytes,
+            bytes_after: manifest.files.values().map(|f| f.bytes).sum::<u64>() + manifest_bytes,
+            expert_bytes_before: self.source.origin.expert_bytes,
+            expert_bytes_after: manifest.files[EXPERTS].bytes,
+            bits_per_expert_weight: bits_per_expert_weight(manifest),
+            experts_kept: counts,
+            perplexity_before: quality.perplexity_before,
+            perplexity_after: quality.perplexity_after,
+            kl_nats: quality.kl_nats,
+            top1_agreement: quality.top1_agreement,
+            quality,
+            layers,
+            calibration_tokens: self.texts.calibration_tokens(),
+            experts_without_tokens: without,
+            seed: self.request.recipe.seed,
+            recipe_hash: String::from(manifest.recipe.hash),
+            seconds: 0.0,
+            peak_rss_bytes: 0,
+            predicted_decode_ms: self.predict(manifest, &mut warnings)?,
+            resumed: false,
+            warnings,
+        })
+    }
+
+    /// One token with every weight in memory: dense weights as the engine holds them (f32), experts at full width.
+    #[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^53")]
+    fn predict(&self, manifest: &Manifest, warnings: &mut Vec<String>) -> Result<Option<f64>> {
+        let Some(cost) = self.with.cost else { return Ok(None) };
+        let spec = &self.source.files.spec;
+        let threads = u32::try_from(self.with.threads).unwrap_or(u32::MAX);
+        let mut experts: Vec<(ExpertKey, f64)> = Vec::new();
+        for layer in &manifest.layers {
+            let kept = layer.experts.iter().filter_map(|e| match &e.state {
+                State::Kept(record) => Some((record, e.why.tokens)),
+                State::Dropped => None,
+            });
+            let tokens: u64 = kept.clone().map(|(_, tokens)| tokens).sum();
+            let calls = spec.routing.top_k.min(layer.kept()) as f64;
+            for (record, used) in kept {
+                let format = record.gate.format;
+                let key = expert_key(spec.hidden, format.rows(), format.code(), format.group(), threads);
+                // Traffic of dropped experts goes to the kept ones, in proportion; each is thought used once more.
+                let share = calls * (used + 1) as f64 / (tokens + layer.kept() as u64) as f64;
+                match experts.iter_mut().find(|(known, _)| *known == key) {
+                    Some((_, count)) => *count += share,
+                    None => experts.push((key, share)),
+                }
+            }
+        }
+        let positions = PREDICTED_POSITIONS.min(spec.context);
+        let step = DecodeStep {
+            dense_bytes: 4 * self.source.dense_weights_per_token() + KvCache::bytes_for(spec, positions),
+            experts,
+            threads,
+        };
+        match cost.predict(&Work::DecodeStep(step)) {
+            Ok(prediction) => Ok(Some(prediction.ms)),
+            Err(error) => {
+                warnings.push(format!("the time of decoding is not predicted: {error}"));
+                Ok(None)
+            }
+        }
+    }
+}
+
+fn layer_report(moe: &BuiltMoe) -> LayerReport {
+    let records = moe.entry.experts.iter().map(|e| match &e.state {
+        State::Kept(record) => (record.bytes, 0.0),
+        State::Dropped => (0, e.why.share),
+    });
+    let (bytes, dropped_share) = records.fold((0, 0.0), |(b, s), (bytes, share)| (b + bytes, s + share));
+    LayerReport {
+        layer: moe.entry.layer.0,
+        experts: moe.entry.experts.len(),
+        experts_kept: moe.entry.kept(),
+        bytes,
+        relative_error: moe.relative_error,
+        gain: moe.entry.gain,
+        dropped_share,
+    }
+}
+
+/// Codes, scales and zero points over the weights of all experts of the source.
+#[expect(clippy::cast_precision_loss, reason = "byte counts are far below 2^53")]
+fn bits_per_expert_weight(manifest: &Manifest) -> f64 {
+    let bytes: usize = manifest
+        .records()
+        .flat_map(|(_, _, record)| [&record.gate, &record.up, &record.down])
+        .map(|matrix| matrix.format.total_bytes() + 4 * matrix.zero_points.len())
+        .sum();
+    8.0 * bytes as f64 / manifest.source.expert_weights.max(1) as f64
+}

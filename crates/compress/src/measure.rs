@@ -1,0 +1,71 @@
+//! The first pass: the source model's own stream, layer by layer, and what the stages propose for each. Decides nothing
+//! (`decide` does). Law: left out where there is nothing to allocate, its absence changes no byte.
+
+use crate::Result;
+use crate::decide::Measured;
+use crate::partial::{Entry, MeasuredLayer, Partial};
+use crate::pipeline::Job;
+use crate::stage::{DropLeastUsed, RoundToNearest, Stage};
+use crate::states::Stream;
+
+impl Job<'_> {
+    /// The first pass: the source model's own stream. What each stage proposes, layer by layer.
+    pub(crate) fn measure(&self, partial: &mut Partial, streams: &[Stream; 2]) -> Result<Vec<Measured>> {
+        let stream = &streams[0];
+        let done = partial.measured().len();
+        self.with
+            .progress
+            .begin("measuring", (self.layers() - done) as u64, "layers");
+        if done == 0 {
+            self.embed(stream, &self.calibration_windows())?;
+        }
+        for index in done..self.layers() {
+            let layer = self.load_layer(index)?;
+            let found = if layer.is_moe() {
+                let (usage, samples) = self.observe(&layer, stream, index)?;
+                let view = self.view(layer.id(), &usage, &samples);
+                let mut proposals = Vec::new();
+                for stage in self.stages(usage.experts.len()) {
+                    proposals.extend(stage.propose(&view)?);
+                }
+                let plain = self.plain_layer(layer.id())?;
+                self.step_plain(&layer, &plain, stream, index)?;
+                Some(Measured {
+                    layer: layer.id(),
+                    usage,
+                    proposals,
+                })
+            } else {
+                self.step_dense(&layer, stream, index)?;
+                None
+            };
+            partial.finished(Entry::Measured(MeasuredLayer {
+                layer: index,
+                found,
+                states: stream.checksum(index + 1)?,
+            }))?;
+            stream.forget(index);
+            self.with.progress.advance(1);
+        }
+        self.with.progress.end();
+        Ok(partial.measured().into_iter().filter_map(|m| m.found.clone()).collect())
+    }
+
+    /// In order; the first pass offers every drop that could be wanted.
+    fn stages(&self, experts: usize) -> Vec<Box<dyn Stage + '_>> {
+        let (spec, recipe) = (&self.source.files.spec, &self.request.recipe.compress);
+        let mut stages: Vec<Box<dyn Stage + '_>> = Vec::new();
+        if recipe.drop_ratio.get() > 0.0 {
+            let count = experts.saturating_sub(spec.routing.top_k);
+            stages.push(Box::new(DropLeastUsed { count }));
+        }
+        stages.push(Box::new(RoundToNearest {
+            codes: recipe.codes.get(),
+            group: recipe.group.get(),
+            cpu: self.cpu,
+            cost: self.with.cost,
+            threads: u32::try_from(self.with.threads).unwrap_or(u32::MAX),
+        }));
+        stages
+    }
+}
