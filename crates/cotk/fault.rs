@@ -120,6 +120,8 @@ pub(crate) fn kernels(error: &cotk_kernels::KernelError) -> Report {
             ..facts("isa", WRONG_USE, "unset COTK_ISA, or name a path that this CPU has")
         },
         KernelError::Gpu { .. } => facts("gpu", FAILED, "see `nvidia-smi`; restart the driver or the machine"),
+        KernelError::NoDevice { .. } => facts("no-gpu", FAILED, "leave out --require on machines without a GPU"),
+        KernelError::WrongKernel { .. } => facts("wrong-kernel", FAILED, "do not use this GPU; report the message"),
         KernelError::NoCompiler { looked_at, .. } => Report {
             file: Some(looked_at.clone()),
             ..facts(

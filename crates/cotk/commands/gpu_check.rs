@@ -3,15 +3,15 @@
 
 use std::path::PathBuf;
 
+use cotk_kernels::KernelError;
 use cotk_kernels::cuda::check::{Bandwidths, GpuReport, gpu_check};
 use cotk_kernels::cuda::compile;
 use cotk_run::files;
-use cotk_run::progress::Progress;
 use cotk_run::units::{Bytes, significant};
 use serde_json::{Value, json};
 
 use crate::context::{Context, Outcome};
-use crate::fault::{FAILED, Fault};
+use crate::fault::Fault;
 use crate::table::Table;
 
 /// Find the GPU, measure its bandwidths, and hold our kernels on it to their CPU reference
@@ -29,11 +29,9 @@ pub struct Args {
     pub emit_ptx: Option<PathBuf>,
 }
 
-/// Exit code 1 when a kernel is wrong, or with `--require` when there is no GPU.
-///
 /// # Errors
-/// A report that cannot be written, NVRTC that is missing or refuses the text, a device that fails.
-pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
+/// A kernel that is wrong on the device; with `--require`, no device: both after the report is written. A report that cannot be written, NVRTC that is missing or refuses the text, a device that fails.
+pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
     if let Some(file) = &args.emit_ptx {
         let ptx = compile::ptx()?;
         files::write_atomic(file, ptx.as_bytes())?;
@@ -48,14 +46,15 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
     files::write_atomic(&args.out, format!("{result:#}\n").as_bytes())?;
     result["report"] = json!(args.out);
 
+    report.verdict()?;
     let mut outcome = Outcome::new(result, table(&report));
-    if let Some(because) = &report.absent_because {
-        let note = format!("NO GPU: {because}; no kernel ran on a device, nothing here was measured");
-        cx.ui.note(&note);
-        outcome.warnings.push(note);
+    if let Some(because) = report.absent_because {
+        if args.require {
+            return Err(KernelError::NoDevice { because }.into());
+        }
+        let warning = format!("NO GPU: {because}; no kernel ran on a device, nothing was measured");
+        outcome.warnings.push(warning);
     }
-    let failed = if report.present { !report.ok } else { args.require };
-    outcome.exit_code = if failed { FAILED } else { 0 };
     Ok(outcome)
 }
 

@@ -13,6 +13,16 @@ pub enum KernelError {
         call: String,
         detail: String,
     },
+    /// A GPU was demanded and there is none.
+    #[error("no GPU: {because}")]
+    NoDevice { because: String },
+    /// A kernel does not do on the device what its reference does.
+    #[error("kernel {kernel} on {device}: {found}, expected the CPU's results bit for bit")]
+    WrongKernel {
+        kernel: String,
+        device: String,
+        found: String,
+    },
     /// NVRTC is not where it was looked for.
     #[error("NVRTC cannot be opened at {looked_at}: {detail}")]
     NoCompiler { looked_at: String, detail: String },

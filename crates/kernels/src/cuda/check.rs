@@ -73,6 +73,24 @@ pub struct KernelCheck {
 }
 
 impl GpuReport {
+    /// The first kernel that failed or is wrong, as an error.
+    ///
+    /// # Errors
+    /// [`KernelError::WrongKernel`].
+    pub fn verdict(&self) -> Result<(), KernelError> {
+        match self.kernels.iter().find(|k| !k.ok) {
+            None => Ok(()),
+            Some(kernel) => Err(KernelError::WrongKernel {
+                kernel: kernel.name.clone(),
+                device: self.device.as_ref().map_or_else(String::new, |d| d.name.clone()),
+                found: match (&kernel.error, kernel.max_error) {
+                    (Some(error), _) => error.clone(),
+                    (None, error) => format!("largest error {}", error.unwrap_or(f64::NAN)),
+                },
+            }),
+        }
+    }
+
     fn absent(because: impl Into<String>) -> Self {
         Self {
             present: false,
