@@ -326,9 +326,9 @@ fn solve_on(gram: &[Vec<f64>], right: &[f64], chosen: &[usize]) -> Vec<f64> {
         a.swap(column, pivot);
         for row in column + 1..n {
             let factor = a[row][column] / a[column][column];
-            for k in column..=n {
-                let above = a[column][k];
-                a[row][k] -= factor * above;
+            let (above, below) = a.split_at_mut(row);
+            for (x, y) in below[0].iter_mut().zip(&above[column]).skip(column) {
+                *x -= factor * y;
             }
         }
     }

@@ -4,6 +4,8 @@
 //! the only room with a clock) · `fit` · `predict` · `expect` · `profile` (disk). Milliseconds at every public
 //! function; µs only inside fits and timing files. Kernels and runtimes live elsewhere and register a `Probe`.
 
+#![forbid(unsafe_code)]
+
 pub mod expect;
 pub mod fit;
 pub mod graph;

@@ -412,11 +412,11 @@ fn conv_family(key: &ConvKey, block: Block) -> Family {
         _ if key.context == Context::Alone => Family::ConvAlone(key.numerics),
         Numerics::Int8 if depthwise => Family::DepthwiseInt8,
         Numerics::Int8 if key.groups == 1 => Family::ConvInt8,
-        Numerics::F32 if depthwise && key.cin % 4 == 0 => Family::DepthwiseBlocked,
+        Numerics::F32 if depthwise && key.cin.is_multiple_of(4) => Family::DepthwiseBlocked,
         Numerics::F32 if depthwise => Family::DepthwisePlain,
         Numerics::Int8 | Numerics::F32 if key.groups > 1 => Family::ConvGrouped,
         Numerics::Int8 | Numerics::F32 if key.cin < block.0 => Family::ConvFromNchw,
-        Numerics::Int8 | Numerics::F32 if key.cin % 4 == 0 => Family::ConvBlocked,
+        Numerics::Int8 | Numerics::F32 if key.cin.is_multiple_of(4) => Family::ConvBlocked,
         Numerics::Int8 | Numerics::F32 => Family::ConvPatches,
     }
 }

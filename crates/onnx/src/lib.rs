@@ -4,6 +4,8 @@
 //! plain Rust: the truth that the runtime is held to) · `runtime` (finds and opens the library) · `session` · `probe`.
 //! The only crate that opens ONNX Runtime. Searching lives in `search`.
 
+#![forbid(unsafe_code)]
+
 pub mod probe;
 pub mod proto;
 pub mod read;

@@ -75,7 +75,7 @@ fn network(bits: Option<[WeightBits; 4]>, channels: u32, kernel: u32, stride: u3
             node("head", Op::Linear(head), vec![n(4)], None),
         ],
     };
-    let graph = Graph::new(raw).unwrap();
+    let graph = Graph::new(raw).expect("shapes fit");
     let mut rng = Seeds::new(1).stream("weights");
     let mut layers = BTreeMap::new();
     for node in graph.nodes() {
@@ -85,7 +85,7 @@ fn network(bits: Option<[WeightBits; 4]>, channels: u32, kernel: u32, stride: u3
             _ => continue,
         };
         let values = uniform(count, &mut rng);
-        let matrix = match node.op.weights().unwrap() {
+        let matrix = match node.op.weights().expect("a layer") {
             Weights::F32 => Matrix::F32(values),
             Weights::Int(bits) => quantize(&values, channels as usize, bits),
         };
@@ -97,7 +97,7 @@ fn network(bits: Option<[WeightBits; 4]>, channels: u32, kernel: u32, stride: u3
             },
         );
     }
-    Network::new(graph, layers).unwrap()
+    Network::new(graph, layers).expect("weights fit")
 }
 
 const MIXED: [WeightBits; 4] = [WeightBits::B8, WeightBits::B2, WeightBits::B4, WeightBits::B8];

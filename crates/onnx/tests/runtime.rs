@@ -79,7 +79,7 @@ fn graph(bits: [Option<WeightBits>; 6], channels: u32, batch: u32) -> Graph {
         input_quant: signed,
         nodes,
     })
-    .unwrap()
+    .expect("shapes fit")
 }
 
 fn uniform(count: usize, width: f32, rng: &mut impl Rng) -> Vec<f32> {
@@ -107,7 +107,7 @@ fn network(graph: Graph, seed: u64) -> Network {
         };
         layers.insert(node.name.clone(), Layer { matrix, bias });
     }
-    Network::new(graph, layers).unwrap()
+    Network::new(graph, layers).expect("weights fit")
 }
 
 fn input(network: &Network, seed: u64) -> Vec<f32> {
