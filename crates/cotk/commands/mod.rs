@@ -15,6 +15,7 @@ pub mod eval;
 pub mod gpu_check;
 pub mod inspect;
 pub mod logits;
+pub mod profile;
 pub mod run;
 pub mod search;
 pub mod serve;
@@ -61,6 +62,7 @@ pub enum Command {
     Logits(logits::Args),
     Compress(compress::Args),
     Serve(serve::Args),
+    Profile(profile::Args),
     Search(search::Args),
     Check(check::Args),
     GpuCheck(gpu_check::Args),
@@ -94,6 +96,7 @@ impl Command {
             Self::Logits(_) => "logits",
             Self::Compress(_) => "compress",
             Self::Serve(_) => "serve",
+            Self::Profile(_) => "profile",
             Self::Search(_) => "search",
             Self::Check(_) => "check",
             Self::GpuCheck(_) => "gpu-check",
@@ -114,6 +117,7 @@ pub fn run(command: &Command, cx: &Context) -> Result<Outcome, Fault> {
         Command::Logits(args) => logits::run(args, cx),
         Command::Compress(args) => compress::run(args, cx),
         Command::Serve(args) => serve::run(args, cx),
+        Command::Profile(args) => profile::run(args, cx),
         Command::Search(args) => {
             args.check()?;
             Err(sibling::become_trainer())

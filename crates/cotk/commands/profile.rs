@@ -1,0 +1,323 @@
+//! `cotk profile`: measures this machine and writes its profile. Here: which probes, how much of each, and the table; the
+//! measuring is `cotk_latency::probe::measure`'s, the operators are their crates' own.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use cotk_kernels::cpu::dispatch::Isa;
+use cotk_kernels::cpu::probes::ExpertProbe;
+use cotk_latency::identity::Identity;
+use cotk_latency::probe::disk::DiskProbe;
+use cotk_latency::probe::gather::Settings;
+use cotk_latency::probe::measure::{Plan, Wanted, measure};
+use cotk_latency::probe::memory::MemoryProbe;
+use cotk_latency::probe::{Listed, Probe};
+use cotk_latency::profile::{self, Profile, Purpose, Verdict};
+use cotk_latency::work::{Block, Context as Place, ConvKey, Heat, Key, PlaneKey, Tier, operators};
+use cotk_onnx::probe::OnnxProbe;
+use cotk_run::recipe::{Source, parse};
+use cotk_run::units::significant;
+use cotk_search::SearchError;
+use cotk_search::recipe::Recipe;
+use cotk_search::space::Space;
+use serde_json::json;
+
+use crate::commands::search::RECIPES;
+use crate::context::{Context, Outcome};
+use crate::fault::Fault;
+use crate::sibling;
+use crate::table::Table;
+
+/// Measure this machine: CNN operators in ONNX Runtime, experts in our kernels, memory and disk
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  cotk profile --quick\n  cotk profile --for recipes/quickstart.toml\n\nInterrupted at any moment, the same command goes on where it was."
+)]
+pub struct Args {
+    /// Only what the recipe's networks need, two sessions each: under a minute
+    #[arg(long)]
+    pub quick: bool,
+    /// Folder to write (default: ./profiles/<machine> in a checkout of cotk, else the user's data folder)
+    #[arg(long, short, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Recipe of a search whose operators are measured
+    #[arg(long = "for", value_name = "RECIPE", default_value = "quickstart")]
+    pub recipe: String,
+    /// Mark it as a reference: usable anywhere, to compare predictions between commits
+    #[arg(long)]
+    pub reference: bool,
+}
+
+/// Experts that are measured, `(hidden, inner)`: those of the models at hand, and two sizes of larger ones.
+const EXPERTS: [(u32, u32); 4] = [(64, 32), (256, 96), (768, 256), (2048, 768)];
+
+/// Measures, writes, reports.
+///
+/// # Errors
+/// A recipe that does not parse, a folder that cannot be written, an operator that cannot run; interrupted.
+pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
+    let mut warnings = Vec::new();
+    let keys = recipe_keys(&args.recipe)?;
+    // Without ONNX Runtime the rest is measured all the same.
+    let version = match cotk_onnx::runtime::version() {
+        Ok(version) => Some(version),
+        Err(error) => {
+            warnings.push(format!(
+                "CNN operators are not measured: {error}; help: `cargo xtask setup`"
+            ));
+            None
+        }
+    };
+    let runtimes: BTreeMap<String, String> = version.iter().map(|v| ("onnxruntime".to_owned(), v.clone())).collect();
+    let identity = Identity::here(runtimes);
+    let folder = args.out.clone().unwrap_or_else(|| profile::home(&identity));
+    let threads = u32::try_from(cx.threads).unwrap_or(1);
+    let mut wanted = Vec::new();
+    if version.is_some() {
+        wanted.push(cnn(keys, threads, identity.block(), args.quick)?);
+    }
+    wanted.push(experts(threads, identity.cache_bytes, args.quick)?);
+    wanted.push(Wanted {
+        probe: Box::new(MemoryProbe::new(one_and(threads), identity.cache_bytes)),
+        table: usize::MAX,
+        heldout: 0,
+        live: 1,
+    });
+    let parent = folder
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .map_or_else(|| ".".into(), PathBuf::from);
+    cotk_run::files::create_folder(&parent)?;
+    wanted.push(disk(&parent, args.quick)?);
+
+    let commit = sibling::commit();
+    let plan = Plan {
+        settings: if args.quick { Settings::QUICK } else { Settings::FULL },
+        seeds: cx.seeds(0),
+        quick: args.quick,
+        purpose: if args.reference {
+            Purpose::Reference
+        } else {
+            Purpose::Machine
+        },
+        identity,
+        cotk_version: env!("CARGO_PKG_VERSION").to_owned(),
+        commit: (!commit.is_empty()).then(|| commit.to_owned()),
+    };
+    let measured = measure(wanted, &plan, &folder, &cx.cancel, &cx.ui).map_err(latency)?;
+    let profile = measured.profile;
+    if measured.resumed > 0 {
+        warnings.push(format!("went on: {} timings were taken before", measured.resumed));
+    }
+    let noise = &profile.head.noise;
+    if noise.verdict == Verdict::Noisy {
+        warnings.push(format!(
+            "too noisy to be called good: repeats differ by {} % (at most 5), {} % of the time was stolen (at most 3)",
+            significant(noise.floor_pct, 2),
+            significant(noise.steal_pct, 2)
+        ));
+    }
+    if profile
+        .rows
+        .iter()
+        .any(|r| matches!(r.key, Key::Read(read) if read.tier == Tier::DiskBuffered))
+    {
+        warnings.push("this file system refuses direct reads: disk times went through the page cache".to_owned());
+    }
+    let summary = profile.heldout_summary();
+    let result = json!({
+        "device": profile.head.identity.id(),
+        "path": folder,
+        "quick": args.quick,
+        "good": noise.verdict != Verdict::Noisy,
+        "verdict": noise.verdict,
+        "noise_floor_pct": noise.floor_pct,
+        "timings": profile.rows.len(),
+        "heldout": summary,
+        "seconds": profile.head.provenance.seconds,
+    });
+    let mut text = table(&profile, threads);
+    text.push_str(&format!(
+        "\n{} timings in {} s, noise floor {} % ({:?}), written to {}\n",
+        profile.rows.len(),
+        significant(profile.head.provenance.seconds, 3),
+        significant(noise.floor_pct, 2),
+        noise.verdict,
+        folder.display()
+    ));
+    if let Some(s) = summary {
+        text.push_str(&format!(
+            "held-out shapes: {}, mean error {} %, {} % of them within 15 %\n",
+            s.count,
+            significant(s.mape_pct, 3),
+            significant(s.within_15_pct, 3)
+        ));
+    }
+    Ok(Outcome::new(result, text).warn(warnings))
+}
+
+fn latency(error: cotk_latency::Error) -> Fault {
+    SearchError::Latency(error).into()
+}
+
+/// 1 and N.
+fn one_and(threads: u32) -> Vec<u32> {
+    if threads > 1 { vec![1, threads] } else { vec![1] }
+}
+
+/// Every operator that a network of the recipe's space can need, for every data set: shapes differ by image.
+fn recipe_keys(name: &str) -> Result<Vec<Key>, Fault> {
+    let recipe: Recipe = parse(&Source::find(name, RECIPES)?, &[])?;
+    let mut names = vec![recipe.data.name];
+    for other in [cotk_data::task::Name::Glyphs, cotk_data::task::Name::Cifar10] {
+        if !names.contains(&other) {
+            names.push(other);
+        }
+    }
+    let mut keys: Vec<Key> = Vec::new();
+    for name in names {
+        let space = Space::new(&recipe.space, name.shape(), name.classes().len())?;
+        for graph in space.cover()? {
+            for key in operators(&graph, cotk_search::cost::THREADS) {
+                if !keys.contains(&key) {
+                    keys.push(key);
+                }
+            }
+        }
+    }
+    Ok(keys)
+}
+
+/// The recipe's operators at one thread; in a full profile also with N threads, a batch, alone, and draws around them.
+fn cnn(keys: Vec<Key>, threads: u32, block: Block, quick: bool) -> Result<Wanted, Fault> {
+    let mut seeds = keys;
+    if !quick {
+        let base = seeds.clone();
+        for &count in one_and(threads).iter().skip(1) {
+            seeds.extend(base.iter().map(|k| with(*k, count, 1)));
+        }
+        seeds.extend(base.iter().map(|k| with(*k, 1, 8)));
+        let alone = base.iter().filter_map(|k| match *k {
+            Key::Conv(c) => Some(Key::Conv(ConvKey {
+                context: Place::Alone,
+                ..c
+            })),
+            _ => None,
+        });
+        seeds.extend(alone);
+    }
+    let probe = OnnxProbe::new(seeds, block).map_err(|e| Fault::from(SearchError::Onnx(e)))?;
+    let seeds = probe.seeds();
+    Ok(Wanted {
+        probe: Box::new(probe),
+        table: seeds + if quick { 12 } else { 160 },
+        heldout: if quick { 12 } else { 60 },
+        live: 12,
+    })
+}
+
+/// The same operator for another number of threads and another batch.
+fn with(key: Key, threads: u32, batch: u32) -> Key {
+    let plane = |p: PlaneKey| PlaneKey {
+        threads,
+        batch: p.batch * batch,
+        ..p
+    };
+    match key {
+        Key::Session { .. } => Key::Session { threads },
+        Key::Conv(c) => Key::Conv(ConvKey {
+            threads,
+            batch: c.batch * batch,
+            ..c
+        }),
+        Key::Linear(mut l) => {
+            (l.threads, l.batch) = (threads, l.batch * batch);
+            Key::Linear(l)
+        }
+        Key::Add(p) => Key::Add(plane(p)),
+        Key::GlobalAvgPool(p) => Key::GlobalAvgPool(plane(p)),
+        Key::Entry(p) => Key::Entry(plane(p)),
+        Key::Expert(_) | Key::Read(_) => key,
+    }
+}
+
+/// Every width of expert, one token, weights from memory; in a full profile also from cache, and draws of any size.
+fn experts(threads: u32, cache_bytes: u64, quick: bool) -> Result<Wanted, Fault> {
+    let isa = Isa::selected().map_err(|e| Fault::usage(e.to_string(), "leave COTK_ISA out"))?;
+    let probe = ExpertProbe::new(isa, one_and(threads), EXPERTS.to_vec(), cache_bytes);
+    let mut none = cotk_run::seeds::Seeds::new(0).stream("seeds draw nothing");
+    let is_cold = |key: &Key| matches!(key, Key::Expert(e) if e.heat == Heat::Cold && e.tokens == 1);
+    // Its seeds are those of the listed shapes; draws have others.
+    let seeds: Vec<Key> = probe
+        .candidates(100_000, &mut none)
+        .into_iter()
+        .take_while(|key| matches!(key, Key::Expert(e) if EXPERTS.contains(&(e.hidden, e.inner))))
+        .filter(|key| !quick || is_cold(key))
+        .collect();
+    let count = seeds.len();
+    let like: fn(&Key) -> bool = if quick {
+        is_cold
+    } else {
+        |key: &Key| matches!(key, Key::Expert(_))
+    };
+    Ok(Wanted {
+        probe: Box::new(Listed::new(Box::new(probe), seeds, like)),
+        table: count + if quick { 0 } else { 120 },
+        heldout: if quick { 4 } else { 40 },
+        live: 4,
+    })
+}
+
+fn disk(folder: &std::path::Path, quick: bool) -> Result<Wanted, Fault> {
+    let (bytes, sizes, depths) = if quick {
+        (64 << 20, vec![64 << 10, 1 << 20, 4 << 20], vec![1])
+    } else {
+        (
+            512 << 20,
+            vec![64 << 10, 256 << 10, 1 << 20, 4 << 20, 8 << 20],
+            vec![1, 4],
+        )
+    };
+    let probe = DiskProbe::new(folder, bytes, sizes, depths).map_err(latency)?;
+    Ok(Wanted {
+        probe: Box::new(probe),
+        table: usize::MAX,
+        heldout: 0,
+        live: 1,
+    })
+}
+
+/// Paths with their errors, then what memory and disk give.
+fn table(profile: &Profile, threads: u32) -> String {
+    let mut table = Table::new(&["kernel path", "keys", "error %", "90 % within %"]);
+    for fit in profile.fits.iter().filter(|f| !f.path.to_string().starts_with("read.")) {
+        table.row([
+            fit.path.to_string(),
+            fit.rows.to_string(),
+            significant(fit.cv_mape_pct, 3),
+            significant(100.0 * fit.spread_ln.exp_m1(), 3),
+        ]);
+    }
+    let model = profile.model(&[]);
+    let mut speed = Table::new(&["read", "threads", "GB/s"]);
+    for (tier, name) in [
+        (Tier::L2, "L2"),
+        (Tier::L3, "L3"),
+        (Tier::Memory, "memory"),
+        (Tier::Disk, "disk"),
+        (Tier::DiskBuffered, "disk (buffered)"),
+    ] {
+        for count in one_and(threads) {
+            let is_measured = profile
+                .rows
+                .iter()
+                .any(|r| matches!(r.key, Key::Read(k) if k.tier == tier && k.threads == count));
+            if let Ok(bytes_per_s) = model.bytes_per_s(tier, count)
+                && is_measured
+            {
+                speed.row([name.to_owned(), count.to_string(), significant(bytes_per_s / 1e9, 3)]);
+            }
+        }
+    }
+    format!("{}\n{}", table.render(), speed.render())
+}
