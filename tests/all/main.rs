@@ -1,5 +1,7 @@
 //! Whole-program tests, in one binary: each integration-test file would link again.
 
+#![allow(clippy::unwrap_used, reason = "clippy knows test functions, not their helpers")]
+
 mod bad_input;
 mod check;
 mod checkpoint;
