@@ -53,17 +53,11 @@ pub fn envelope_ok(command: &str, result: &serde_json::Value, warnings: &[String
 fn render_fault(fault: &Fault, command: &str, json: bool) -> ExitCode {
     let report = fault.report();
     if json {
-        let mut error = json!({ "kind": report.kind, "message": report.message, "help": report.help });
-        for (key, value) in [
-            ("file", &report.file),
-            ("key", &report.key),
-            ("found", &report.found),
-            ("expected", &report.expected),
-        ] {
-            if let Some(value) = value {
-                error[key] = json!(value);
-            }
-        }
+        // Absent fields are null, so that a reader finds every key (DESIGN 4).
+        let error = json!({
+            "kind": report.kind, "message": report.message, "help": report.help, "file": report.file,
+            "key": report.key, "found": report.found, "expected": report.expected,
+        });
         print_line(
             &json!({ "cotk": env!("CARGO_PKG_VERSION"), "command": command, "ok": false, "error": error }).to_string(),
         );
