@@ -1,4 +1,4 @@
-//! Which path this CPU runs: asked once, here. A path is declared by one entry of [`PATHS`]; that registers it for
+//! Which path this CPU runs: asked once, here. A path is declared by one entry of `PATHS`; that registers it for
 //! dispatch and for the whole test battery. `COTK_ISA=scalar|avx2|avx512vnni` forces a lower one.
 //!
 //! Law: owning an [`Isa`] is the proof that the CPU can run it.
