@@ -30,10 +30,13 @@ pub fn become_trainer() -> Fault {
             help: HELP,
         };
     }
-    let error = Command::new(&program)
-        .args(std::env::args_os().skip(1))
-        .env(VARIABLE, BUILD_ID)
-        .exec();
+    let mut command = Command::new(&program);
+    command.args(std::env::args_os().skip(1)).env(VARIABLE, BUILD_ID);
+    if std::env::var_os("OMP_WAIT_POLICY").is_none() {
+        // libtorch's idle threads spin by default: three times slower on a machine that has other work.
+        command.env("OMP_WAIT_POLICY", "PASSIVE");
+    }
+    let error = command.exec();
     Fault::Sibling {
         message: format!("{}: does not start: {error}", program.display()),
         help: HELP,

@@ -94,8 +94,8 @@ fn draw(class: usize, stream: &mut Stream, pixels: &mut Vec<u8>) {
     let (height, width) = (SHAPE.height, SHAPE.width);
     let uniform = |stream: &mut Stream, from: f32, to: f32| from + (to - from) * stream.random::<f32>();
 
-    // Background: a colour with a gradient. Ink: the same colour moved away from it, so that contrast varies.
-    let base: [f32; 3] = std::array::from_fn(|_| uniform(stream, 40.0, 215.0));
+    // Background: a colour with a gradient. Ink: a brighter colour, more or less so.
+    let base: [f32; 3] = std::array::from_fn(|_| uniform(stream, 30.0, 130.0));
     let slope: [f32; 2] = std::array::from_fn(|_| uniform(stream, -25.0, 25.0));
     let mut canvas = vec![0f32; SHAPE.len()];
     for (c, &colour) in base.iter().enumerate() {
@@ -106,20 +106,16 @@ fn draw(class: usize, stream: &mut Stream, pixels: &mut Vec<u8>) {
             }
         }
     }
-    let contrast = uniform(stream, 45.0, 130.0);
-    let ink: [f32; 3] = {
-        let direction: [f32; 3] = std::array::from_fn(|_| uniform(stream, -1.0, 1.0));
-        let length = direction.iter().map(|d| d * d).sum::<f32>().sqrt().max(0.1);
-        std::array::from_fn(|c| base[c] + contrast * 1.5 * direction[c] / length)
-    };
+    let contrast = uniform(stream, 38.0, 115.0);
+    let ink: [f32; 3] = std::array::from_fn(|c| base[c] + contrast * uniform(stream, 0.4, 1.0));
 
     // Clutter first: the glyph lies on top.
-    for _ in 0..stream.random_range(1..=4) {
+    for _ in 0..stream.random_range(1..=3) {
         let (x, y) = (uniform(stream, 0.0, 24.0), uniform(stream, 0.0, 24.0));
         let angle = uniform(stream, 0.0, std::f32::consts::TAU);
-        let length = uniform(stream, 3.0, 8.0);
-        let colour: [f32; 3] = std::array::from_fn(|c| base[c] + uniform(stream, -80.0, 80.0));
-        let half_width = uniform(stream, 0.5, 1.0);
+        let length = uniform(stream, 2.0, 5.0);
+        let colour: [f32; 3] = std::array::from_fn(|c| base[c] + uniform(stream, -60.0, 60.0));
+        let half_width = uniform(stream, 0.4, 0.9);
         let end = [x + length * angle.cos(), y + length * angle.sin()];
         paint(&mut canvas, [x, y, end[0], end[1]], half_width, colour);
     }
@@ -140,7 +136,7 @@ fn draw(class: usize, stream: &mut Stream, pixels: &mut Vec<u8>) {
         paint(&mut canvas, [from[0], from[1], to[0], to[1]], half_width, ink);
     }
 
-    let noise = uniform(stream, 4.0, 26.0);
+    let noise = uniform(stream, 4.0, 24.0);
     for value in canvas {
         // Sum of four uniforms: near enough to a Gaussian, of deviation 1 after the factor √3.
         let sum: f32 = (0..4).map(|_| stream.random::<f32>() - 0.5).sum();

@@ -8,7 +8,7 @@ use crate::space::Point;
 use crate::{Result, SearchError};
 
 /// Validation images a judgement looks at.
-const IMAGES: usize = 512;
+const IMAGES: usize = 384;
 /// Moves judged in a round while a limit is broken, and moves in all.
 const SHORTLIST: usize = 6;
 const MOVES: usize = 60;

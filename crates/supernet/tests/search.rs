@@ -141,7 +141,7 @@ fn two_seeds_give_two_results() {
     let runs = tempfile::tempdir().unwrap();
     let [one, two] = ["seed=1", "seed=2"].map(|seed| {
         run(
-            recipe(&[seed, "budget.steps=60"]),
+            recipe(&[seed, "budget.steps=40"]),
             runs.path(),
             Some(profile()),
             &Silent,
