@@ -1,11 +1,13 @@
 //! What can be asked ([`Work`]), the complete key of each operator ([`Key`]) and its features ([`Key::features`]): a few
 //! physical counts with units, on padded sizes, all of them monotone in size. No clock, no coefficients.
 
-use std::fmt;
-
 use serde::{Deserialize, Serialize};
 
 use crate::graph::{Graph, Numerics};
+
+mod names;
+
+pub(crate) use self::names::{numerics_name, tier_name};
 
 /// Anything whose time on this machine can be asked for.
 #[derive(Debug, Clone)]
@@ -541,171 +543,6 @@ pub fn node_key(graph: &Graph, index: usize, threads: u32) -> Key {
         }),
         Op::Add(_) => Key::Add(plane),
         Op::GlobalAvgPool => Key::GlobalAvgPool(plane),
-    }
-}
-
-impl fmt::Display for Key {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Session { threads } => write!(f, "session, {threads} threads"),
-            Self::Conv(c) => {
-                write!(
-                    f,
-                    "conv {0}x{0}/{1} {2}→{3} at {4}x{5}",
-                    c.kernel, c.stride, c.cin, c.cout, c.height, c.width
-                )?;
-                if c.groups > 1 {
-                    write!(f, " groups {}", c.groups)?;
-                }
-                write!(
-                    f,
-                    " {}, batch {}, {} threads",
-                    numerics_name(c.numerics),
-                    c.batch,
-                    c.threads
-                )?;
-                if c.context == Context::Alone {
-                    write!(f, ", alone")
-                } else {
-                    Ok(())
-                }
-            }
-            Self::Linear(l) => write!(
-                f,
-                "linear {}→{} {}, batch {}, {} threads",
-                l.inputs,
-                l.outputs,
-                numerics_name(l.numerics),
-                l.batch,
-                l.threads
-            ),
-            Self::Add(p) | Self::GlobalAvgPool(p) | Self::Entry(p) => write!(
-                f,
-                "{} {} at {}x{} {}, batch {}, {} threads",
-                self.operator(),
-                p.channels,
-                p.height,
-                p.width,
-                numerics_name(p.numerics),
-                p.batch,
-                p.threads
-            ),
-            Self::Expert(e) => write!(
-                f,
-                "expert {}x{} {} bits in {} planes, group {}, {} tokens, {} threads, {}",
-                e.hidden,
-                e.inner,
-                e.bits,
-                e.planes,
-                e.group,
-                e.tokens,
-                e.threads,
-                if e.heat == Heat::Hot { "hot" } else { "cold" }
-            ),
-            Self::Read(r) => write!(
-                f,
-                "read {} bytes from {}, {} at once",
-                r.bytes,
-                tier_name(r.tier),
-                r.threads
-            ),
-        }
-    }
-}
-
-impl fmt::Display for Path {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.family {
-            Family::Session => write!(f, "session")?,
-            Family::ConvAlone(n) => write!(f, "conv.alone.{}", numerics_name(n))?,
-            Family::ConvBlocked => write!(f, "conv.blocked")?,
-            Family::ConvFromNchw => write!(f, "conv.from_nchw")?,
-            Family::ConvPatches => write!(f, "conv.patches")?,
-            Family::DepthwiseBlocked => write!(f, "depthwise.blocked")?,
-            Family::DepthwisePlain => write!(f, "depthwise.plain")?,
-            Family::ConvGrouped => write!(f, "conv.grouped")?,
-            Family::ConvInt8 => write!(f, "conv.int8")?,
-            Family::DepthwiseInt8 => write!(f, "depthwise.int8")?,
-            Family::Linear(n) => write!(f, "linear.{}", numerics_name(n))?,
-            Family::Add(n) => write!(f, "add.{}", numerics_name(n))?,
-            Family::Pool(n) => write!(f, "pool.{}", numerics_name(n))?,
-            Family::Entry(n) => write!(f, "entry.{}", numerics_name(n))?,
-            Family::Expert { bits, planes, heat } => {
-                let heat = if heat == Heat::Hot { "hot" } else { "cold" };
-                write!(f, "expert.b{bits}p{planes}.{heat}")?;
-            }
-            Family::Read(tier) => write!(f, "read.{}", tier_name(tier))?,
-        }
-        write!(f, "/t{}", self.threads)
-    }
-}
-
-impl std::str::FromStr for Path {
-    type Err = String;
-
-    /// The inverse of `Display`.
-    fn from_str(text: &str) -> Result<Self, String> {
-        let fail = || format!("`{text}` is no kernel path");
-        let (family, threads) = text.rsplit_once("/t").ok_or_else(fail)?;
-        let threads = threads.parse().map_err(|_| fail())?;
-        let simple = [
-            Family::Session,
-            Family::ConvBlocked,
-            Family::ConvFromNchw,
-            Family::ConvPatches,
-            Family::DepthwiseBlocked,
-            Family::DepthwisePlain,
-            Family::ConvGrouped,
-            Family::ConvInt8,
-            Family::DepthwiseInt8,
-        ];
-        let by_numerics = [Numerics::F32, Numerics::Int8].into_iter().flat_map(|n| {
-            [
-                Family::ConvAlone(n),
-                Family::Linear(n),
-                Family::Add(n),
-                Family::Pool(n),
-                Family::Entry(n),
-            ]
-        });
-        let by_tier = [Tier::L2, Tier::L3, Tier::Memory, Tier::Disk, Tier::DiskBuffered].map(Family::Read);
-        let known = simple.into_iter().chain(by_numerics).chain(by_tier);
-        if let Some(path) = known
-            .map(|family| Self { family, threads })
-            .find(|path| path.to_string() == text)
-        {
-            return Ok(path);
-        }
-        // expert.b4p2.cold
-        let mut words = family.strip_prefix("expert.b").ok_or_else(fail)?.split(['p', '.']);
-        let mut number = || words.next().and_then(|w| w.parse().ok()).ok_or_else(fail);
-        let (bits, planes) = (number()?, number()?);
-        let heat = match words.next() {
-            Some("hot") => Heat::Hot,
-            Some("cold") => Heat::Cold,
-            _ => return Err(fail()),
-        };
-        Ok(Self {
-            family: Family::Expert { bits, planes, heat },
-            threads,
-        })
-    }
-}
-
-pub(crate) fn numerics_name(numerics: Numerics) -> &'static str {
-    match numerics {
-        Numerics::F32 => "f32",
-        Numerics::Int8 => "int8",
-    }
-}
-
-pub(crate) fn tier_name(tier: Tier) -> &'static str {
-    match tier {
-        Tier::L2 => "l2",
-        Tier::L3 => "l3",
-        Tier::Memory => "memory",
-        Tier::Disk => "disk",
-        Tier::DiskBuffered => "disk_buffered",
     }
 }
 
