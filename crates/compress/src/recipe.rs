@@ -224,7 +224,7 @@ mod defaults {
         Tokens(16_384)
     }
     pub(super) fn calibration_window() -> Tokens {
-        Tokens(512)
+        Tokens(256)
     }
     pub(super) fn dropped() -> DroppedMeaning {
         DroppedMeaning::Masked

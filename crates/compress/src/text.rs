@@ -7,7 +7,6 @@ use cotk_model::tokenizer::Tokenizer;
 use cotk_run::files;
 use cotk_run::seeds::Seeds;
 use rand::RngExt;
-use rand::seq::SliceRandom;
 
 use crate::recipe::Compress;
 use crate::{CompressError, Result};
@@ -90,7 +89,7 @@ pub fn draw(
         windows.extend([head].into_iter().chain(rest.chunks(window)).map(<[u32]>::to_vec));
     }
     windows.retain(|w| w.len() >= SHORTEST_WINDOW.min(window));
-    windows.shuffle(&mut stream);
+    spread(&mut windows, stream.random());
     let wanted = recipe.calibration_tokens.get();
     let mut total = 0;
     let mut drawn = Vec::new();
@@ -117,6 +116,17 @@ pub fn draw(
     })
 }
 
+/// Orders windows so that every prefix is spread evenly over the text (multiples of the golden ratio, modulo 1, from a
+/// drawn start): kinds of text that lie together come in their proportion. A plain shuffle of the few dozen windows that
+/// calibrate left kinds out: KL of `ref-qwen2moe` by seed .03, .03 and .096.
+fn spread<T>(windows: &mut Vec<T>, start: u64) {
+    const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15; // 2^64 / φ, odd: no two keys are equal
+    let keys = (0u64..).map(|i| i.wrapping_mul(GOLDEN).wrapping_add(start));
+    let mut keyed: Vec<(u64, T)> = keys.zip(windows.drain(..)).collect();
+    keyed.sort_by_key(|(key, _)| *key);
+    windows.extend(keyed.into_iter().map(|(_, window)| window));
+}
+
 /// Takes the last fifth of the documents away and joins it; of a single document, its last fifth by characters.
 fn split_off_fifth(documents: &mut Vec<String>) -> String {
     if let [only] = documents.as_mut_slice() {
@@ -140,6 +150,24 @@ fn name_of(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_prefix_is_spread_over_the_text() {
+        for start in [0, 1 << 63, 12_345] {
+            let mut windows: Vec<usize> = (0..1000).collect();
+            spread(&mut windows, start);
+            for prefix in [20, 50, 200] {
+                // Each fifth of the text has a fifth of the prefix, but for two.
+                let in_fifth = |fifth: usize| windows[..prefix].iter().filter(|&&w| w / 200 == fifth).count();
+                assert!(
+                    (0..5).all(|fifth| in_fifth(fifth).abs_diff(prefix / 5) <= 2),
+                    "{start} {prefix}"
+                );
+            }
+            windows.sort_unstable();
+            assert!(windows.into_iter().eq(0..1000));
+        }
+    }
 
     #[test]
     fn the_last_fifth_is_taken_away() {
