@@ -1,6 +1,8 @@
 //! The whole way of a search on the tiny recipe: resumed runs equal whole ones, seeds differ, a target out of reach is
 //! told at once. Kills are panics inside a progress call: nothing is saved on the way out, as under `kill -9`.
 
+#![expect(clippy::unwrap_used, reason = "a test may")]
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
