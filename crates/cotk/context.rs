@@ -21,6 +21,8 @@ pub struct Context {
     pub threads: usize,
     /// `--profile`.
     pub profile: Option<PathBuf>,
+    /// `--force`: that profile may be of another machine.
+    pub force: bool,
     /// The command line as typed: stands in the ledger beside each figure.
     pub command_line: String,
 }
@@ -56,6 +58,7 @@ impl Context {
             seed: global.seed,
             threads,
             profile: global.profile.clone(),
+            force: global.force,
             command_line: std::env::args()
                 .enumerate()
                 .map(|(i, arg)| if i == 0 { "cotk".to_owned() } else { arg })

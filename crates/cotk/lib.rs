@@ -8,6 +8,7 @@ pub mod context;
 pub mod fault;
 pub mod launch;
 mod model_faults;
+pub mod predictor;
 pub mod provenance;
 mod search_faults;
 pub mod sibling;

@@ -29,6 +29,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         resume: args.resume.clone(),
         restart: args.restart,
         profile: cx.profile.clone(),
+        force: cx.force,
         threads: cx.threads,
         cotk_version: env!("CARGO_PKG_VERSION").to_owned(),
         commit: sibling::commit().to_owned(),

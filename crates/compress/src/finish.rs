@@ -3,20 +3,17 @@
 use cotk_container::dense::write_dense;
 use cotk_container::manifest::{self, Checksum, DENSE, EXPERTS, Manifest, Origin, State};
 use cotk_container::writer::{ContainerWriter, Head};
-use cotk_latency::work::{DecodeStep, ExpertKey, Work};
-use cotk_model::model::KvCache;
+use cotk_latency::work::Work;
+use cotk_model::moe::Mode;
 use cotk_run::files;
 use cotk_run::recipe as recipes;
+use cotk_runtime::cost::decode_step;
 
 use crate::partial::{BuiltMoe, Entry, Partial};
 use crate::pipeline::{Job, Streams};
 use crate::quality::{self, Quality};
 use crate::report::{LayerReport, Report};
-use crate::stage::expert_key;
 use crate::{CompressError, Result};
-
-/// Context of the predicted decoding step.
-const PREDICTED_POSITIONS: usize = 512;
 
 impl Job<'_> {
     pub(crate) fn score(&self, partial: &mut Partial, streams: &Streams) -> Result<Quality> {
@@ -141,37 +138,12 @@ impl Job<'_> {
         })
     }
 
-    /// One token with every weight in memory: dense weights as the engine holds them (f32), experts at full width.
-    #[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^53")]
+    /// The time of one token at full width, every weight in memory.
     fn predict(&self, manifest: &Manifest, warnings: &mut Vec<String>) -> Result<Option<f64>> {
         let Some(cost) = self.with.cost else { return Ok(None) };
-        let spec = &self.source.files.spec;
         let threads = u32::try_from(self.with.threads).unwrap_or(u32::MAX);
-        let mut experts: Vec<(ExpertKey, f64)> = Vec::new();
-        for layer in &manifest.layers {
-            let kept = layer.experts.iter().filter_map(|e| match &e.state {
-                State::Kept(record) => Some((record, e.why.tokens)),
-                State::Dropped => None,
-            });
-            let tokens: u64 = kept.clone().map(|(_, tokens)| tokens).sum();
-            let calls = spec.routing.top_k.min(layer.kept()) as f64;
-            for (record, used) in kept {
-                let format = record.gate.format;
-                let key = expert_key(spec.hidden, format.rows(), format.code(), format.group(), threads);
-                // Traffic of dropped experts goes to the kept ones, in proportion; each is thought used once more.
-                let share = calls * (used + 1) as f64 / (tokens + layer.kept() as u64) as f64;
-                match experts.iter_mut().find(|(known, _)| *known == key) {
-                    Some((_, count)) => *count += share,
-                    None => experts.push((key, share)),
-                }
-            }
-        }
-        let positions = PREDICTED_POSITIONS.min(spec.context);
-        let step = DecodeStep {
-            dense_bytes: 4 * self.source.dense_weights_per_token() + KvCache::bytes_for(spec, positions),
-            experts,
-            threads,
-        };
+        let (spec, dense) = (&self.source.files.spec, self.source.dense_weights_per_token());
+        let step = decode_step(manifest, spec, dense, Mode::Exact, threads);
         match cost.predict(&Work::DecodeStep(step)) {
             Ok(prediction) => Ok(Some(prediction.ms)),
             Err(error) => {

@@ -4,13 +4,14 @@
 use cotk_container::manifest::Prefix;
 use cotk_container::writer::CodedExpert;
 use cotk_latency::predict::CostModel;
-use cotk_latency::work::{ExpertKey, Heat, Key, Work};
+use cotk_latency::work::{Key, Work};
 use cotk_model::layers::Mlp;
 use cotk_model::layers::linear::Linear;
 use cotk_quant::code::Code;
 use cotk_quant::encode::encode;
 use cotk_quant::layout::MatrixFormat;
 use cotk_run::units::ExpertId;
+use cotk_runtime::cost::expert_key;
 use cotk_runtime::mix::{Cpu, run_expert};
 use cotk_runtime::store::{CodedLayer, ExpertStore};
 use rayon::prelude::*;
@@ -127,24 +128,16 @@ impl RoundToNearest<'_> {
     /// 0 where nothing is known: no budget weighs it then, and the report says that nothing was predicted.
     fn predicted_ms(&self, layer: &LayerView<'_>, code: Code) -> f64 {
         let (hidden, inner) = (layer.spec.hidden, layer.spec.moe_intermediate);
-        let key = expert_key(hidden, inner, code, self.group, self.threads);
+        let key = expert_key(
+            hidden,
+            inner,
+            code.full().get(),
+            code.planes(),
+            self.group,
+            self.threads,
+        );
         let predict = |cost: &dyn CostModel| cost.predict(&Work::Operator(Key::Expert(key))).ok();
         self.cost.and_then(predict).map_or(0.0, |prediction| prediction.ms)
-    }
-}
-
-/// One token at one expert of this code at full width, its weights in memory and not in cache.
-pub fn expert_key(hidden: usize, inner: usize, code: Code, group: usize, threads: u32) -> ExpertKey {
-    let small = |n: usize| u32::try_from(n).expect("model sizes fit 32 bits");
-    ExpertKey {
-        hidden: small(hidden),
-        inner: small(inner),
-        bits: code.full().get(),
-        planes: small(code.planes()),
-        group: small(group),
-        tokens: 1,
-        threads,
-        heat: Heat::Cold,
     }
 }
 

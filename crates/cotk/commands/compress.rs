@@ -1,6 +1,5 @@
 //! `cotk compress --moe`: a checkpoint in, a container out, and what it cost in bytes and quality.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use cotk_compress::CompressError;
@@ -8,9 +7,7 @@ use cotk_compress::pipeline::{Plan, Request, Surroundings, compress, plan};
 use cotk_compress::recipe::Recipe;
 use cotk_compress::report::Report;
 use cotk_data::DataError;
-use cotk_latency::identity::Identity;
 use cotk_latency::predict::CostModel;
-use cotk_latency::profile;
 use cotk_run::progress::Progress;
 use cotk_run::recipe;
 use cotk_run::units::{Bytes, significant};
@@ -19,6 +16,7 @@ use serde_json::{Value, json};
 use crate::context::{Context, Outcome};
 use crate::fault::{self, FAILED, Fault, OUT_OF_REACH, Report as FaultReport, WRONG_USE};
 use crate::model_faults;
+use crate::predictor;
 use crate::provenance::{self, Run};
 use crate::table::Table;
 
@@ -65,8 +63,8 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         calibration: args.calibration.clone(),
         eval_text: args.eval_text.clone(),
     };
-    let mut warnings = Vec::new();
-    let cost = cost_model(cx, &mut warnings)?;
+    let predictor = predictor::find(cx)?;
+    let mut warnings = predictor.as_ref().map(|p| p.warnings.clone()).unwrap_or_default();
     let ledger = provenance::ledger(
         cx,
         Run {
@@ -79,7 +77,7 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         progress: &cx.ui,
         cancel: &cx.cancel,
         facts: &ledger,
-        cost: cost.as_ref().map(|model| model as &dyn CostModel),
+        cost: predictor.as_ref().map(|p| &p.model as &dyn CostModel),
         threads: cx.threads,
     };
     if args.dry_run {
@@ -104,30 +102,6 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
 fn recipe_name(recipe: &str) -> String {
     let stem = Path::new(recipe).file_stem();
     stem.map_or_else(|| recipe.to_owned(), |stem| stem.to_string_lossy().into_owned())
-}
-
-/// This machine's profile, if there is one. `--profile` must be right; finding none is a warning of the library's.
-fn cost_model(cx: &Context, warnings: &mut Vec<String>) -> Result<Option<cotk_latency::predict::Model>, Fault> {
-    let request = profile::Request {
-        flag: cx.profile.clone(),
-        ..profile::Request::default()
-    };
-    match profile::find(&request, &Identity::here(BTreeMap::new())) {
-        Ok(found) => {
-            warnings.extend(
-                found
-                    .flags
-                    .iter()
-                    .map(|flag| format!("{}: {flag:?}", found.folder.display())),
-            );
-            Ok(Some(found.model()))
-        }
-        Err(cotk_latency::Error::NoProfile { .. }) if cx.profile.is_none() => Ok(None),
-        Err(error) => Err(Fault::usage(
-            error.to_string(),
-            "measure this machine with `cotk profile`, or leave --profile out",
-        )),
-    }
 }
 
 fn table(report: &Report) -> String {

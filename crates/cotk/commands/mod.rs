@@ -51,6 +51,9 @@ pub struct Global {
     /// Folder written by `cotk profile` (default: the one of this machine)
     #[arg(long, global = true, value_name = "DIR")]
     pub profile: Option<PathBuf>,
+    /// Use --profile although it was measured on another machine
+    #[arg(long, global = true, requires = "profile")]
+    pub force: bool,
 }
 
 /// What `cotk` does. (One variant a command, in the order of a user's day.)

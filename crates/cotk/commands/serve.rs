@@ -4,8 +4,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use cotk_latency::predict::CostModel;
+use cotk_latency::work::Work;
+use cotk_model::moe::Mode;
 use cotk_run::progress::Progress;
 use cotk_run::units::{Bytes, significant};
+use cotk_runtime::cost;
 use cotk_runtime::open::{Opened, open};
 use cotk_serve::Limits;
 use cotk_serve::model_engine::ModelEngine;
@@ -16,6 +20,7 @@ use serde_json::json;
 use crate::context::{Context, Outcome};
 use crate::fault::Fault;
 use crate::launch;
+use crate::predictor;
 
 /// Containers up to this size have every byte checked before the first request: less than a second.
 const CHECKED_BYTES: u64 = 1 << 30;
@@ -66,7 +71,8 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         &args.model.display().to_string(),
         std::mem::take(&mut opened.files.special_tokens),
     )?;
-    let engine = Arc::new(ModelEngine::from_opened(opened, "cpu"));
+    let (predictions, profile_warnings) = predict(&opened, cx)?;
+    let engine = Arc::new(ModelEngine::from_opened(opened, "cpu").with_predictions(predictions));
     let options = Options {
         api_key: args.api_key.clone(),
         limits: Limits {
@@ -86,15 +92,23 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
                 "model": ready.model,
                 "device": ready.device,
                 "ready_s": ready_s,
+                "predicted_decode_ms": ready.predicted_decode_ms,
             });
-            launch::print_line(&launch::envelope_ok("serve", &result, &ready.warnings).to_string());
+            let warnings = [&ready.warnings[..], &profile_warnings].concat();
+            launch::print_line(&launch::envelope_ok("serve", &result, &warnings).to_string());
         } else {
             let (model, device, seconds) = (&ready.model, &ready.device, significant(ready_s, 2));
             launch::print_line(&format!(
                 "{}: {model} on {device}, ready in {seconds} s; Ctrl-C stops it",
                 ready.listening
             ));
-            for warning in &ready.warnings {
+            if let Some(ms) = ready.predicted_decode_ms["exact"].as_f64() {
+                cx.ui.note(&format!(
+                    "one token alone: {} ms, predicted from the profile",
+                    significant(ms, 3)
+                ));
+            }
+            for warning in ready.warnings.iter().chain(&profile_warnings) {
                 launch::complain(&format!("warning: {warning}"));
             }
         }
@@ -104,6 +118,27 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         is_printed: true,
         ..Outcome::default()
     })
+}
+
+/// One token's time in each mode, where a profile tells, in ms; and what to say about the profile.
+type Predictions = (Vec<(Mode, f64)>, Vec<String>);
+
+fn predict(opened: &Opened, cx: &Context) -> Result<Predictions, Fault> {
+    let (Some(container), Some(predictor)) = (&opened.container, predictor::find(cx)?) else {
+        return Ok((Vec::new(), Vec::new()));
+    };
+    let dense_weights = cost::dense_weights_per_token(&opened.files);
+    let threads = u32::try_from(cx.threads).unwrap_or(u32::MAX);
+    let mut warnings = predictor.warnings;
+    let mut predictions = Vec::new();
+    for &mode in opened.model.runtime().modes() {
+        let step = cost::decode_step(container.manifest(), &opened.files.spec, dense_weights, mode, threads);
+        match predictor.model.predict(&Work::DecodeStep(step)) {
+            Ok(prediction) => predictions.push((mode, prediction.ms)),
+            Err(error) => warnings.push(format!("the time of decoding is not predicted: {error}")),
+        }
+    }
+    Ok((predictions, warnings))
 }
 
 /// A damaged record is better found now than by a client; a large container is checked as it is used.

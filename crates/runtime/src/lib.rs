@@ -1,10 +1,12 @@
 //! MoeRuntimes: where expert weights live, caches and routing modes.
 //!
-//! [`mod@open`] opens any model folder, [`resident`] serves a container that is all in memory; [`mix`] is the arithmetic that every runtime shares, over a
+//! [`mod@open`] opens any model folder, [`resident`] serves a container that is all in memory, [`cost`] says what a step
+//! costs in the terms of the latency model; [`mix`] is the arithmetic that every runtime shares, over a
 //! [`store::ExpertStore`]; [`policy`] holds decisions only, so that engine and simulator run the same code. Law: every
 //! runtime passes `cotk_model::laws`. Not here: attention and routers (`cotk-model`), kernels (`cotk-kernels`).
 #![forbid(unsafe_code)]
 
+pub mod cost;
 pub mod mix;
 pub mod open;
 pub mod policy;

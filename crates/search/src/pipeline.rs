@@ -56,6 +56,8 @@ pub struct Request<'a> {
     pub restart: bool,
     /// `--profile`.
     pub profile: Option<PathBuf>,
+    /// That profile may be of another machine.
+    pub force: bool,
     /// Threads of training: part of what makes a run repeatable.
     pub threads: usize,
     pub cotk_version: String,
@@ -169,7 +171,7 @@ pub fn dry_run(request: &Request<'_>) -> Result<DryRun> {
     let seeds = Seeds::new(recipe.seed);
     let mut net = (request.make)(&space, task.normalisation, recipe, seeds);
     let plan = plan(recipe, &task, &space, net.as_mut(), seeds)?;
-    let found = profile::find(request.profile.as_deref(), recipe)?;
+    let found = profile::find(request.profile.as_deref(), request.force, recipe)?;
     let (largest, smallest) = (space.largest(), space.smallest());
     let bytes = |point: &Point| Ok::<u64, SearchError>(space.cost_graph(point, Form::Int8)?.bytes());
     let (mut times, mut limits) = (None, Vec::new());
@@ -448,7 +450,7 @@ impl Run<'_> {
             return Ok(known);
         }
         let request = self.request;
-        let (profiled, model) = match profile::find(request.profile.as_deref(), &request.recipe)? {
+        let (profiled, model) = match profile::find(request.profile.as_deref(), request.force, &request.recipe)? {
             Some(found) => found,
             None => profile::measure(space, &self.folder.join("profile"), request)?,
         };

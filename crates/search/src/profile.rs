@@ -39,11 +39,11 @@ pub fn here() -> Result<Identity> {
 ///
 /// # Errors
 /// [`SearchError::Latency`] for a profile that is named and missing, another machine's, or damaged.
-pub fn find(flag: Option<&Path>, recipe: &Recipe) -> Result<Option<(Profiled, Model)>> {
+pub fn find(flag: Option<&Path>, force: bool, recipe: &Recipe) -> Result<Option<(Profiled, Model)>> {
     let request = cotk_latency::profile::Request {
         flag: flag.map(Path::to_owned),
         recipe: Some(recipe.latency.profile.clone()),
-        force: false,
+        force,
     };
     let is_named = request.flag.is_some() || recipe.latency.profile != "auto";
     match cotk_latency::profile::find(&request, &here()?) {

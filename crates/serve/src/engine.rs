@@ -21,6 +21,21 @@ pub struct Facts {
     pub modes: Vec<Mode>,
     /// Memory that one token of one sequence takes.
     pub kv_bytes_per_token: u64,
+    /// Predicted time of one token alone, in ms; empty where no profile tells.
+    pub predicted_decode_ms: Vec<(Mode, f64)>,
+}
+
+impl Facts {
+    /// `{"exact": ms, …}` as clients and the ready line show it; null without a profile.
+    pub fn predicted_decode_ms(&self) -> serde_json::Value {
+        if self.predicted_decode_ms.is_empty() {
+            return serde_json::Value::Null;
+        }
+        self.predicted_decode_ms
+            .iter()
+            .map(|(mode, ms)| (mode.name().to_owned(), serde_json::Value::from(*ms)))
+            .collect()
+    }
 }
 
 /// Whether the tokenizer's own begin and end tokens are put around a text.

@@ -164,6 +164,7 @@ async fn own(State(app): State<Arc<App>>) -> Response {
         "queue_limit": app.limits.queue,
         "active": active,
         "waiting": waiting,
+        "predicted_decode_ms": facts.predicted_decode_ms(),
         "kv_bytes_per_sequence": kv_bytes,
         "kv_bytes_limit": kv_bytes * app.limits.slots as u64,
         "uptime_s": app.started.elapsed().as_secs_f64(),

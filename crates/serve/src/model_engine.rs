@@ -29,6 +29,13 @@ impl ModelEngine {
         Self::new(id, device.to_owned(), opened.model, files.tokenizer, files.eos)
     }
 
+    /// The same with what a profile says of one token's time in each mode, in ms.
+    #[must_use]
+    pub fn with_predictions(mut self, predicted_decode_ms: Vec<(Mode, f64)>) -> Self {
+        self.facts.predicted_decode_ms = predicted_decode_ms;
+        self
+    }
+
     /// `id` is what requests call the model, `end_tokens` end a reply.
     pub fn new(id: String, device: String, model: Model, tokenizer: Tokenizer, end_tokens: Vec<u32>) -> Self {
         let spec = model.spec();
@@ -41,6 +48,7 @@ impl ModelEngine {
             end_tokens,
             modes: model.runtime().modes().to_vec(),
             kv_bytes_per_token: KvCache::bytes_for(spec, 1),
+            predicted_decode_ms: Vec::new(),
         };
         let byte_of = spells_bytes(&tokenizer).then(byte_alphabet);
         Self {

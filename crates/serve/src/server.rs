@@ -92,6 +92,8 @@ pub struct Ready {
     pub listening: String,
     pub model: String,
     pub device: String,
+    /// `{"exact": ms, …}`, predicted from the profile; null without one.
+    pub predicted_decode_ms: serde_json::Value,
     pub warnings: Vec<String>,
 }
 
@@ -141,6 +143,7 @@ pub fn serve(
         });
         ready(&Ready {
             listening: format!("http://{address}"),
+            predicted_decode_ms: facts.predicted_decode_ms(),
             model: facts.id,
             device: facts.device,
             warnings,

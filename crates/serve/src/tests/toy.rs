@@ -29,6 +29,7 @@ impl Toy {
             end_tokens: vec![END],
             modes: modes.to_vec(),
             kv_bytes_per_token: 4,
+            predicted_decode_ms: Vec::new(),
         };
         Self {
             facts,
