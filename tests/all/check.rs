@@ -7,7 +7,7 @@ use cotk_program::sibling;
 use cotk_run::facts::{Fact, FactSink};
 use serde_json::Value;
 
-use crate::program::{Ran, Workplace};
+use crate::program::{Ran, Workplace, in_repository};
 
 const BASELINE: &str = r#"# Three kinds and a timing.
 [[row]]
@@ -304,4 +304,9 @@ fn what_cannot_be_checked_is_refused_with_its_place() {
     let fault = ledger.check(&[]).fault(2);
     assert_eq!(fault["kind"], "ledger-row");
     assert!(fault["message"].as_str().unwrap().contains("rows.jsonl:1"), "{fault}");
+}
+
+#[test]
+fn the_committed_baseline_guards_all_three_and_catches_each() {
+    each_worse_fact_fails_alone(&fs_err::read_to_string(in_repository("benches/baseline.toml")).unwrap());
 }

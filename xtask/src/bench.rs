@@ -150,7 +150,7 @@ fn compress(root: &Path) -> Result<Vec<Row>> {
     let inputs = Inputs::find(root);
     let (mut seconds, mut peaks) = (Vec::new(), Vec::new());
     for _ in 0..3 {
-        let (result, took) = inputs.compress(&program, &root.join("runs/bench-compress"))?;
+        let (result, took) = inputs.compress(&program, &root.join("runs/bench-compress"), &[])?;
         seconds.push(took);
         peaks.push(
             result["peak_rss_bytes"]
@@ -167,7 +167,7 @@ fn compress(root: &Path) -> Result<Vec<Row>> {
 fn serve(root: &Path) -> Result<Vec<Row>> {
     let program = Program::build(root)?;
     let out = root.join("runs/bench-serve");
-    Inputs::find(root).compress(&program, &out)?;
+    Inputs::find(root).compress(&program, &out, &[])?;
     let mut ready = Vec::new();
     for _ in 0..5 {
         let server = program.serve(&out)?;

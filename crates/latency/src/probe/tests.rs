@@ -1,3 +1,5 @@
+//! Laws of measuring: operators and clocks of the test's own in, medians and noise out.
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};

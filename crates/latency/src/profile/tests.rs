@@ -1,3 +1,5 @@
+//! Laws of profiles on disk: round trips, damage by line, whose machine it is.
+
 use super::*;
 use crate::fit::fit;
 use crate::graph::Numerics;
