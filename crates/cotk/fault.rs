@@ -32,9 +32,19 @@ pub enum Fault {
     /// The compression pipeline.
     #[error(transparent)]
     Compress(#[from] cotk_compress::CompressError),
+    /// Profiles and predictions.
+    #[error(transparent)]
+    Latency(#[from] cotk_latency::Error),
     /// Arguments that cannot be right.
     #[error("{message}")]
     Usage { message: String, help: String },
+    /// A command line that does not parse.
+    #[error("{message}")]
+    Arguments {
+        message: String,
+        help: String,
+        key: Option<String>,
+    },
     /// `cotk-train` is missing or of another build.
     #[error("{message}")]
     Sibling { message: String, help: &'static str },
@@ -85,6 +95,14 @@ impl Fault {
             Self::Kernels(error) => kernels(error),
             Self::Search(error) => search_faults::search(error),
             Self::Compress(error) => commands::compress::failure(error),
+            Self::Arguments { help, key, .. } => Report {
+                kind: "usage",
+                exit_code: WRONG_USE,
+                help: Some(help.clone()),
+                key: key.clone(),
+                ..Report::default()
+            },
+            Self::Latency(error) => search_faults::latency(error),
             Self::Usage { help, .. } => Report {
                 kind: "usage",
                 exit_code: WRONG_USE,
@@ -145,11 +163,7 @@ pub(crate) fn run(error: &cotk_run::Error) -> Report {
         Error::Io { file, source, .. } => {
             let (kind, exit_code, help) = match source.kind() {
                 std::io::ErrorKind::NotFound => ("no-such-file", WRONG_USE, "check the path"),
-                std::io::ErrorKind::StorageFull => (
-                    "disk-full",
-                    FAILED,
-                    "free some space, then run the same command again: it resumes",
-                ),
+                std::io::ErrorKind::StorageFull => ("disk-full", FAILED, "free some space"),
                 std::io::ErrorKind::PermissionDenied => (
                     "permission-denied",
                     FAILED,
@@ -210,7 +224,6 @@ pub(crate) fn run(error: &cotk_run::Error) -> Report {
             ..facts("other-input", WRONG_USE)
         },
         Error::Cancelled => Report {
-            help: Some("run the same command again: it resumes".into()),
             ..facts("interrupted", INTERRUPTED)
         },
     }
@@ -315,7 +328,7 @@ mod tests {
         .report();
         assert_eq!((report.kind, report.exit_code), ("disk-full", FAILED));
         assert_eq!(report.file.as_deref(), Some("out/experts.bin"));
-        assert!(report.help.is_some_and(|help| help.contains("resumes")));
+        assert!(report.help.is_some_and(|help| help.contains("free some space")));
     }
 
     #[test]

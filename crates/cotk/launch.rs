@@ -8,7 +8,10 @@ use serde_json::json;
 
 use crate::commands::{Cli, Command};
 use crate::context::{Context, Outcome};
-use crate::fault::Fault;
+use crate::fault::{FAILED, Fault};
+
+/// Commands that go on where they were when the same line is typed again.
+const RESUMING: [&str; 3] = ["compress", "profile", "search"];
 
 /// Parses the command line and runs one command.
 pub fn launch(run: impl FnOnce(&Command, &Context) -> Result<Outcome, Fault>) -> ExitCode {
@@ -51,7 +54,11 @@ pub fn envelope_ok(command: &str, result: &serde_json::Value, warnings: &[String
 }
 
 fn render_fault(fault: &Fault, command: &str, json: bool) -> ExitCode {
-    let report = fault.report();
+    let mut report = fault.report();
+    if matches!(report.kind, "interrupted" | "disk-full") && RESUMING.contains(&command) {
+        let first = report.help.map(|help| format!("{help}, then ")).unwrap_or_default();
+        report.help = Some(format!("{first}run the same command again: it resumes"));
+    }
     if json {
         // Absent fields are null, so that a reader finds every key (DESIGN 4).
         let error = json!({
@@ -71,27 +78,61 @@ fn render_fault(fault: &Fault, command: &str, json: bool) -> ExitCode {
 }
 
 fn argument_error(error: &clap::Error) -> ExitCode {
-    use clap::error::ErrorKind;
+    use clap::CommandFactory;
+    use clap::error::{ContextKind, ErrorKind};
     if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
         let _ = error.print(); // a closed pipe is success
         return ExitCode::SUCCESS;
     }
-    let mut args = std::env::args().skip(1);
     if std::env::args().any(|arg| arg == "--json") {
+        let typed = std::env::args()
+            .skip(1)
+            .find(|arg| Cli::command().find_subcommand(arg).is_some());
+        let command = typed.unwrap_or_default();
+        // Up to the usage, which help repeats: "the following required arguments were not provided: --prompt <TEXT>".
         let text = error.to_string();
-        let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
-        let command = args.find(|arg| !arg.starts_with('-')).unwrap_or_default();
-        let fault = Fault::usage(message, format!("cotk {command} --help").replace("  ", " "));
-        return render_fault(&fault, &command, true);
+        let said = text
+            .lines()
+            .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
+            .map(str::trim)
+            .filter(|line| !line.is_empty());
+        let message = said
+            .collect::<Vec<_>>()
+            .join(" ")
+            .trim_start_matches("error: ")
+            .to_owned();
+        let help = if command.is_empty() {
+            "cotk --help".to_owned()
+        } else {
+            format!("cotk {command} --help")
+        };
+        let key = [ContextKind::InvalidArg, ContextKind::InvalidSubcommand]
+            .into_iter()
+            .find_map(|kind| error.get(kind))
+            .map(ToString::to_string);
+        return render_fault(&Fault::Arguments { message, help, key }, &command, true);
     }
     let _ = error.print();
     ExitCode::from(2)
 }
 
-/// One line on standard output; a closed pipe is success.
+/// One line on standard output. A closed pipe is success: whoever read it has what they wanted. Anything else (a full
+/// disk behind a redirection) ends the program with 1: what was computed did not arrive.
 pub fn print_line(text: &str) {
+    write_out(&format!("{text}\n"));
+}
+
+/// Text on standard output as it comes; whether somebody still reads. Fails as [`print_line`].
+pub fn write_out(text: &str) -> bool {
     let mut out = std::io::stdout().lock();
-    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => true,
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => false,
+        Err(error) => {
+            complain(&format!("error: cannot write to standard output: {error}"));
+            std::process::exit(i32::from(FAILED));
+        }
+    }
 }
 
 /// One line on standard error.

@@ -18,14 +18,15 @@ pub struct Predictor {
     pub warnings: Vec<String>,
 }
 
-/// The profile that `--profile` names, else this machine's; `None` when nothing was named and there is none.
+/// The profile that `--profile`, the recipe or `$COTK_PROFILE` names, else this machine's; `None` when nothing was named
+/// and there is none.
 ///
 /// # Errors
-/// [`Fault::Usage`]: a profile that is named and missing or damaged, or of another machine without `--force`.
-pub fn find(cx: &Context) -> Result<Option<Predictor>, Fault> {
+/// [`Fault::Latency`]: a profile that is named and missing or damaged, or of another machine without `--force`.
+pub fn find(cx: &Context, recipe: Option<&str>) -> Result<Option<Predictor>, Fault> {
     let request = Request {
         flag: cx.profile.clone(),
-        recipe: None,
+        recipe: recipe.map(str::to_owned),
         force: cx.force,
     };
     match profile::find(&request, &Identity::here(BTreeMap::new())) {
@@ -38,13 +39,7 @@ pub fn find(cx: &Context) -> Result<Option<Predictor>, Fault> {
                 .collect(),
             folder: found.folder,
         })),
-        Err(cotk_latency::Error::NoProfile { .. }) if cx.profile.is_none() => Ok(None),
-        Err(error) => {
-            let help = match &error {
-                cotk_latency::Error::OtherMachine { .. } => "measure this machine with `cotk profile`, or add --force",
-                _ => "measure this machine with `cotk profile`, or leave --profile out",
-            };
-            Err(Fault::usage(error.to_string(), help))
-        }
+        Err(cotk_latency::Error::NoProfile { .. }) if !request.is_named() => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }

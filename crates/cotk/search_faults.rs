@@ -148,7 +148,7 @@ pub(crate) fn latency(error: &cotk_latency::Error) -> Report {
             key: differences.first().map(|d| d.field.to_owned()),
             found: differences.first().map(|d| d.profile.clone()),
             expected: differences.first().map(|d| d.here.clone()),
-            help: Some("measure this machine with `cotk profile`".into()),
+            help: Some("measure this machine with `cotk profile`, or add --force".into()),
             ..facts("other-machine", WRONG_USE)
         },
         Error::NoProfile { looked_at } => Report {

@@ -11,6 +11,7 @@ mod interrupted;
 mod model;
 mod program;
 mod recipes;
+mod search;
 mod serve;
 mod tidy;
 mod two_seeds;

@@ -24,6 +24,21 @@ pub(crate) fn command(args: &[String]) -> Result<()> {
             .current_dir(&root)
             .args(["--offline", "check", "licenses", "bans", "sources"]),
     )?;
+    // Advisories need their database: only where it can be reached.
+    let fetched = Command::new(&deny)
+        .current_dir(&root)
+        .args(["fetch", "db"])
+        .output()
+        .is_ok_and(|o| o.status.success());
+    if fetched {
+        shell::run(
+            Command::new(&deny)
+                .current_dir(&root)
+                .args(["--offline", "check", "advisories"]),
+        )?;
+    } else {
+        shell::print("check: the advisory database is out of reach, advisories are not checked");
+    }
     shell::print("check: format, clippy, docs, licences and bans are clean");
     Ok(())
 }

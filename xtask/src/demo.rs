@@ -158,7 +158,7 @@ fn jobs(program: &Program, root: &Path) -> Result<Table> {
 
     let guarded = [
         "search",
-        "tests/recipes/search-tiny.toml",
+        "tests/recipes/search-guarded.toml",
         "--restart",
         "--profile",
         REFERENCE_PROFILE,
@@ -166,7 +166,7 @@ fn jobs(program: &Program, root: &Path) -> Result<Table> {
     let (tiny, seconds) = program.json(&guarded)?;
     table.row([
         "search".to_owned(),
-        "tiny recipe, predicted ms".to_owned(),
+        "small recipe, predicted ms".to_owned(),
         String::new(),
         number(&tiny["predicted_ms"], 4),
         format!("on a committed profile, {seconds:.0} s"),

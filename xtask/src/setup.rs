@@ -62,6 +62,9 @@ pub(crate) fn command(args: &[String]) -> Result<()> {
 
 /// libtorch (unless left out) and ONNX Runtime, in the cache and linked into `.deps`.
 pub(crate) fn setup(torch: Torch) -> Result<()> {
+    if torch == Torch::With {
+        cxx_compiler()?;
+    }
     let root = shell::root()?;
     let cache = shell::cache()?;
     fs_err::create_dir_all(&cache)?;
@@ -85,6 +88,20 @@ pub(crate) fn setup(torch: Torch) -> Result<()> {
     for part in &parts {
         link(&part.folder.join(part.linked), &deps.join(part.link_name))?;
     }
+    Ok(())
+}
+
+/// torch-sys compiles two C++ files, and its own message does not say what is missing.
+fn cxx_compiler() -> Result<()> {
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+    let found = Command::new(&compiler)
+        .arg("--version")
+        .output()
+        .is_ok_and(|output| output.status.success());
+    ensure!(
+        found,
+        "no C++ compiler `{compiler}`; install one (Debian: apt-get install g++), or use --no-torch"
+    );
     Ok(())
 }
 
@@ -215,7 +232,12 @@ impl Part {
                 .arg("-r")
                 .arg(&list),
         )
-        .with_context(|| format!("fetching {}: is the package index in reach?", self.name))?;
+        .with_context(|| {
+            format!(
+                "fetching {}: is pip installed, and the package index in reach?",
+                self.name
+            )
+        })?;
         let mut kept = 0;
         for entry in fs_err::read_dir(&downloads)? {
             let path = entry?.path();

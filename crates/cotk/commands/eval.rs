@@ -1,5 +1,6 @@
 //! `cotk eval`: perplexity of a text, and how far a model is from another.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use cotk_model::ModelError;
@@ -42,7 +43,7 @@ pub struct Args {
     pub bos: Option<u32>,
     /// Score at most this many targets (default: all)
     #[arg(long, value_name = "N")]
-    pub max_tokens: Option<usize>,
+    pub max_tokens: Option<NonZeroUsize>,
     /// Which width of the experts is used
     #[arg(long, value_enum, default_value_t = ModeArg::Exact)]
     pub mode: ModeArg,
@@ -74,7 +75,7 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         window: args.window,
         stride: args.stride,
         bos: args.bos,
-        max_tokens: args.max_tokens,
+        max_tokens: args.max_tokens.map(NonZeroUsize::get),
         mode: args.mode.into(),
     };
     let found = evaluate(

@@ -7,6 +7,7 @@ use cotk_kernels::KernelError;
 use cotk_kernels::cuda::check::{Bandwidths, GpuReport, gpu_check};
 use cotk_kernels::cuda::compile;
 use cotk_run::files;
+use cotk_run::folder::runs_root;
 use cotk_run::units::{Bytes, significant};
 use serde_json::{Value, json};
 
@@ -18,9 +19,9 @@ use crate::table::Table;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  cotk gpu-check\n  cotk gpu-check --require --out runs/gpu-check.json")]
 pub struct Args {
-    /// Where the report goes
-    #[arg(long, value_name = "FILE", default_value = "runs/gpu-check.json")]
-    pub out: PathBuf,
+    /// Where the report goes (default: gpu-check.json in $COTK_RUNS, else in runs)
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
     /// Exit 1 when there is no GPU (a GPU whose kernels are wrong always does)
     #[arg(long)]
     pub require: bool,
@@ -40,11 +41,12 @@ pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
     }
     let report = gpu_check()?;
     let mut result = to_json(&report);
-    if let Some(folder) = args.out.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+    let out = args.out.clone().unwrap_or_else(|| runs_root().join("gpu-check.json"));
+    if let Some(folder) = out.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         files::create_folder(folder)?;
     }
-    files::write_atomic(&args.out, format!("{result:#}\n").as_bytes())?;
-    result["report"] = json!(args.out);
+    files::write_atomic(&out, format!("{result:#}\n").as_bytes())?;
+    result["report"] = json!(out);
 
     report.verdict()?;
     let mut outcome = Outcome::new(result, table(&report));

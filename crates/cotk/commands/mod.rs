@@ -48,7 +48,7 @@ pub struct Global {
     /// Threads to compute with (default: all cores)
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<usize>,
-    /// Folder written by `cotk profile` (default: the one of this machine)
+    /// Folder written by `cotk profile`, for what predicts: compress, search, serve (default: this machine's)
     #[arg(long, global = true, value_name = "DIR")]
     pub profile: Option<PathBuf>,
     /// Use --profile although it was measured on another machine

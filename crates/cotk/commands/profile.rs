@@ -56,6 +56,12 @@ const EXPERTS: [(u32, u32); 4] = [(64, 32), (256, 96), (768, 256), (2048, 768)];
 /// # Errors
 /// A recipe that does not parse, a folder that cannot be written, an operator that cannot run; interrupted.
 pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
+    if cx.profile.is_some() {
+        return Err(Fault::usage(
+            "--profile names a profile to read, and this command writes one",
+            "use --out DIR",
+        ));
+    }
     let mut warnings = Vec::new();
     let keys = recipe_keys(&args.recipe)?;
     // Without ONNX Runtime the rest is measured all the same.

@@ -1,6 +1,5 @@
 //! `cotk run`: a prompt in, text out as it comes.
 
-use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
@@ -16,6 +15,7 @@ use serde_json::json;
 use super::ModeArg;
 use crate::context::{Context, Outcome};
 use crate::fault::Fault;
+use crate::launch;
 
 /// Continue a prompt
 #[derive(Debug, clap::Args)]
@@ -63,7 +63,7 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
     let mut is_open = true;
     let generated = generate(model, &request, &mut sampler, &cx.cancel, |token| {
         let piece = stream.push(token).unwrap_or_default();
-        is_open = !is_shown || show(&piece);
+        is_open = !is_shown || launch::write_out(&piece);
         if is_open {
             ControlFlow::Continue(())
         } else {
@@ -71,7 +71,7 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         }
     })?;
     if is_shown && is_open {
-        show(&(stream.finish().unwrap_or_default() + "\n"));
+        launch::write_out(&(stream.finish().unwrap_or_default() + "\n"));
     }
 
     let text = files.tokenizer.decode(&generated.tokens);
@@ -108,10 +108,4 @@ fn rates(generated: &Generated, prompt_tokens: usize) -> (f64, Option<f64>) {
         rate(prompt_tokens, generated.prefill_s),
         (generated.decode_steps > 0).then(|| rate(generated.decode_steps, generated.decode_s)),
     )
-}
-
-/// Whether standard output still takes text.
-fn show(text: &str) -> bool {
-    let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok()
 }

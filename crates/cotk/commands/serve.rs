@@ -124,7 +124,7 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
 type Predictions = (Vec<(Mode, f64)>, Vec<String>);
 
 fn predict(opened: &Opened, cx: &Context) -> Result<Predictions, Fault> {
-    let (Some(container), Some(predictor)) = (&opened.container, predictor::find(cx)?) else {
+    let (Some(container), Some(predictor)) = (&opened.container, predictor::find(cx, None)?) else {
         return Ok((Vec::new(), Vec::new()));
     };
     let dense_weights = cost::dense_weights_per_token(&opened.files);

@@ -385,6 +385,15 @@ pub struct Request {
     pub force: bool,
 }
 
+impl Request {
+    /// Whether somebody asked for a certain profile: finding none is then an error of theirs.
+    pub fn is_named(&self) -> bool {
+        self.flag.is_some()
+            || self.recipe.as_deref().is_some_and(|name| name != "auto")
+            || std::env::var_os("COTK_PROFILE").is_some_and(|name| !name.is_empty())
+    }
+}
+
 /// A profile with where it was found and what to say about it.
 #[derive(Debug, Clone)]
 pub struct Found {

@@ -133,14 +133,36 @@ pub fn open(path: impl AsRef<Path>) -> Result<std::fs::File> {
         .map_err(Error::io("open", path))
 }
 
-/// Replaces `path` by `bytes`, whole or not at all.
+/// Replaces `path` by `bytes`, whole or not at all. A link is followed; a device or a pipe cannot be replaced and is
+/// written to as it is.
 ///
 /// # Errors
 /// [`Error::Io`]; the old file then stands, and no temporary file is left.
 pub fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
+    let path = path.as_ref();
+    if is_device_or_pipe(path) {
+        let mut file = std::fs::OpenOptions::new()
+            .write(true)
+            .open(path)
+            .map_err(Error::io("open", path))?;
+        return file.write_all(bytes).map_err(Error::io("write", path));
+    }
     let mut file = AtomicFile::create(path)?;
     file.write_all(bytes).map_err(Error::io("write", file.path.clone()))?;
     file.commit()
+}
+
+fn is_device_or_pipe(path: &Path) -> bool {
+    path.metadata().is_ok_and(|found| !found.is_file() && !found.is_dir())
+}
+
+/// Where a link points, so that its target is replaced and the link stays.
+fn behind_links(path: &Path) -> Result<PathBuf> {
+    if path.is_symlink() {
+        path.canonicalize().map_err(Error::io("follow the link", path))
+    } else {
+        Ok(path.to_owned())
+    }
 }
 
 /// A file under construction: appears under its name on [`commit`](Self::commit), is removed when dropped before.
@@ -153,14 +175,25 @@ pub struct AtomicFile {
 }
 
 impl AtomicFile {
-    /// Begins `path` as a temporary file beside it.
+    /// Begins `path` as a temporary file beside it. A link is followed.
     ///
     /// # Errors
-    /// [`Error::Io`] when the folder does not take a file.
+    /// [`Error::Io`] when the folder does not take a file, or `path` is there and no regular file.
     #[expect(clippy::disallowed_methods, reason = "the one writer")]
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        let path = path.as_ref().to_owned();
+        let path = behind_links(path.as_ref())?;
+        if path.exists() && !path.is_file() {
+            let source = io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "is there, and no regular file that could be replaced",
+            );
+            return Err(Error::Io {
+                action: "replace",
+                file: path,
+                source,
+            });
+        }
         let mut name = path.as_os_str().to_owned();
         name.push(format!(
             ".tmp-{}-{}",
@@ -376,6 +409,34 @@ mod tests {
         drop(file);
         assert_eq!(read(&path, 100).unwrap(), b"old");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_link_stays_and_its_target_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, link) = (dir.path().join("target"), dir.path().join("link"));
+        write_atomic(&target, b"old").unwrap();
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        write_atomic(&link, b"new").unwrap();
+        assert!(link.is_symlink());
+        assert_eq!(read(&target, 100).unwrap(), b"new");
+        assert!(AtomicFile::create(dir.path()).is_err(), "a folder is not replaced");
+    }
+
+    #[test]
+    fn a_pipe_is_written_to_and_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+        // SAFETY: `name` is NUL-terminated.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        let reader = std::thread::spawn({
+            let path = path.clone();
+            move || std::io::read_to_string(std::fs::OpenOptions::new().read(true).open(path).unwrap()).unwrap()
+        });
+        write_atomic(&path, b"through").unwrap();
+        assert_eq!(reader.join().unwrap(), "through");
+        assert!(is_device_or_pipe(&path));
     }
 
     #[test]

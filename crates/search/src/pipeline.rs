@@ -178,6 +178,7 @@ pub fn dry_run(request: &Request<'_>) -> Result<DryRun> {
     if let Some((_, model)) = &found {
         let costs = Costs::new(&space, &Tables::new(&space, model)?)?;
         limits = limits_of(recipe, &space, &costs)?;
+        reachable(&space, &costs, &limits)?;
         times = Some((costs.at(Quantity::Ms, &largest)?, costs.at(Quantity::Ms, &smallest)?));
     }
     let target = |quantity| limits.iter().find(|l| l.quantity == quantity).map(|l| l.target);
@@ -338,7 +339,7 @@ impl Run<'_> {
             cancel: request.cancel,
             progress: request.progress,
         };
-        reachable(&drive, &limits)?;
+        reachable(&space, &costs, &limits)?;
         let method: &dyn Method = match recipe.search.method {
             MethodName::Gradient => &Gradient,
         };

@@ -45,7 +45,7 @@ pub fn find(flag: Option<&Path>, force: bool, recipe: &Recipe) -> Result<Option<
         recipe: Some(recipe.latency.profile.clone()),
         force,
     };
-    let is_named = request.flag.is_some() || recipe.latency.profile != "auto";
+    let is_named = request.is_named();
     match cotk_latency::profile::find(&request, &here()?) {
         Ok(found) => {
             let warnings = found

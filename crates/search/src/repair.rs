@@ -2,9 +2,11 @@
 //! whatever still fits and helps. Judges moves by exact forward passes, their statistics recalibrated. Law: it ends inside
 //! the limits, or says that no network is.
 
+use crate::cost::Costs;
 use crate::cost::Quantity;
 use crate::method::{Drive, Limit};
 use crate::space::Point;
+use crate::space::Space;
 use crate::{Result, SearchError};
 
 /// Validation images a judgement looks at.
@@ -32,7 +34,7 @@ pub struct Repaired {
 /// # Errors
 /// [`SearchError::OutOfReach`] when no network of the space is inside.
 pub fn repair(drive: &mut Drive<'_>, start: &Point, limits: &[Limit]) -> Result<Repaired> {
-    reachable(drive, limits)?;
+    reachable(drive.space, drive.costs, limits)?;
     let mut point = start.clone();
     let mut past = vec![point.clone()];
     let mut score = drive.judge(&point, IMAGES)?;
@@ -80,7 +82,7 @@ pub fn repair(drive: &mut Drive<'_>, start: &Point, limits: &[Limit]) -> Result<
         // for each limit alone; with several limits the smallest network is tried last).
         point = drive.space.smallest();
         if let Some((limit, ratio)) = worst(drive, &point, limits)?.filter(|(_, ratio)| *ratio > 1.0) {
-            return Err(out_of_reach(drive, limit, &point, ratio * limit.target));
+            return Err(out_of_reach(drive.space, limit, &point, ratio * limit.target));
         }
         score = drive.judge(&point, IMAGES)?;
     }
@@ -96,17 +98,17 @@ pub fn repair(drive: &mut Drive<'_>, start: &Point, limits: &[Limit]) -> Result<
 ///
 /// # Errors
 /// [`SearchError::OutOfReach`].
-pub fn reachable(drive: &Drive<'_>, limits: &[Limit]) -> Result<()> {
+pub fn reachable(space: &Space, costs: &Costs, limits: &[Limit]) -> Result<()> {
     for limit in limits {
-        let (point, cost) = drive.costs.cheapest(limit.quantity)?;
+        let (point, cost) = costs.cheapest(limit.quantity)?;
         if cost > limit.target {
-            return Err(out_of_reach(drive, *limit, &point, cost));
+            return Err(out_of_reach(space, *limit, &point, cost));
         }
     }
     Ok(())
 }
 
-fn out_of_reach(drive: &Drive<'_>, limit: Limit, point: &Point, best: f64) -> SearchError {
+fn out_of_reach(space: &Space, limit: Limit, point: &Point, best: f64) -> SearchError {
     let (what, unit) = match limit.quantity {
         Quantity::Ms => ("target_ms", "ms"),
         Quantity::Bytes => ("bytes", "bytes"),
@@ -116,7 +118,7 @@ fn out_of_reach(drive: &Drive<'_>, limit: Limit, point: &Point, best: f64) -> Se
         target: limit.target,
         best,
         unit,
-        encoding: drive.space.encode(point),
+        encoding: space.encode(point),
     }
 }
 
