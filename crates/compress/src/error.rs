@@ -45,6 +45,16 @@ pub enum CompressError {
         found: usize,
         expected: usize,
     },
+    /// What would calibrate is all in what would judge.
+    #[error(
+        "the calibration text {} is also what would judge: {} holds all of its documents",
+        calibration.display(),
+        eval_text.display()
+    )]
+    SameText { calibration: PathBuf, eval_text: PathBuf },
+    /// No code of the recipe can be read at the width of `little`.
+    #[error("compress.little_bits is {found}: expected {expected}")]
+    LittleBits { found: u32, expected: String },
     #[error("{}: needs about {}, {} are free", folder.display(), Bytes(*need), Bytes(*have))]
     DiskSpace { folder: PathBuf, need: u64, have: u64 },
     /// A weight cannot be coded.

@@ -56,7 +56,7 @@ impl Job<'_> {
             .iter()
             .filter_map(|b| b.moe.as_ref().map(|m| m.entry.clone()))
             .collect();
-        let little = recipe.compress.little_bits.get();
+        let little = recipe.compress.little().get();
         let has_little = entries
             .iter()
             .flat_map(|layer: &manifest::Layer| &layer.experts)
@@ -116,6 +116,7 @@ impl Job<'_> {
             output: self.request.out.display().to_string(),
             bytes_before: self.source.bytes,
             bytes_after: manifest.files.values().map(|f| f.bytes).sum::<u64>() + manifest_bytes,
+            weight_bytes_after: manifest.files[DENSE].bytes + manifest.files[EXPERTS].bytes,
             expert_bytes_before: self.source.origin.expert_bytes,
             expert_bytes_after: manifest.files[EXPERTS].bytes,
             bits_per_expert_weight: bits_per_expert_weight(manifest),

@@ -343,6 +343,64 @@ fn without_a_text_to_judge_by_the_last_documents_are_kept_back() {
 }
 
 #[test]
+fn what_judges_does_not_calibrate() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let write = |name: &str, documents: &[String]| {
+        let path = folder.path().join(name);
+        fs_err::write(&path, documents.join("<|endoftext|>")).unwrap();
+        path
+    };
+    let document = |i: usize| format!("{i}: ") + &"The quick brown fox jumps over the lazy dog. ".repeat(4);
+    let documents: Vec<String> = (0..30).map(document).collect();
+    let texts = |calibration: &Path, eval_text: &Path| Request {
+        calibration: calibration.to_owned(),
+        eval_text: Some(eval_text.to_owned()),
+        ..request(&out, &[])
+    };
+    let (all, copy) = (write("all.txt", &documents), write("copy.txt", &documents));
+    // The same file, the same bytes, and a part of what judges.
+    let part = write("part.txt", &documents[3..9]);
+    for (calibration, eval_text) in [(&all, &all), (&all, &copy), (&part, &all)] {
+        let error = run(&texts(calibration, eval_text)).unwrap_err();
+        assert!(matches!(error, CompressError::SameText { .. }), "{error}");
+        let names = [calibration, eval_text].map(|path| path.display().to_string());
+        assert!(names.iter().all(|name| error.to_string().contains(name)), "{error}");
+    }
+    assert!(!out.exists() && !partial_path(&out).exists());
+
+    let others: Vec<String> = (28..60).map(document).collect();
+    let (shared, apart) = (write("shared.txt", &documents), write("apart.txt", &documents[..28]));
+    let judge = write("others.txt", &others);
+    let report = run(&texts(&shared, &judge)).unwrap();
+    let warning = "2 documents of shared.txt also stand in others.txt";
+    assert!(
+        report.warnings.iter().any(|w| w.contains(warning)),
+        "{:?}",
+        report.warnings
+    );
+    let apart = run(&Request {
+        out: folder.path().join("apart"),
+        ..texts(&apart, &judge)
+    });
+    assert_eq!(apart.unwrap().kl_nats.to_bits(), report.kl_nats.to_bits());
+}
+
+#[test]
+fn a_share_that_cannot_be_dropped_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let report = run(&request(&out, &["compress.drop_ratio=0.95"])).unwrap();
+    let warning = report.warnings.iter().find(|w| w.contains("compress.drop_ratio"));
+    assert!(
+        warning.is_some_and(|w| w.contains("0.95 of 8 experts")),
+        "{:?}",
+        report.warnings
+    );
+    assert!(report.layers.iter().all(|layer| layer.experts_kept == 2));
+}
+
+#[test]
 fn a_plan_writes_nothing_and_bounds_what_comes() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
@@ -368,7 +426,8 @@ fn a_plan_writes_nothing_and_bounds_what_comes() {
     let report = run(&request).unwrap();
     let container = Container::open(&out).unwrap();
     let weights = ["dense.safetensors", "experts.bin"].map(|name| container.manifest().files[name].bytes);
-    assert!(weights.iter().sum::<u64>() <= plan.bytes_after);
+    assert!(weights.iter().sum::<u64>() <= plan.weight_bytes_after);
+    assert_eq!(weights.iter().sum::<u64>(), report.weight_bytes_after);
     assert_eq!(
         plan.experts - plan.experts_dropped,
         report.experts_kept.iter().sum::<usize>()

@@ -61,8 +61,8 @@ pub struct Surroundings<'a> {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Plan {
     pub bytes_before: u64,
-    /// At most.
-    pub bytes_after: u64,
+    /// Of `dense.safetensors` and `experts.bin`, at most: what `[budget] bytes` limits.
+    pub weight_bytes_after: u64,
     pub disk_bytes_needed: u64,
     pub disk_bytes_free: u64,
     /// Peak memory, about.
@@ -229,19 +229,21 @@ impl<'a> Job<'a> {
             .map(|&c| record_bytes(spec.hidden, spec.moe_intermediate, c, group))
             .max();
         let most = dense_file_bytes(&self.source.dense) + kept * widest.unwrap_or(0);
-        let bytes_after = recipe.budget.bytes.map_or(most, |budget| budget.min(most));
+        let weight_bytes_after = recipe.budget.bytes.map_or(most, |budget| budget.min(most));
         let quality = quality::plan(spec, self.texts.quality.len()).2;
         let quality_rows: usize = quality.iter().map(|w| w.inputs.len()).sum();
         let rows = self.texts.calibration_tokens() + 2 * quality_rows;
         // States before and after one layer, for each stream.
         let states = 2 * (rows * spec.hidden * 4) as u64;
         // Copied files and manifest: a few MiB.
-        let needed = bytes_after + states + (16 << 20);
+        let needed = weight_bytes_after + states + (16 << 20);
         // A layer's experts in f32 and coded, embedding and head in f32, logits and batches.
         let layer = 3 * (spec.hidden * spec.moe_intermediate * spec.routing.experts) as u64;
         let memory =
             layer * 6 + 2 * (spec.vocab * spec.hidden * 4) as u64 + (2 * 512 * spec.vocab * 4) as u64 + (64 << 20);
         let mut warnings = self.texts.warnings.clone();
+        let ratio = recipe.compress.drop_ratio;
+        warnings.extend(ratio.not_as_asked(spec.routing.experts, spec.routing.top_k));
         if recipe.compress.codes.get().len() > 1 && recipe.budget.bytes.is_none() {
             warnings.push("several codes and no budget: every expert gets the one that loses least".to_owned());
         }
@@ -250,7 +252,7 @@ impl<'a> Job<'a> {
         }
         Ok(Plan {
             bytes_before: self.source.bytes,
-            bytes_after,
+            weight_bytes_after,
             disk_bytes_needed: needed,
             disk_bytes_free: files::free_bytes(&self.request.out)?,
             memory_bytes: memory,

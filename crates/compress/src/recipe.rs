@@ -1,9 +1,13 @@
-//! The recipe of `cotk compress`: `seed`, `[compress]`, `[budget]`. Law: what parses is valid, every choice an enum.
+//! The recipe of `cotk compress`: `seed`, `[compress]`, `[budget]`, `[latency]`. Law: what loads is valid, every choice
+//! an enum.
 
 use cotk_container::manifest::DroppedMeaning;
 use cotk_quant::code::{Bits, Code};
 use cotk_run::recipe::{self, Source};
+use cotk_run::units::significant;
 use serde::{Deserialize, Serialize};
+
+use crate::{CompressError, Result};
 
 /// Recipes that are found by bare name.
 pub const EMBEDDED: [(&str, &str); 1] = [("moe-int4", include_str!("../../../recipes/moe-int4.toml"))];
@@ -18,6 +22,8 @@ pub struct Recipe {
     pub compress: Compress,
     #[serde(default)]
     pub budget: Budget,
+    #[serde(default)]
+    pub latency: Latency,
 }
 
 /// `[compress]`: what is measured, dropped and coded.
@@ -44,9 +50,24 @@ pub struct Compress {
     /// Weights per scale.
     #[serde(default)]
     pub group: Group,
-    /// Width that `little` reads, where the codes have it.
-    #[serde(default = "defaults::little_bits")]
-    pub little_bits: Bits,
+    /// Width that `little` reads: a prefix of one of the codes, short of the whole. Absent: 4 where a code has it, else
+    /// there is no `little`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub little_bits: Option<Bits>,
+}
+
+impl Compress {
+    /// Every width that `little` could read, narrow to wide.
+    fn little_widths(&self) -> Vec<Bits> {
+        let proper = |&code: &Code| code.prefixes().iter().filter(move |&&bits| bits != code.full());
+        let all: Vec<Bits> = self.codes.get().iter().flat_map(proper).copied().collect();
+        Bits::ALL.into_iter().filter(|bits| all.contains(bits)).collect()
+    }
+
+    /// What `little` reads, where a record has it.
+    pub fn little(&self) -> Bits {
+        self.little_bits.unwrap_or(Bits::B4)
+    }
 }
 
 /// `[budget]`.
@@ -56,6 +77,23 @@ pub struct Budget {
     /// Of `dense.safetensors` and `experts.bin` together, at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
+}
+
+/// `[latency]`: what predicts the time of a token.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Latency {
+    /// Folder written by `cotk profile`; "auto": this machine's. `--profile` comes first.
+    #[serde(default = "defaults::profile")]
+    pub profile: String,
+}
+
+impl Default for Latency {
+    fn default() -> Self {
+        Self {
+            profile: defaults::profile(),
+        }
+    }
 }
 
 /// How drops are spread over layers.
@@ -82,6 +120,26 @@ impl DropRatio {
 
     /// Of `experts`, rounded to the nearest, but `keep` stay.
     pub fn count(self, experts: usize, keep: usize) -> usize {
+        self.rounded(experts).min(experts.saturating_sub(keep))
+    }
+
+    /// Why [`DropRatio::count`] is not the nearest to what was asked for, or is nothing at all.
+    #[expect(clippy::cast_precision_loss, reason = "expert counts are small")]
+    pub fn not_as_asked(self, experts: usize, keep: usize) -> Option<String> {
+        let (asked, done) = (self.rounded(experts), self.count(experts, keep));
+        let why = match done {
+            _ if done < asked => format!("every token chooses {keep}, so as many stay"),
+            0 if self.0 > 0.0 => "that is less than half an expert".to_owned(),
+            _ => return None,
+        };
+        let share = significant(done as f64 / experts as f64, 3);
+        Some(format!(
+            "compress.drop_ratio asks for {} of {experts} experts a layer, {share} are dropped ({done} experts): {why}",
+            self.0
+        ))
+    }
+
+    fn rounded(self, experts: usize) -> usize {
         #[expect(
             clippy::cast_precision_loss,
             clippy::cast_possible_truncation,
@@ -89,7 +147,7 @@ impl DropRatio {
             reason = "expert counts are small, the ratio is below 1"
         )]
         let count = (experts as f64 * self.0).round() as usize;
-        count.min(experts.saturating_sub(keep))
+        count
     }
 }
 
@@ -218,7 +276,7 @@ impl From<Codes> for Vec<Code> {
 }
 
 mod defaults {
-    use super::{Bits, DroppedMeaning, Tokens};
+    use super::{DroppedMeaning, Tokens};
 
     pub(super) fn calibration_tokens() -> Tokens {
         Tokens(16_384)
@@ -229,8 +287,8 @@ mod defaults {
     pub(super) fn dropped() -> DroppedMeaning {
         DroppedMeaning::Masked
     }
-    pub(super) fn little_bits() -> Bits {
-        Bits::B4
+    pub(super) fn profile() -> String {
+        "auto".to_owned()
     }
 }
 
@@ -238,12 +296,27 @@ impl Recipe {
     /// A file or the bare name of an embedded recipe, after `--set key=value`, `--seed` and `--budget-bytes`.
     ///
     /// # Errors
-    /// [`cotk_run::Error`] with line, column, caret and the nearest known key.
-    pub fn load(name: &str, sets: &[String], seed: Option<u64>, budget_bytes: Option<u64>) -> cotk_run::Result<Self> {
+    /// [`cotk_run::Error`] with line, column, caret and the nearest known key; [`CompressError::LittleBits`].
+    pub fn load(name: &str, sets: &[String], seed: Option<u64>, budget_bytes: Option<u64>) -> Result<Self> {
         let mut recipe: Self = recipe::parse(&Source::find(name, &EMBEDDED)?, sets)?;
         recipe.seed = seed.unwrap_or(recipe.seed);
         recipe.budget.bytes = budget_bytes.or(recipe.budget.bytes);
-        Ok(recipe)
+        let widths = recipe.compress.little_widths();
+        match recipe.compress.little_bits {
+            Some(found) if !widths.contains(&found) => {
+                let widths: Vec<String> = widths.iter().map(|bits| bits.get().to_string()).collect();
+                let expected = if widths.is_empty() {
+                    "no value: none of compress.codes is nested".to_owned()
+                } else {
+                    format!("{}, a narrower width of a code in compress.codes", widths.join(" or "))
+                };
+                Err(CompressError::LittleBits {
+                    found: found.get(),
+                    expected,
+                })
+            }
+            _ => Ok(recipe),
+        }
     }
 
     /// Whether the first pass, that of the uncompressed model, has anything to find out.
@@ -304,11 +377,67 @@ mod tests {
     }
 
     #[test]
+    fn little_is_a_proper_prefix_of_some_code_or_refused() {
+        let load = |codes: &str, bits: Option<u32>| {
+            let codes = format!("compress.codes={codes}");
+            let bits = bits.map(|bits| format!("compress.little_bits={bits}"));
+            Recipe::load(
+                "moe-int4",
+                &[codes].into_iter().chain(bits).collect::<Vec<_>>(),
+                None,
+                None,
+            )
+        };
+        for (codes, bits) in [
+            ("['nested2+2+4']", Some(2)),
+            ("['nested2+2+4']", Some(4)),
+            ("['plain2', 'nested4+4']", Some(4)),
+            ("['plain4']", None),
+        ] {
+            load(codes, bits).unwrap();
+        }
+        for (codes, bits, wanted) in [
+            ("['nested2+2+4']", 3, "2 or 4,"),
+            ("['nested2+2+4']", 8, "2 or 4,"),
+            ("['nested4+4', 'plain2']", 2, "4,"),
+            ("['plain4', 'plain8']", 4, "no value"),
+        ] {
+            match load(codes, Some(bits)).unwrap_err() {
+                CompressError::LittleBits { found, expected } => {
+                    assert!(
+                        found == bits && expected.starts_with(wanted),
+                        "{codes} {found}: {expected}"
+                    );
+                }
+                other => panic!("{other}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_recipe_may_name_its_profile() {
+        assert_eq!(parse("[compress]").unwrap().latency.profile, "auto");
+        let named = parse("[compress]\n[latency]\nprofile = \"p\"").unwrap();
+        assert_eq!(named.latency.profile, "p");
+        assert!(parse("[compress]\n[latency]\nprofiles = \"p\"").is_err());
+    }
+
+    #[test]
     fn drops_are_rounded_and_leave_enough() {
         let ratio = |r| DropRatio::try_from(r).unwrap();
         assert_eq!(ratio(0.25).count(32, 4), 8);
         assert_eq!(ratio(0.99).count(32, 4), 28);
         assert_eq!(ratio(0.0).count(32, 4), 0);
         assert_eq!(ratio(0.5).count(2, 4), 0);
+        assert_eq!(ratio(0.75).not_as_asked(8, 2), None);
+        assert_eq!(ratio(0.0).not_as_asked(8, 2), None);
+        let clamped = ratio(0.95).not_as_asked(8, 2).unwrap();
+        assert!(
+            ["0.95", "0.75", "(6 experts)", "every token chooses 2"]
+                .iter()
+                .all(|s| clamped.contains(s)),
+            "{clamped}"
+        );
+        assert!(ratio(0.01).not_as_asked(8, 2).unwrap().contains("half an expert"));
     }
 }

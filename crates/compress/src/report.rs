@@ -32,6 +32,8 @@ pub struct Report {
     pub bytes_before: u64,
     /// All files but the report.
     pub bytes_after: u64,
+    /// Of `dense.safetensors` and `experts.bin`: what `[budget] bytes` limits.
+    pub weight_bytes_after: u64,
     pub expert_bytes_before: u64,
     /// Of `experts.bin`, headers and padding included.
     pub expert_bytes_after: u64,
@@ -68,6 +70,7 @@ impl Report {
         let mut facts = vec![
             fact("bytes_before", self.bytes_before as f64, "bytes"),
             fact("bytes_after", self.bytes_after as f64, "bytes"),
+            fact("weight_bytes_after", self.weight_bytes_after as f64, "bytes"),
             fact("expert_bytes_before", self.expert_bytes_before as f64, "bytes"),
             fact("expert_bytes_after", self.expert_bytes_after as f64, "bytes"),
             fact("bits_per_expert_weight", self.bits_per_expert_weight, "bits"),

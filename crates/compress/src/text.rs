@@ -1,8 +1,9 @@
 //! Which tokens calibrate and which judge. Law: what judges is never used to choose; the seed draws the calibration.
 
+use std::collections::HashSet;
 use std::path::Path;
 
-use cotk_data::text::{MARKER, documents};
+use cotk_data::text::{MARKER, documents, split};
 use cotk_model::tokenizer::Tokenizer;
 use cotk_run::files;
 use cotk_run::seeds::Seeds;
@@ -38,9 +39,10 @@ impl Texts {
 }
 
 /// Reads and draws. Without `eval_text` the last fifth of the calibration documents judges, and does nothing else.
+/// Documents of the calibration text that the judging text has too are left out, with a warning.
 ///
 /// # Errors
-/// Texts that cannot be read, or are too short.
+/// Texts that cannot be read, are too short, or are the same.
 pub fn draw(
     tokenizer: &Tokenizer,
     calibration: &Path,
@@ -51,12 +53,28 @@ pub fn draw(
 ) -> Result<Texts> {
     let mut documents = documents(calibration)?;
     let (quality, quality_name) = match eval_text {
-        Some(path) => (files::read_text(path, LIMIT_BYTES)?, name_of(path)),
+        Some(path) => {
+            if files::checksum_file(path)? == files::checksum_file(calibration)? {
+                return Err(same_text(calibration, path));
+            }
+            (files::read_text(path, LIMIT_BYTES)?, name_of(path))
+        }
         None => {
             let judging = split_off_fifth(&mut documents);
             (judging, format!("last fifth of {}", name_of(calibration)))
         }
     };
+    let mut warnings = Vec::new();
+    let shared = leave_out_shared(&mut documents, &quality);
+    if documents.is_empty() {
+        return Err(same_text(calibration, eval_text.unwrap_or(calibration)));
+    }
+    if shared > 0 {
+        warnings.push(format!(
+            "{shared} documents of {} also stand in {quality_name}: they judge, and do not calibrate",
+            name_of(calibration)
+        ));
+    }
     let mut quality = tokenizer.encode(&quality)?;
     quality.truncate(QUALITY_TOKENS + 1);
     let enough = |file: &Path, purpose, found: usize| {
@@ -102,7 +120,6 @@ pub fn draw(
         }
     }
     enough(calibration, "calibration", total)?;
-    let mut warnings = Vec::new();
     if total < wanted {
         warnings.push(format!(
             "calibration text has {total} usable tokens, {wanted} were asked for"
@@ -125,6 +142,22 @@ fn spread<T>(windows: &mut Vec<T>, start: u64) {
     let mut keyed: Vec<(u64, T)> = keys.zip(windows.drain(..)).collect();
     keyed.sort_by_key(|(key, _)| *key);
     windows.extend(keyed.into_iter().map(|(_, window)| window));
+}
+
+/// Removes the documents that the judging text holds too, space around them apart; returns how many.
+fn leave_out_shared(documents: &mut Vec<String>, quality: &str) -> usize {
+    let judging = split(quality);
+    let judging: HashSet<&str> = judging.iter().map(|document| document.trim()).collect();
+    let before = documents.len();
+    documents.retain(|document| !judging.contains(document.trim()));
+    before - documents.len()
+}
+
+fn same_text(calibration: &Path, eval_text: &Path) -> CompressError {
+    CompressError::SameText {
+        calibration: calibration.to_owned(),
+        eval_text: eval_text.to_owned(),
+    }
 }
 
 /// Takes the last fifth of the documents away and joins it; of a single document, its last fifth by characters.
@@ -167,6 +200,14 @@ mod tests {
             windows.sort_unstable();
             assert!(windows.into_iter().eq(0..1000));
         }
+    }
+
+    #[test]
+    fn shared_documents_are_left_out_and_counted() {
+        let mut documents: Vec<String> = ["a\n", "b", "c", "b"].map(str::to_owned).to_vec();
+        assert_eq!(leave_out_shared(&mut documents, "b\n<|endoftext|>d<|endoftext|> a"), 3);
+        assert_eq!(documents, ["c"]);
+        assert_eq!(leave_out_shared(&mut documents, "cc<|endoftext|>d"), 0);
     }
 
     #[test]

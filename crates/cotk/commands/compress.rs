@@ -41,7 +41,8 @@ pub struct Args {
     /// Text that judges (default: the last fifth of the calibration documents, which then does nothing else)
     #[arg(long, value_name = "F")]
     pub eval_text: Option<PathBuf>,
-    /// Most bytes of dense.safetensors and experts.bin together
+    /// Most bytes of the weights: dense.safetensors and experts.bin together (`weight_bytes_after`). Tokenizer, config and
+    /// manifest come on top (`bytes_after` counts all files)
     #[arg(long, value_name = "N")]
     pub budget_bytes: Option<u64>,
     /// Change a value of the recipe: compress.drop_ratio=0.25
@@ -63,7 +64,7 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         calibration: args.calibration.clone(),
         eval_text: args.eval_text.clone(),
     };
-    let predictor = predictor::find(cx)?;
+    let predictor = predictor::find(cx, Some(&request.recipe.latency.profile))?;
     let mut warnings = predictor.as_ref().map(|p| p.warnings.clone()).unwrap_or_default();
     let ledger = provenance::ledger(
         cx,
@@ -120,6 +121,12 @@ fn table(report: &Report) -> String {
             none(),
         ])
         .row([
+            "weights, as budgeted".into(),
+            none(),
+            bytes(report.weight_bytes_after),
+            none(),
+        ])
+        .row([
             "routed experts".into(),
             bytes(report.expert_bytes_before),
             bytes(report.expert_bytes_after),
@@ -167,7 +174,10 @@ fn plan_table(plan: &Plan) -> String {
     let first = if plan.is_measured_first { "twice" } else { "once" };
     table
         .row(["weights before".into(), Bytes(plan.bytes_before).to_string()])
-        .row(["weights after, at most".into(), Bytes(plan.bytes_after).to_string()])
+        .row([
+            "weights after, at most".into(),
+            Bytes(plan.weight_bytes_after).to_string(),
+        ])
         .row(["disk needed".into(), Bytes(plan.disk_bytes_needed).to_string()])
         .row(["disk free".into(), Bytes(plan.disk_bytes_free).to_string()])
         .row(["memory, about".into(), Bytes(plan.memory_bytes).to_string()])
@@ -229,6 +239,22 @@ pub(crate) fn failure(error: &CompressError) -> FaultReport {
             help: Some("give a longer text".into()),
             ..facts("short-text", WRONG_USE)
         },
+        CompressError::SameText { calibration, eval_text } => FaultReport {
+            file: Some(calibration.display().to_string()),
+            found: Some(eval_text.display().to_string()),
+            expected: Some("a text with other documents than the calibration text".into()),
+            help: Some(
+                "give another --eval-text, or leave it out: the last fifth of the calibration text judges".into(),
+            ),
+            ..facts("same-text", WRONG_USE)
+        },
+        CompressError::LittleBits { found, expected } => FaultReport {
+            key: Some("compress.little_bits".into()),
+            found: Some(found.to_string()),
+            expected: Some(expected.clone()),
+            help: Some("change compress.little_bits or compress.codes, or leave little_bits out".into()),
+            ..facts("little-bits", WRONG_USE)
+        },
         CompressError::DiskSpace { folder, need, have } => FaultReport {
             file: Some(folder.display().to_string()),
             found: Some(Bytes(*have).to_string()),
@@ -252,5 +278,29 @@ pub(crate) fn failure(error: &CompressError) -> FaultReport {
             help: Some("this is a bug of cotk: please report it with the recipe".into()),
             ..facts("allocation", FAILED)
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_and_widths_that_cannot_be_right_are_wrong_use_with_both_sides() {
+        let errors = [
+            CompressError::SameText {
+                calibration: "a.txt".into(),
+                eval_text: "b.txt".into(),
+            },
+            CompressError::LittleBits {
+                found: 3,
+                expected: "2 or 4".into(),
+            },
+        ];
+        for error in errors {
+            let report = failure(&error);
+            assert_eq!(report.exit_code, WRONG_USE, "{error}");
+            assert!(report.found.is_some() && report.expected.is_some(), "{error}");
+        }
     }
 }
