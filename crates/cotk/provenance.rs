@@ -1,4 +1,4 @@
-//! Who measured: version, commit, command line, machine. The one place where a command gets its ledger from.
+//! Who measured: version, commit, build, command line, machine. The one place where a command gets its ledger from.
 
 use std::path::Path;
 
@@ -26,11 +26,21 @@ pub struct Run<'a> {
 /// # Errors
 /// When its folder or file cannot be made.
 pub fn ledger(cx: &Context, run: Run<'_>) -> Result<LedgerSink, Fault> {
+    ledger_with_inputs(cx, run, None)
+}
+
+/// As [`ledger`], for figures that also depend on files: `inputs` is a hash over them.
+///
+/// # Errors
+/// As [`ledger`].
+pub fn ledger_with_inputs(cx: &Context, run: Run<'_>, inputs: Option<u64>) -> Result<LedgerSink, Fault> {
     let provenance = Provenance {
         cotk_version: env!("CARGO_PKG_VERSION").to_owned(),
         commit: sibling::commit().to_owned(),
+        build: Some(sibling::build_id().to_owned()),
         command: cx.command_line.clone(),
         recipe_hash: run.recipe_hash,
+        inputs,
         seed: run.seed,
         device: device(),
         run: run.folder.map(|folder| folder.display().to_string()),

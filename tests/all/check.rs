@@ -1,7 +1,7 @@
 //! `cotk check` as CI runs it: worse accuracy, bytes or predicted latency exits 3, and so does a fact that this
 //! commit has not recorded; timings count on request alone.
 
-use cotk_ledger::baseline::{Baseline, BaselineRow, Better, Kind, Tolerance};
+use cotk_ledger::baseline::{Baseline, BaselineRow, Better, Kind, Pin, Tolerance};
 use cotk_ledger::{LedgerSink, Provenance};
 use cotk_program::sibling;
 use cotk_run::facts::{Fact, FactSink};
@@ -53,24 +53,49 @@ reference = { subject = "search:quickstart:glyphs", metric = "baseline_measured_
 
 struct Ledger {
     place: Workplace,
-    sink: LedgerSink,
+}
+
+/// A row to be: subject, metric, value, and the hashes that the baseline pins.
+#[derive(Clone)]
+struct Wanted {
+    subject: String,
+    metric: String,
+    value: f64,
+    recipe_hash: Option<u64>,
+    inputs: Option<u64>,
+}
+
+impl Wanted {
+    /// Of the origin that a baseline row asks for.
+    fn of(row: &BaselineRow, subject: &str, metric: &str, value: f64) -> Self {
+        let hash = |pin| match pin {
+            Pin::Hash(hash) => Some(u64::from_str_radix(hash, 16).unwrap()),
+            Pin::Absent | Pin::Auto => None,
+        };
+        Self {
+            subject: subject.into(),
+            metric: metric.into(),
+            value,
+            recipe_hash: hash(row.recipe_hash()),
+            inputs: hash(row.inputs()),
+        }
+    }
 }
 
 impl Ledger {
-    /// A workplace whose ledger has the rows of some commit.
-    fn of(baseline: &str, commit: &str, rows: impl IntoIterator<Item = (String, String, f64)>) -> Self {
+    /// A workplace whose ledger has the rows of some commit and build.
+    fn of_build(baseline: &str, commit: &str, build: &str, rows: impl IntoIterator<Item = Wanted>) -> Self {
         let place = Workplace::new();
         fs_err::write(place.join("baseline.toml"), baseline).unwrap();
-        let provenance = Provenance {
-            commit: commit.into(),
-            command: "cotk test".into(),
-            ..Provenance::default()
-        };
-        let sink = LedgerSink::open(place.join("runs/ledger"), provenance).unwrap();
-        for (subject, metric, value) in rows {
-            sink.record(Fact::new(subject, metric, value, "unit")).unwrap();
+        let ledger = Self { place };
+        for row in rows {
+            ledger.record_of(commit, build, row);
         }
-        Self { place, sink }
+        ledger
+    }
+
+    fn of(baseline: &str, commit: &str, rows: impl IntoIterator<Item = Wanted>) -> Self {
+        Self::of_build(baseline, commit, sibling::build_id(), rows)
     }
 
     /// As guarded, of the commit that the program was built from.
@@ -78,8 +103,33 @@ impl Ledger {
         Self::of(baseline, sibling::commit(), values(&parse(baseline)))
     }
 
+    fn record_of(&self, commit: &str, build: &str, row: Wanted) {
+        let provenance = Provenance {
+            commit: commit.into(),
+            build: Some(build.into()),
+            command: "cotk test".into(),
+            seed: Some(0),
+            recipe_hash: row.recipe_hash,
+            inputs: row.inputs,
+            ..Provenance::default()
+        };
+        let sink = LedgerSink::open(self.place.join("runs/ledger"), provenance).unwrap();
+        sink.record(Fact::new(row.subject, row.metric, row.value, "unit"))
+            .unwrap();
+    }
+
+    fn record_wanted(&self, row: Wanted) {
+        self.record_of(sibling::commit(), sibling::build_id(), row);
+    }
+
     fn record(&self, subject: &str, metric: &str, value: f64) {
-        self.sink.record(Fact::new(subject, metric, value, "unit")).unwrap();
+        self.record_wanted(Wanted {
+            subject: subject.into(),
+            metric: metric.into(),
+            value,
+            recipe_hash: None,
+            inputs: None,
+        });
     }
 
     fn check(&self, more: &[&str]) -> Ran {
@@ -95,13 +145,13 @@ fn parse(baseline: &str) -> Baseline {
 }
 
 /// What a run that reaches the baseline exactly would record; the reference of a timing is 1.
-fn values(baseline: &Baseline) -> Vec<(String, String, f64)> {
+fn values(baseline: &Baseline) -> Vec<Wanted> {
     let mut found = Vec::new();
     for row in baseline.rows() {
         if let Some(reference) = &row.reference {
-            found.push((reference.subject.clone(), reference.metric.clone(), 1.0));
+            found.push(Wanted::of(row, &reference.subject, &reference.metric, 1.0));
         }
-        found.push((row.subject.clone(), row.metric.clone(), row.value()));
+        found.push(Wanted::of(row, &row.subject, &row.metric, row.value()));
     }
     found
 }
@@ -149,7 +199,7 @@ fn each_worse_fact_fails_alone(text: &str) {
     assert!(statuses(&result).iter().all(|status| *status == "ok"), "{result}");
     for (index, row) in gated.iter().enumerate() {
         let ledger = Ledger::unchanged(text);
-        ledger.record(&row.subject, &row.metric, worse(row));
+        ledger.record_wanted(Wanted::of(row, &row.subject, &row.metric, worse(row)));
         let result = ledger.check(&[]).result(3);
         let found = statuses(&result);
         assert_eq!(found[index], "regression", "{} {}: {result}", row.subject, row.metric);
@@ -173,7 +223,7 @@ fn a_fact_that_this_commit_has_not_recorded_exits_3() {
     for left_out in baseline.rows().iter().filter(|row| row.kind != Kind::Measured) {
         let rows = values(&baseline)
             .into_iter()
-            .filter(|(_, metric, _)| *metric != left_out.metric);
+            .filter(|row| row.metric != left_out.metric);
         let result = Ledger::of(BASELINE, sibling::commit(), rows).check(&[]).result(3);
         let missing: Vec<&Value> = result["rows"]
             .as_array()
@@ -192,6 +242,58 @@ fn a_fact_that_this_commit_has_not_recorded_exits_3() {
         let ran = ledger.check(more);
         assert!(ran.json()["warnings"][0].as_str().unwrap().contains("cargo xtask demo"));
         assert_eq!(statuses(&ran.result(3)), ["missing"; 4]);
+    }
+}
+
+#[test]
+fn rows_of_another_build_of_this_commit_do_not_count() {
+    let other = Ledger::of_build(BASELINE, sibling::commit(), "before", values(&parse(BASELINE)));
+    let result = other.check(&[]).result(3);
+    assert_eq!(statuses(&result), ["missing"; 4]);
+    let note = result["rows"][0]["note"].as_str().unwrap();
+    assert!(
+        note.contains("build before") && note.contains(sibling::build_id()),
+        "{note}"
+    );
+}
+
+#[test]
+fn rows_of_another_recipe_do_not_count_until_update_pins_them() {
+    let pinned = |hash: &str| BASELINE.replacen("value = 12.5", &format!("recipe_hash = \"{hash}\"\nvalue = 12.5"), 1);
+    let other_recipe = |baseline: &str| {
+        let rows = values(&parse(BASELINE)).into_iter().map(|row| Wanted {
+            recipe_hash: Some(0xbb),
+            ..row
+        });
+        Ledger::of(baseline, sibling::commit(), rows)
+    };
+
+    let ledger = other_recipe(&pinned("00000000000000aa"));
+    let result = ledger.check(&[]).result(3);
+    assert_eq!(statuses(&result), ["missing", "ok", "ok", "ok"]);
+    let note = result["rows"][0]["note"].as_str().unwrap();
+    assert!(
+        note.contains("00000000000000aa") && note.contains("00000000000000bb"),
+        "{note}"
+    );
+
+    let auto = other_recipe(&pinned("auto"));
+    let ran = auto.check(&[]);
+    assert!(
+        ran.json()["warnings"][0].as_str().unwrap().contains("`auto`"),
+        "{ran:?}"
+    );
+    assert_eq!(statuses(&ran.result(0)), ["ok"; 4]);
+
+    for ledger in [ledger, auto] {
+        assert_eq!(ledger.check(&["--update"]).result(0)["updated"], true);
+        assert_eq!(
+            fs_err::read_to_string(ledger.place.join("baseline.toml")).unwrap(),
+            pinned("00000000000000bb").replace("1048576", "1048576.0")
+        );
+        let ran = ledger.check(&[]);
+        assert_eq!(ran.json()["warnings"].as_array().unwrap().len(), 0, "{ran:?}");
+        assert_eq!(statuses(&ran.result(0)), ["ok"; 4]);
     }
 }
 
@@ -216,7 +318,7 @@ fn timings_are_gated_on_request_as_a_ratio_beyond_the_noise() {
     ] {
         let rows = values(&parse(BASELINE))
             .into_iter()
-            .filter(|(_, metric, _)| !metric.ends_with("measured_ms"));
+            .filter(|row| !row.metric.ends_with("measured_ms"));
         let ledger = Ledger::of(BASELINE, sibling::commit(), rows);
         ledger.record(subject, "baseline_measured_ms", reference);
         ledger.record(subject, "measured_ms", measured);
@@ -227,7 +329,7 @@ fn timings_are_gated_on_request_as_a_ratio_beyond_the_noise() {
     }
     let rows = values(&parse(BASELINE))
         .into_iter()
-        .filter(|(_, metric, _)| metric != "baseline_measured_ms");
+        .filter(|row| row.metric != "baseline_measured_ms");
     let without_reference = Ledger::of(BASELINE, sibling::commit(), rows);
     assert_eq!(
         statuses(&without_reference.check(&["--measured"]).result(3))[4],
@@ -266,6 +368,20 @@ fn the_table_shows_every_row_in_100_columns() {
         "{}",
         ran.stdout
     );
+    let build = "0123456789abcdef";
+    let other = Ledger::of_build(BASELINE, sibling::commit(), build, values(&parse(BASELINE)));
+    let missing = other.place.run(["check", "--baseline", "baseline.toml"]);
+    assert_eq!(
+        missing.stdout.matches(build).count(),
+        2,
+        "once per subject: {missing:?}"
+    );
+    assert!(missing.stdout.lines().all(|line| line.chars().count() <= 100));
+    let line = |text: &str| ran.stdout.lines().position(|line| line.starts_with(text));
+    // Subjects in full, each once, their metrics below them.
+    assert!(line("compress:moe-int4:tiny").unwrap() < line("  bytes_after").unwrap());
+    assert!(line("  bytes_after").unwrap() < line("search:quickstart:glyphs").unwrap());
+    assert_eq!(ran.stdout.matches("search:quickstart:glyphs").count(), 1);
     assert!(
         ran.stdout.contains("perplexity_after") && ran.stdout.contains("4 ok, 0 better, 0 worse, 0 missing"),
         "{}",

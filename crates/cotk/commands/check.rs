@@ -1,11 +1,11 @@
-//! `cotk check`: the ledger's latest rows of this build's commit against the committed baseline. Reads the ledger and
+//! `cotk check`: the ledger's latest rows of this commit and build against the committed baseline. Reads the ledger and
 //! the baseline, nothing else; the verdicts are `cotk_ledger::check`'s.
 
 use std::path::PathBuf;
 
 use cotk_ledger::Ledger;
-use cotk_ledger::baseline::{Baseline, Kind};
-use cotk_ledger::check::{Checked, Status, Timings, check};
+use cotk_ledger::baseline::{Baseline, Kind, Pin, Update};
+use cotk_ledger::check::{Checked, Current, Pins, Status, Timings, check};
 use cotk_run::files;
 use cotk_run::units::significant;
 use serde_json::json;
@@ -15,7 +15,7 @@ use crate::fault::{Fault, REGRESSION};
 use crate::sibling;
 use crate::table::Table;
 
-/// Compare the ledger's latest figures of this commit with the committed baseline; exit 3 when one got worse
+/// Compare the ledger's latest figures of this build with the committed baseline; exit 3 when one got worse
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Examples:\n  cotk check\n  cotk check --baseline benches/baseline.toml --ledger runs/ledger --measured"
@@ -30,7 +30,8 @@ pub struct Args {
     /// Gate measured timings too, each as a ratio to a reference timed in the same run
     #[arg(long)]
     pub measured: bool,
-    /// Write the current values into the baseline; refused while one is missing
+    /// Write the current values, and the hashes where a row has one or `auto`, into the baseline; refused while one is
+    /// missing
     #[arg(long)]
     pub update: bool,
 }
@@ -48,20 +49,22 @@ pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
     };
     let baseline = Baseline::load(&args.baseline)?;
     let ledger = Ledger::open(&folder)?;
-    let commit = sibling::commit();
-    let rows = check(&baseline, &ledger, commit, timings)?;
+    let (commit, build) = (sibling::commit(), sibling::build_id());
+    let pins = if args.update { Pins::Renewed } else { Pins::Strict };
+    let rows = check(&baseline, &ledger, Current { commit, build }, pins, timings)?;
 
     let missing = count(&rows, Status::Missing);
     let failed = rows.iter().filter(|row| !row.status.passes()).count();
     let mut warnings = Vec::new();
     if missing > 0 {
         warnings.push(format!(
-            "{missing} of {} guarded facts have no row of commit {commit} in {} ({} rows in all): `cargo xtask demo` records them",
+            "{missing} of {} guarded facts have no row of commit {commit}, build {build} in {} ({} rows in all): `cargo xtask demo` records them",
             rows.len(),
             folder.display(),
             ledger.row_count(),
         ));
     }
+    warnings.extend(pin_warnings(&baseline, &rows, args.update && missing == 0));
     let mut text = table(&rows);
     text.push_str(&format!(
         "\n{} facts of commit {commit}: {} ok, {} better, {} worse, {missing} missing\n",
@@ -79,6 +82,7 @@ pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
         "baseline": baseline.file(),
         "ledger": folder,
         "commit": commit,
+        "build": build,
         "rows": rows.iter().map(|row| json!({
             "subject": row.subject,
             "metric": row.metric,
@@ -88,6 +92,9 @@ pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
             "current": row.current,
             "tolerance": row.tolerance,
             "status": row.status.name(),
+            "note": row.note,
+            "recipe_hash": row.recipe_hash,
+            "inputs": row.inputs,
         })).collect::<Vec<_>>(),
         // Everything that fails the check: worse and missing alike.
         "regressions": failed,
@@ -104,28 +111,59 @@ fn count(rows: &[Checked], status: Status) -> usize {
 }
 
 fn update(baseline: &Baseline, rows: &[Checked]) -> Result<(), Fault> {
-    let mut values = vec![None; baseline.rows().len()];
+    let mut updates = vec![Update::default(); baseline.rows().len()];
     for row in rows {
-        values[row.index] = row.current;
+        updates[row.index] = Update {
+            value: row.current,
+            recipe_hash: row.recipe_hash.clone(),
+            inputs: row.inputs.clone(),
+        };
     }
     Ok(files::write_atomic(
         baseline.file(),
-        baseline.with_values(&values).as_bytes(),
+        baseline.with_updates(&updates).as_bytes(),
     )?)
 }
 
-fn table(rows: &[Checked]) -> String {
-    let mut table = Table::new(&[
-        "subject",
-        "metric",
-        "unit",
-        "baseline",
-        "current",
-        "change",
-        "tolerance",
-        "status",
-    ]);
+/// One line per subject and key: `auto` admits any row, and an update pins another hash.
+fn pin_warnings(baseline: &Baseline, rows: &[Checked], is_updated: bool) -> Vec<String> {
+    let mut warnings = Vec::new();
     for row in rows {
+        let guarded = &baseline.rows()[row.index];
+        for (key, pin, hash) in [
+            ("recipe_hash", guarded.recipe_hash(), &row.recipe_hash),
+            ("inputs", guarded.inputs(), &row.inputs),
+        ] {
+            let subject = &row.subject;
+            let warning = match (pin, hash) {
+                (Pin::Auto, None) => format!("{subject}: {key} is `auto`, rows of any count"),
+                (Pin::Auto, Some(hash)) if !is_updated => {
+                    format!("{subject}: {key} is `auto`, rows of any count: `cotk check --update` pins {hash}")
+                }
+                (Pin::Hash(old), Some(new)) if old != new => format!("{subject}: {key} was {old}, is {new} now"),
+                _ => continue,
+            };
+            if !warnings.contains(&warning) {
+                warnings.push(warning);
+            }
+        }
+    }
+    warnings
+}
+
+/// Metrics below a line with their subject, which is too long for a column.
+fn table(rows: &[Checked]) -> String {
+    let mut table = Table::new(&["metric", "unit", "baseline", "current", "change", "tolerance", "status"]);
+    let mut subjects: Vec<&str> = Vec::new();
+    for row in rows {
+        if !subjects.contains(&row.subject.as_str()) {
+            subjects.push(&row.subject);
+        }
+    }
+    let groups = subjects
+        .iter()
+        .map(|&subject| (subject, rows.iter().filter(move |row| row.subject == subject)));
+    for row in groups.clone().flat_map(|(_, rows)| rows) {
         let show = |value: f64| match row.kind {
             Kind::Bytes => format!("{value}"),
             Kind::Accuracy | Kind::Predicted | Kind::Measured => significant(value, 5),
@@ -139,8 +177,7 @@ fn table(rows: &[Checked]) -> String {
             }
         });
         table.row([
-            row.subject.clone(),
-            row.metric.clone(),
+            format!("  {}", row.metric),
             row.unit.clone(),
             show(row.baseline),
             row.current.map_or_else(String::new, show),
@@ -149,5 +186,24 @@ fn table(rows: &[Checked]) -> String {
             row.status.name().to_owned(),
         ]);
     }
-    table.render()
+    let rendered = table.render();
+    let mut lines = rendered.lines();
+    let mut text: String = lines.by_ref().take(2).flat_map(|line| [line, "\n"]).collect(); // head and rule
+    for (subject, rows) in groups {
+        let subject: Vec<char> = subject.chars().collect();
+        for part in subject.chunks(100) {
+            text.extend(part);
+            text.push('\n');
+        }
+        for line in lines.by_ref().take(rows.clone().count()) {
+            text.push_str(line);
+            text.push('\n');
+        }
+        let mut notes: Vec<&str> = rows.filter_map(|row| row.note.as_deref()).collect();
+        notes.dedup();
+        for note in notes {
+            text.push_str(&format!("  missing: {note}\n"));
+        }
+    }
+    text
 }

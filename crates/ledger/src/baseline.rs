@@ -11,6 +11,7 @@ use toml::Spanned;
 use crate::{Error, Result};
 
 const LIMIT_BYTES: u64 = 1 << 20;
+const AUTO: &str = "auto";
 
 /// A baseline file.
 #[derive(Debug, Clone)]
@@ -64,6 +65,12 @@ pub struct BaselineRow {
     /// Only rows of this seed count; absent: of any.
     #[serde(default)]
     pub seed: Option<u64>,
+    /// Only rows of this resolved recipe count; absent: of any.
+    #[serde(default)]
+    recipe_hash: Option<Spanned<String>>,
+    /// Only rows of these inputs count; absent: of any.
+    #[serde(default)]
+    inputs: Option<Spanned<String>>,
     /// For `measured` alone: what was timed in the same run.
     #[serde(default)]
     pub reference: Option<Reference>,
@@ -120,10 +127,57 @@ pub struct Reference {
     pub metric: String,
 }
 
+/// A hash that a row's origin must have: of the recipe, or of the inputs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pin<'a> {
+    /// Any will do.
+    Absent,
+    /// `auto`: any will do until the baseline is next updated.
+    Auto,
+    /// 16 hexadecimal digits.
+    Hash(&'a str),
+}
+
+impl Pin<'_> {
+    /// Whether a row of this hash counts.
+    pub fn admits(self, hash: Option<&str>) -> bool {
+        match self {
+            Self::Absent | Self::Auto => true,
+            Self::Hash(pinned) => hash == Some(pinned),
+        }
+    }
+}
+
+fn pin(key: Option<&Spanned<String>>) -> Pin<'_> {
+    match key.map(|key| key.get_ref().as_str()) {
+        None => Pin::Absent,
+        Some(AUTO) => Pin::Auto,
+        Some(hash) => Pin::Hash(hash),
+    }
+}
+
+/// What to write into a row: `None` keeps the old. A hash is written only where the row has that key already.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Update {
+    pub value: Option<f64>,
+    pub recipe_hash: Option<String>,
+    pub inputs: Option<String>,
+}
+
 impl BaselineRow {
     /// The committed value.
     pub fn value(&self) -> f64 {
         *self.value.get_ref()
+    }
+
+    /// The resolved recipe that a row must be of.
+    pub fn recipe_hash(&self) -> Pin<'_> {
+        pin(self.recipe_hash.as_ref())
+    }
+
+    /// The inputs that a row must be of.
+    pub fn inputs(&self) -> Pin<'_> {
+        pin(self.inputs.as_ref())
     }
 }
 
@@ -181,16 +235,22 @@ impl Baseline {
         self.content.measured
     }
 
-    /// The file's text with new values (one per row; `None` keeps the old): comments and layout stay.
-    pub fn with_values(&self, values: &[Option<f64>]) -> String {
-        let mut text = self.text.clone();
-        // From the end, so that the spans before stay true.
-        let mut changes: Vec<_> = self.rows().iter().map(|row| row.value.span()).zip(values).collect();
-        changes.sort_by_key(|(span, _)| std::cmp::Reverse(span.start));
-        for (span, value) in changes {
-            if let Some(value) = value {
-                text.replace_range(span, &format!("{value:?}"));
+    /// The file's text with what changed (one update per row): comments and layout stay.
+    pub fn with_updates(&self, updates: &[Update]) -> String {
+        let mut changes = Vec::new();
+        for (row, update) in self.rows().iter().zip(updates) {
+            changes.extend(update.value.map(|value| (row.value.span(), format!("{value:?}"))));
+            for (key, hash) in [(&row.recipe_hash, &update.recipe_hash), (&row.inputs, &update.inputs)] {
+                if let (Some(key), Some(hash)) = (key, hash) {
+                    changes.push((key.span(), format!("\"{hash}\"")));
+                }
             }
+        }
+        // From the end, so that the spans before stay true.
+        changes.sort_by_key(|(span, _)| std::cmp::Reverse(span.start));
+        let mut text = self.text.clone();
+        for (span, new) in changes {
+            text.replace_range(span, &new);
         }
         text
     }
@@ -211,6 +271,14 @@ fn wrong(row: &BaselineRow, before: &[BaselineRow]) -> Option<(&'static str, Str
             "there twice".to_owned(),
             "one row of each subject, metric and seed",
         ));
+    }
+    for (key, pin) in [("recipe_hash", row.recipe_hash()), ("inputs", row.inputs())] {
+        let is_digit = |c: u8| c.is_ascii_digit() || (b'a'..=b'f').contains(&c);
+        if let Pin::Hash(hash) = pin
+            && !(hash.len() == 16 && hash.bytes().all(is_digit))
+        {
+            return Some((key, format!("`{hash}`"), "`auto` or 16 lower-case hexadecimal digits"));
+        }
     }
     match (is_measured, amount, &row.reference) {
         (false, None, _) => Some(("tolerance", "absent".to_owned(), "{ absolute = x } or { relative = x }")),
@@ -257,11 +325,19 @@ reference = { subject = "search:x", metric = "reference_ms" }
         Baseline::parse(Path::new("b.toml"), text.to_owned())
     }
 
+    fn of_values(values: [Option<f64>; 3]) -> [Update; 3] {
+        values.map(|value| Update {
+            value,
+            recipe_hash: Some("0123456789abcdef".into()),
+            inputs: Some("fedcba9876543210".into()),
+        })
+    }
+
     #[test]
     fn new_values_change_the_values_alone() {
         let baseline = parse(TEXT).unwrap();
-        assert_eq!(baseline.with_values(&[None; 3]), TEXT);
-        let changed = baseline.with_values(&[Some(0.1 + 0.2), None, Some(3.0)]);
+        assert_eq!(baseline.with_updates(&of_values([None; 3])), TEXT);
+        let changed = baseline.with_updates(&of_values([Some(0.1 + 0.2), None, Some(3.0)]));
         assert_eq!(
             changed,
             TEXT.replace("12.5 #", "0.30000000000000004 #")
@@ -269,6 +345,29 @@ reference = { subject = "search:x", metric = "reference_ms" }
         );
         let values: Vec<f64> = parse(&changed).unwrap().rows().iter().map(BaselineRow::value).collect();
         assert_eq!(values, [0.1 + 0.2, 1000.0, 3.0]);
+    }
+
+    #[test]
+    fn hashes_are_written_where_the_author_asked_for_them() {
+        for old in ["\"auto\"", "'aaaaaaaaaaaaaaaa'"] {
+            let text = TEXT.replacen(
+                "value = 12.5",
+                &format!("recipe_hash = {old}  # pinned\nvalue = 12.5"),
+                1,
+            );
+            let text = text.replacen("value = 1000", &format!("value = 1000\ninputs = {old}"), 1);
+            let changed = parse(&text).unwrap().with_updates(&of_values([Some(1.5), None, None]));
+            assert_eq!(
+                changed,
+                text.replace("12.5", "1.5")
+                    .replace(&format!("recipe_hash = {old}"), "recipe_hash = \"0123456789abcdef\"")
+                    .replace(&format!("inputs = {old}"), "inputs = \"fedcba9876543210\"")
+            );
+            let baseline = parse(&changed).unwrap();
+            assert_eq!(baseline.rows()[0].recipe_hash(), Pin::Hash("0123456789abcdef"));
+            assert_eq!(baseline.rows()[1].inputs(), Pin::Hash("fedcba9876543210"));
+            assert_eq!(baseline.rows()[1].recipe_hash(), Pin::Absent);
+        }
     }
 
     #[test]
@@ -282,6 +381,16 @@ reference = { subject = "search:x", metric = "reference_ms" }
             ("{ relative = 0.01 }", "{ relative = -1 }", "tolerance is -1"),
             ("{ relative = 0.01 }", "{ relative = nan }", "tolerance is NaN"),
             ("value = 12.5", "value = inf", "value is inf"),
+            (
+                "value = 12.5",
+                "value = 12.5\nrecipe_hash = \"12\"",
+                "recipe_hash is `12`",
+            ),
+            (
+                "value = 12.5",
+                "value = 12.5\ninputs = \"ABCDEF0123456789\"",
+                "inputs is `ABCDEF",
+            ),
             (
                 "\nreference = { subject = \"search:x\", metric = \"reference_ms\" }",
                 "",

@@ -1,7 +1,7 @@
-//! Baseline against ledger: one verdict per guarded fact. Pure. Law: a fact that this commit has not recorded is
-//! `missing`, never passed over; a timing is judged as a ratio to what was timed in the same run, beyond its own noise.
+//! Baseline against ledger: one verdict per guarded fact. Pure. Law: a fact that this build has not recorded, of the
+//! recipe and inputs that the baseline pins, is `missing`, never passed over; a timing is judged as a ratio to what was timed in the same run, beyond its own noise.
 
-use crate::baseline::{Baseline, BaselineRow, Better, Kind, MeasuredGate, Tolerance};
+use crate::baseline::{Baseline, BaselineRow, Better, Kind, MeasuredGate, Pin, Tolerance};
 use crate::{Error, Ledger, Result, Row};
 
 /// Whether `measured` rows are gated.
@@ -9,6 +9,23 @@ use crate::{Error, Ledger, Result, Row};
 pub enum Timings {
     Ignored,
     Gated,
+}
+
+/// Which rows are current: those of this commit and this build.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Current<'a> {
+    pub commit: &'a str,
+    /// Another build of the same commit had other sources.
+    pub build: &'a str,
+}
+
+/// What a pinned hash does to rows of another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pins {
+    /// They do not count.
+    Strict,
+    /// They count where there is none of the pinned hash: the baseline is about to be written anew.
+    Renewed,
 }
 
 /// The verdict on one row.
@@ -20,7 +37,7 @@ pub enum Status {
     Better,
     /// Worse by more than the tolerance.
     Regression,
-    /// No row of this commit.
+    /// No row of this commit, build, recipe and inputs.
     Missing,
 }
 
@@ -55,25 +72,48 @@ pub struct Checked {
     /// How much worse is still the same, in the unit of the value.
     pub tolerance: f64,
     pub status: Status,
+    /// Of a missing one: what this commit recorded instead.
+    pub note: Option<String>,
+    /// Recipe of the row that was taken.
+    pub recipe_hash: Option<String>,
+    /// Inputs of the row that was taken.
+    pub inputs: Option<String>,
     /// Index of its row in [`Baseline::rows`].
     pub index: usize,
 }
 
-/// Compares the latest rows of `commit` with the baseline, in the order of the baseline.
+/// Compares the latest current rows with the baseline, in the order of the baseline.
 ///
 /// # Errors
 /// [`Error::NothingToCheck`] when no row is left to gate; [`Error::Query`], a bug.
-pub fn check(baseline: &Baseline, ledger: &Ledger, commit: &str, timings: Timings) -> Result<Vec<Checked>> {
-    let latest = ledger.latest(commit)?;
+pub fn check(
+    baseline: &Baseline,
+    ledger: &Ledger,
+    current: Current<'_>,
+    pins: Pins,
+    timings: Timings,
+) -> Result<Vec<Checked>> {
+    let (latest, other_builds): (Vec<Row>, Vec<Row>) = ledger
+        .latest(current.commit)?
+        .into_iter()
+        .partition(|row| row.build.as_deref() == Some(current.build));
     let mut checked = Vec::new();
     for (index, row) in baseline.rows().iter().enumerate() {
-        if row.kind == Kind::Measured {
-            if timings == Timings::Gated {
-                checked.push(judge_timing(index, row, ledger, &latest, commit, baseline.measured())?);
-            }
-        } else {
-            checked.push(judge(index, row, find(&latest, &row.subject, &row.metric, row.seed)));
+        if row.kind == Kind::Measured && timings == Timings::Ignored {
+            continue;
         }
+        let found = find(&latest, row, pins);
+        let mut one = if row.kind == Kind::Measured {
+            judge_timing(index, row, ledger, found, baseline.measured())?
+        } else {
+            judge(index, row, found)
+        };
+        if let Some(found) = found.filter(|_| one.current.is_some()) {
+            (one.recipe_hash, one.inputs) = (found.recipe_hash.clone(), found.inputs.clone());
+        } else {
+            one.note = note(row, found, &latest, &other_builds, current);
+        }
+        checked.push(one);
     }
     if checked.is_empty() {
         return Err(Error::NothingToCheck {
@@ -83,10 +123,53 @@ pub fn check(baseline: &Baseline, ledger: &Ledger, commit: &str, timings: Timing
     Ok(checked)
 }
 
+fn is_of(row: &Row, wanted: &BaselineRow) -> bool {
+    row.subject == wanted.subject && row.metric == wanted.metric && (wanted.seed.is_none() || row.seed == wanted.seed)
+}
+
 /// The last of them in time: [`Ledger::latest`] sorts.
-fn find<'a>(rows: &'a [Row], subject: &str, metric: &str, seed: Option<u64>) -> Option<&'a Row> {
-    rows.iter()
-        .rfind(|row| row.subject == subject && row.metric == metric && (seed.is_none() || row.seed == seed))
+fn find<'a>(rows: &'a [Row], wanted: &BaselineRow, pins: Pins) -> Option<&'a Row> {
+    let is_pinned = |row: &&Row| {
+        wanted.recipe_hash().admits(row.recipe_hash.as_deref()) && wanted.inputs().admits(row.inputs.as_deref())
+    };
+    let of_pins = rows.iter().rfind(|row| is_of(row, wanted) && is_pinned(row));
+    of_pins.or_else(|| {
+        let any = || rows.iter().rfind(|row| is_of(row, wanted));
+        (pins == Pins::Renewed).then(any).flatten()
+    })
+}
+
+/// Why a fact is missing although this commit recorded something like it.
+fn note(
+    wanted: &BaselineRow,
+    found: Option<&Row>,
+    latest: &[Row],
+    other_builds: &[Row],
+    current: Current<'_>,
+) -> Option<String> {
+    if found.is_some() {
+        return Some("its run has no row of the reference".to_owned());
+    }
+    let last = |rows: &[Row]| rows.iter().rfind(|row| is_of(row, wanted)).cloned();
+    if let Some(row) = last(latest) {
+        let said = [
+            ("recipe", wanted.recipe_hash(), row.recipe_hash.as_deref()),
+            ("inputs", wanted.inputs(), row.inputs.as_deref()),
+        ];
+        let (what, pinned, hash) = said.into_iter().find_map(|(what, pin, hash)| match pin {
+            Pin::Hash(pinned) if !pin.admits(hash) => Some((what, pinned, hash.unwrap_or("none"))),
+            _ => None,
+        })?;
+        return Some(format!(
+            "rows of this build are of {what} {hash}, the baseline's is {pinned}"
+        ));
+    }
+    let row = last(other_builds)?;
+    Some(format!(
+        "rows of this commit are of build {}, this is build {}",
+        row.build.as_deref().unwrap_or("unknown"),
+        current.build
+    ))
 }
 
 fn judge(index: usize, row: &BaselineRow, current: Option<&Row>) -> Checked {
@@ -103,26 +186,24 @@ fn judge_timing(
     index: usize,
     row: &BaselineRow,
     ledger: &Ledger,
-    latest: &[Row],
-    commit: &str,
+    newest: Option<&Row>,
     gate: MeasuredGate,
 ) -> Result<Checked> {
     let Some(reference) = &row.reference else {
         return Ok(verdict(index, row, None, 0.0)); // the baseline's reader lets none through
     };
-    let ratios = ratios(
-        &ledger.history(&row.subject, &row.metric)?,
-        &ledger.history(&reference.subject, &reference.metric)?,
-        row.seed,
+    let (timings, references) = (
+        ledger.history(&row.subject, &row.metric)?,
+        ledger.history(&reference.subject, &reference.metric)?,
     );
-    let newest = find(latest, &row.subject, &row.metric, row.seed);
-    let current = newest.and_then(|newest| {
-        let is_newest =
-            |ratio: &&Ratio| ratio.commit == commit && ratio.time == newest.time && ratio.of == newest.value;
-        ratios.iter().rfind(is_newest)
-    });
-    let device = newest.map_or("", |row| row.device.as_str());
-    let series: Vec<f64> = ratios.iter().filter(|r| r.device == device).map(|r| r.value).collect();
+    let ratios = ratios(&timings, &references, row.seed);
+    let current = newest.and_then(|newest| ratios.iter().rfind(|ratio| ratio.timing == newest));
+    // Another machine or another recipe is another series.
+    let series: Vec<f64> = ratios
+        .iter()
+        .filter(|r| newest.is_some_and(|n| (&n.device, &n.recipe_hash) == (&r.timing.device, &r.timing.recipe_hash)))
+        .map(|r| r.value)
+        .collect();
     let noise = noise_of(&series).max(current.map_or(0.0, |ratio| ratio.relative_spread));
     let tolerance = gate.floor.max(gate.noise_factor * noise) * row.value();
     Ok(verdict(
@@ -134,21 +215,19 @@ fn judge_timing(
 }
 
 /// A timing over its reference of the same run.
-struct Ratio {
+struct Ratio<'a> {
     value: f64,
     /// Of timing and reference together, as a fraction.
     relative_spread: f64,
-    of: f64,
-    time: String,
-    commit: String,
-    device: String,
+    timing: &'a Row,
 }
 
-/// Pairs each timing with the reference that the same run of the program recorded: same run, command and commit, and
-/// the nearest of these in the order of recording.
-fn ratios(timings: &[Row], references: &[Row], seed: Option<u64>) -> Vec<Ratio> {
+/// Pairs each timing with the reference that the same run of the program recorded: same run, command, build, recipe
+/// and so on, and the nearest of these in the order of recording.
+fn ratios<'a>(timings: &'a [Row], references: &[Row], seed: Option<u64>) -> Vec<Ratio<'a>> {
     let same_run = |a: &Row, b: &Row| {
         (&a.run, &a.command, &a.commit, a.seed, &a.device) == (&b.run, &b.command, &b.commit, b.seed, &b.device)
+            && (&a.build, &a.recipe_hash, &a.inputs) == (&b.build, &b.recipe_hash, &b.inputs)
     };
     let spread = |row: &Row| row.spread.unwrap_or(0.0) / row.value.abs();
     timings
@@ -162,10 +241,7 @@ fn ratios(timings: &[Row], references: &[Row], seed: Option<u64>) -> Vec<Ratio> 
             Some(Ratio {
                 value: timing.value / reference.value,
                 relative_spread: spread(timing).hypot(spread(reference)),
-                of: timing.value,
-                time: timing.time.clone(),
-                commit: timing.commit.clone(),
-                device: timing.device.clone(),
+                timing,
             })
         })
         .collect()
@@ -219,6 +295,9 @@ fn verdict(index: usize, row: &BaselineRow, current: Option<(f64, String)>, tole
         current,
         tolerance,
         status,
+        note: None,
+        recipe_hash: None,
+        inputs: None,
         index,
     }
 }
@@ -258,6 +337,11 @@ value = 2.0
 reference = { subject = "search:x", metric = "reference_ms" }
 "#;
 
+    const NOW: Current<'_> = Current {
+        commit: "now",
+        build: "this",
+    };
+
     struct Bench {
         dir: tempfile::TempDir,
     }
@@ -270,8 +354,22 @@ reference = { subject = "search:x", metric = "reference_ms" }
         }
 
         fn record(&self, commit: &str, run: &str, facts: &[(&str, &str, f64, f64)]) {
+            self.record_of(commit, "this", None, run, facts);
+        }
+
+        fn record_of(
+            &self,
+            commit: &str,
+            build: &str,
+            recipe: Option<u64>,
+            run: &str,
+            facts: &[(&str, &str, f64, f64)],
+        ) {
             let provenance = Provenance {
                 commit: commit.into(),
+                build: Some(build.into()),
+                recipe_hash: recipe,
+                inputs: recipe,
                 command: "cotk search".into(),
                 device: "cpu".into(),
                 run: Some(run.into()),
@@ -285,10 +383,14 @@ reference = { subject = "search:x", metric = "reference_ms" }
             }
         }
 
-        fn check(&self, timings: Timings) -> Vec<(Status, Option<f64>)> {
+        fn checked(&self, pins: Pins, timings: Timings) -> Vec<Checked> {
             let baseline = Baseline::load(self.dir.path().join("baseline.toml")).unwrap();
             let ledger = Ledger::open(self.dir.path()).unwrap();
-            let checked = check(&baseline, &ledger, "now", timings).unwrap();
+            check(&baseline, &ledger, NOW, pins, timings).unwrap()
+        }
+
+        fn check(&self, timings: Timings) -> Vec<(Status, Option<f64>)> {
+            let checked = self.checked(Pins::Strict, timings);
             checked.into_iter().map(|c| (c.status, c.current)).collect()
         }
     }
@@ -328,6 +430,47 @@ reference = { subject = "search:x", metric = "reference_ms" }
             [(Status::Ok, Some(10.0)), (Status::Missing, None)]
         );
         assert_eq!(bench.check(Timings::Gated)[2], (Status::Missing, None));
+    }
+
+    #[test]
+    fn rows_of_another_build_are_not_current_and_are_said() {
+        let bench = Bench::new();
+        bench.record_of("now", "before the edit", None, "r", &good(10.0, 0.9));
+        for one in bench.checked(Pins::Strict, Timings::Ignored) {
+            let note = one.note.unwrap();
+            assert_eq!(one.status, Status::Missing);
+            assert!(note.contains("before the edit") && note.contains("this"), "{note}");
+        }
+        bench.record("now", "r", &good(10.0, 0.9));
+        bench.record_of("now", "after the edit", None, "r", &good(11.0, 0.9));
+        assert_eq!(bench.check(Timings::Ignored)[0], (Status::Ok, Some(10.0)));
+    }
+
+    #[test]
+    fn rows_of_another_recipe_or_other_inputs_are_not_current() {
+        for key in ["recipe_hash", "inputs"] {
+            let bench = Bench::new();
+            let pinned = BASELINE.replacen("value", &format!("{key} = \"00000000000000aa\"\nvalue"), 1);
+            files::write_atomic(bench.dir.path().join("baseline.toml"), pinned.as_bytes()).unwrap();
+            assert!(bench.checked(Pins::Strict, Timings::Ignored)[0].note.is_none());
+            bench.record_of("now", "this", Some(0xbb), "r", &good(10.0, 0.9));
+            let one = bench.checked(Pins::Strict, Timings::Ignored).swap_remove(0);
+            let note = one.note.unwrap();
+            assert_eq!(one.status, Status::Missing);
+            assert!(
+                note.contains("00000000000000aa") && note.contains("00000000000000bb"),
+                "{note}"
+            );
+            // To be written anew, the other one will do, but never in place of the pinned one.
+            let one = bench.checked(Pins::Renewed, Timings::Ignored).swap_remove(0);
+            assert_eq!(one.recipe_hash.as_deref(), Some("00000000000000bb"));
+            bench.record_of("now", "this", Some(0xaa), "r", &good(10.0, 0.9));
+            bench.record_of("now", "this", Some(0xbb), "r", &good(11.0, 0.9));
+            for pins in [Pins::Strict, Pins::Renewed] {
+                let one = bench.checked(pins, Timings::Ignored).swap_remove(0);
+                assert_eq!((one.status, one.current), (Status::Ok, Some(10.0)));
+            }
+        }
     }
 
     #[test]
@@ -381,7 +524,13 @@ reference = { subject = "search:x", metric = "reference_ms" }
         for text in ["", &BASELINE[BASELINE.rfind("[[row]]").unwrap()..]] {
             let file = bench.dir.path().join("other.toml");
             files::write_atomic(&file, text.as_bytes()).unwrap();
-            let found = check(&Baseline::load(&file).unwrap(), &ledger, "now", Timings::Ignored);
+            let found = check(
+                &Baseline::load(&file).unwrap(),
+                &ledger,
+                NOW,
+                Pins::Strict,
+                Timings::Ignored,
+            );
             assert!(matches!(found, Err(Error::NothingToCheck { .. })), "{found:?}");
         }
     }

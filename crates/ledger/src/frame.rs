@@ -58,7 +58,7 @@ impl Ledger {
         self.frame.height()
     }
 
-    /// The latest row of each (subject, metric, seed) that a commit recorded, oldest first.
+    /// The latest row of each (subject, metric, seed, build, recipe, inputs) that a commit recorded, oldest first.
     ///
     /// # Errors
     /// [`Error::Query`], a bug.
@@ -69,7 +69,7 @@ impl Ledger {
             .lazy()
             .filter(col("commit").eq(lit(commit)))
             .sort(["time", "order"], SortMultipleOptions::default())
-            .group_by_stable([col("subject"), col("metric"), col("seed")])
+            .group_by_stable(["subject", "metric", "seed", "build", "recipe_hash", "inputs"].map(col))
             .agg([all().as_expr().last()])
             .sort(["time", "order"], SortMultipleOptions::default())
             .collect()
@@ -162,8 +162,10 @@ fn to_frame(rows: &[Row], first: u64) -> Result<DataFrame> {
         text("time", rows, |r| Some(&r.time)),
         text("cotk_version", rows, |r| Some(&r.cotk_version)),
         text("commit", rows, |r| Some(&r.commit)),
+        text("build", rows, |r| r.build.as_deref()),
         text("command", rows, |r| Some(&r.command)),
         text("recipe_hash", rows, |r| r.recipe_hash.as_deref()),
+        text("inputs", rows, |r| r.inputs.as_deref()),
         counts("seed", &|r| r.seed),
         text("device", rows, |r| Some(&r.device)),
         text("subject", rows, |r| Some(&r.subject)),
@@ -185,7 +187,7 @@ fn from_frame(frame: &DataFrame) -> Result<Vec<Row>> {
         (text("time")?, text("cotk_version")?, text("commit")?, text("command")?);
     let (recipe_hash, device, subject, metric) =
         (text("recipe_hash")?, text("device")?, text("subject")?, text("metric")?);
-    let (unit, run) = (text("unit")?, text("run")?);
+    let (unit, run, build, inputs) = (text("unit")?, text("run")?, text("build")?, text("inputs")?);
     let (value, spread) = (number("value")?, number("spread")?);
     let (seed, samples) = (count("seed")?, count("count")?);
     let owned = |column: &StringChunked, i: usize| column.get(i).map(str::to_owned);
@@ -195,8 +197,10 @@ fn from_frame(frame: &DataFrame) -> Result<Vec<Row>> {
             time: must(time, i),
             cotk_version: must(cotk_version, i),
             commit: must(commit, i),
+            build: owned(build, i),
             command: must(command, i),
             recipe_hash: owned(recipe_hash, i),
+            inputs: owned(inputs, i),
             seed: seed.get(i),
             device: must(device, i),
             subject: must(subject, i),

@@ -10,10 +10,14 @@ pub struct Provenance {
     pub cotk_version: String,
     /// Commit that the program was built from, 12 digits, or `unknown`.
     pub commit: String,
+    /// Id of the program's build: its sources, committed or not.
+    pub build: Option<String>,
     /// The command line as typed.
     pub command: String,
     /// Hash of the resolved recipe; absent where there is none.
     pub recipe_hash: Option<u64>,
+    /// Hash of the inputs that the figures depend on beside the recipe (texts, models); absent where none was taken.
+    pub inputs: Option<u64>,
     /// The run's seed; absent where nothing is drawn.
     pub seed: Option<u64>,
     /// The machine's profile id or CPU model.
@@ -30,10 +34,16 @@ pub struct Row {
     pub time: String,
     pub cotk_version: String,
     pub commit: String,
+    /// Absent in rows of the first programs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub build: Option<String>,
     pub command: String,
     /// 16 hexadecimal digits.
     #[serde(default)]
     pub recipe_hash: Option<String>,
+    /// 16 hexadecimal digits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inputs: Option<String>,
     #[serde(default)]
     pub seed: Option<u64>,
     pub device: String,
@@ -60,8 +70,10 @@ impl Row {
             time,
             cotk_version: provenance.cotk_version.clone(),
             commit: provenance.commit.clone(),
+            build: provenance.build.clone(),
             command: provenance.command.clone(),
             recipe_hash: provenance.recipe_hash.map(|hash| format!("{hash:016x}")),
+            inputs: provenance.inputs.map(|hash| format!("{hash:016x}")),
             seed: provenance.seed,
             device: provenance.device.clone(),
             subject: fact.subject,

@@ -132,8 +132,10 @@ mod tests {
         let provenance = Provenance {
             cotk_version: "0.1.0".into(),
             commit: "abc".into(),
+            build: Some("b1".into()),
             command: "cotk eval".into(),
             recipe_hash: Some(0x12),
+            inputs: Some(0xab),
             seed: Some(u64::MAX),
             device: "cpu".into(),
             run: None,
