@@ -8,6 +8,7 @@ use cotk_compress::recipe::Recipe;
 use cotk_compress::report::Report;
 use cotk_data::DataError;
 use cotk_latency::predict::CostModel;
+use cotk_run::files;
 use cotk_run::progress::Progress;
 use cotk_run::recipe;
 use cotk_run::units::{Bytes, significant};
@@ -66,14 +67,13 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
     };
     let predictor = predictor::find(cx, Some(&request.recipe.latency.profile))?;
     let mut warnings = predictor.as_ref().map(|p| p.warnings.clone()).unwrap_or_default();
-    let ledger = provenance::ledger(
-        cx,
-        Run {
-            recipe_hash: Some(recipe::hash(&request.recipe)?),
-            seed: Some(request.recipe.seed),
-            folder: None,
-        },
-    )?;
+    let run = Run {
+        recipe_hash: Some(recipe::hash(&request.recipe)?),
+        seed: Some(request.recipe.seed),
+        folder: None,
+    };
+    // A text that cannot be read is the pipeline's to say.
+    let ledger = provenance::ledger_with_inputs(cx, run, texts_hash(args).ok())?;
     let with = Surroundings {
         progress: &cx.ui,
         cancel: &cx.cancel,
@@ -97,6 +97,15 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         fields.remove("warnings");
     }
     Ok(Outcome::new(result, table(&report)).warn(warnings))
+}
+
+/// Hash over the texts that the figures depend on.
+fn texts_hash(args: &Args) -> cotk_run::Result<u64> {
+    let mut hashes = files::checksum_file(&args.calibration)?.to_le_bytes().to_vec();
+    if let Some(text) = &args.eval_text {
+        hashes.extend(files::checksum_file(text)?.to_le_bytes());
+    }
+    Ok(files::checksum(&hashes))
 }
 
 /// File name without folder and extension.
