@@ -30,15 +30,15 @@ pub fn find(cx: &Context, recipe: Option<&str>) -> Result<Option<Predictor>, Fau
         force: cx.force,
     };
     match profile::find(&request, &Identity::here(BTreeMap::new())) {
-        Ok(found) => Ok(Some(Predictor {
-            model: found.model(),
-            warnings: found
-                .flags
-                .iter()
-                .map(|flag| format!("{}: {flag:?}", found.folder.display()))
-                .collect(),
-            folder: found.folder,
-        })),
+        Ok(found) => {
+            let model = found.model();
+            let warning = |flag| format!("predicted from {}: {flag}", found.folder.display());
+            Ok(Some(Predictor {
+                warnings: model.flags().iter().map(warning).collect(),
+                model,
+                folder: found.folder,
+            }))
+        }
         Err(cotk_latency::Error::NoProfile { .. }) if !request.is_named() => Ok(None),
         Err(error) => Err(error.into()),
     }

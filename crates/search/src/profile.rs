@@ -52,7 +52,7 @@ pub fn find(flag: Option<&Path>, force: bool, recipe: &Recipe) -> Result<Option<
                 .model()
                 .flags()
                 .iter()
-                .map(|flag| format!("profile: {flag:?}"))
+                .map(|flag| format!("predicted from the profile: {flag}"))
                 .collect();
             let model = found.model();
             let folder = found.folder;
