@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::bad_input::{compress, compress_args};
-use crate::program::{Ran, Workplace};
+use crate::program::{Ran, Workplace, in_repository, tiny_model};
 
 type Files = Vec<(std::path::PathBuf, Vec<u8>)>;
 
@@ -120,4 +120,31 @@ fn an_unfinished_output_of_another_recipe_is_refused_with_both() {
     let error = place.run(other).fault(2);
     assert!(error["found"].is_string() && error["expected"].is_string(), "{error}");
     compress(&place, "out"); // the first recipe still resumes
+}
+
+/// Commands that only read or measure: Ctrl-C ends them with 130, one message, and nothing under a final name.
+#[test]
+fn ctrl_c_ends_eval_and_profile_with_130() {
+    let place = Workplace::new();
+    let tiny = tiny_model();
+    let text = fs_err::read_to_string(in_repository("data/tiny-qwen2moe/train.txt")).unwrap();
+    fs_err::write(place.join("long.txt"), text.repeat(40)).unwrap();
+    for args in [
+        &["eval", &tiny, "--text", "long.txt", "--json"][..],
+        &["profile", "--quick", "--out", "measured", "--json"],
+    ] {
+        let child = place.start(args);
+        std::thread::sleep(Duration::from_millis(900));
+        let _ = Command::new("kill")
+            .args(["-INT".to_owned(), child.id().to_string()])
+            .status();
+        let error = Ran::of(child.wait_with_output().expect("it was started")).fault(130);
+        assert_eq!(error["kind"], "interrupted", "{args:?}");
+        let resumes = error["help"].as_str().is_some_and(|help| help.contains("resumes"));
+        assert_eq!(resumes, args[0] == "profile", "{args:?}: {error}");
+    }
+    assert!(
+        !place.join("measured/profile.toml").exists(),
+        "a profile that is not whole"
+    );
 }
