@@ -37,7 +37,7 @@ pub struct Args {
     /// Only what the recipe's networks need, two sessions each: under a minute
     #[arg(long)]
     pub quick: bool,
-    /// Folder to write (default: ./profiles/<machine> in a checkout of cotk, else the user's data folder)
+    /// Folder to write (default: ./profiles/MACHINE in a checkout of cotk, else the user's data folder)
     #[arg(long, short, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Recipe of a search whose operators are measured
