@@ -53,7 +53,7 @@ fn stopped_and_killed_a_search_ends_in_the_same_network() {
     let place = Workplace::new();
     let mut finished = None;
     let mut stops = 0;
-    for (at, signal) in [(0.35, "INT"), (0.3, "KILL"), (0.25, "INT")] {
+    for (at, signal) in [(0.2, "INT"), (0.3, "KILL"), (0.3, "INT")] {
         let child = place.start(args(&[]));
         std::thread::sleep(took.mul_f64(at));
         let _ = Command::new("kill")
