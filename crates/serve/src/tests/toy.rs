@@ -1,7 +1,7 @@
 //! A deterministic engine of bytes. A text `cycle>` is continued by `cycle` again and again; a `.` in it is the end
 //! token, so that `ab.>` gives `ab`. Mode `little` flips the case. A prompt with `!` panics, one with `?` fails.
 
-use std::sync::Mutex;
+use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
 use cotk_model::moe::Mode;
@@ -16,6 +16,8 @@ pub(super) struct Toy {
     step_time: Duration,
     /// First byte of the sequence that moved, one entry a step.
     pub(super) steps: Mutex<Vec<u8>>,
+    held: Mutex<bool>,
+    released: Condvar,
 }
 
 impl Toy {
@@ -35,7 +37,24 @@ impl Toy {
             facts,
             step_time,
             steps: Mutex::default(),
+            held: Mutex::new(false),
+            released: Condvar::new(),
         }
+    }
+
+    /// No step ends before [`Toy::release`]: what a test says happens at once does, however busy the machine is.
+    pub(super) fn hold(&self) {
+        *self.held.lock().unwrap() = true;
+    }
+
+    pub(super) fn release(&self) {
+        *self.held.lock().unwrap() = false;
+        self.released.notify_all();
+    }
+
+    fn wait(&self) {
+        let held = self.held.lock().unwrap();
+        drop(self.released.wait_while(held, |held| *held).unwrap());
     }
 }
 
@@ -95,6 +114,7 @@ struct Cycle<'e> {
 impl Sequence for Cycle<'_> {
     fn advance(&mut self, tokens: &[u32]) -> Result<Step, EngineError> {
         assert!(!tokens.is_empty(), "a step has at least one token");
+        self.toy.wait();
         std::thread::sleep(self.toy.step_time);
         self.tokens.extend(tokens);
         assert!(self.tokens.len() <= self.toy.facts.context, "beyond the context");
