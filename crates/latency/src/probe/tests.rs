@@ -155,17 +155,10 @@ fn an_interrupted_measurement_goes_on_where_it_was() {
     let (again, runs) = wanted(None);
     let measured = measure(again, &plan(), &folder, &Cancel::new(), &Silent).unwrap();
     assert!(measured.resumed >= 8, "{}", measured.resumed);
-    let fresh = {
-        let (fresh, runs) = wanted(None);
-        measure(fresh, &plan(), &dir.path().join("fresh"), &Cancel::new(), &Silent).unwrap();
-        runs.load(Ordering::Relaxed)
-    };
-    // Sessions that disagreed are measured once more, so counts vary a little: but resumed ones are not repeated.
-    assert!(
-        runs.load(Ordering::Relaxed) < fresh + 25,
-        "{} {fresh}",
-        runs.load(Ordering::Relaxed)
-    );
+    // Two sessions a key and a third where they disagree; what the journal has is not run again.
+    let most = 3 * (20 + 5) - u32::try_from(measured.resumed).unwrap();
+    let ran = runs.load(Ordering::Relaxed);
+    assert!(ran <= most, "{ran} of at most {most}");
     assert_eq!(measured.profile.rows.len(), 20);
     // Another seed has other keys: times do not mix.
     let other = Plan {
