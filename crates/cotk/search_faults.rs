@@ -100,6 +100,20 @@ pub(crate) fn data(error: &DataError) -> Report {
             help: Some("fetch the file again".into()),
             ..facts("damaged-archive", WRONG_USE)
         },
+        DataError::Cell {
+            file,
+            column,
+            found,
+            expected,
+            ..
+        } => Report {
+            file: Some(file.display().to_string()),
+            key: Some(column.clone()),
+            found: Some(found.clone()),
+            expected: Some(expected.clone()),
+            help: Some("fetch the file again".into()),
+            ..facts("data-table", WRONG_USE)
+        },
         DataError::Section { key, found, expected } => Report {
             key: Some(format!("data.{key}")),
             found: Some(found.clone()),

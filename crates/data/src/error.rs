@@ -37,6 +37,15 @@ pub enum DataError {
     /// An archive that liblzma refuses.
     #[error("{}: not a readable xz file: {detail}", file.display())]
     Xz { file: PathBuf, detail: String },
+    /// A field of a table that cannot be right.
+    #[error("{}: line {line}: `{column}`: found {found}, expected {expected}", file.display())]
+    Cell {
+        file: PathBuf,
+        line: usize,
+        column: String,
+        found: String,
+        expected: String,
+    },
     /// A key of the `[data]` section asks for what the data set does not have.
     #[error("data.{key}: {found}, expected {expected}")]
     Section {

@@ -1,10 +1,11 @@
-//! Data sets and loaders: CIFAR-10, the built-in glyphs, text. Knows no model. Law: a data set is a value: the same
-//! section, seed and files give the same bytes; a file that cannot be right is refused with what was found.
+//! Data sets and loaders: CIFAR-10, the built-in glyphs, text, HELP's latency tables. Knows no model. Law: a data set is a
+//! value: the same section, seed and files give the same bytes; a file that cannot be right is refused with what was found.
 
 #![forbid(unsafe_code)]
 
 pub mod cifar;
 pub mod glyphs;
+pub mod help;
 pub mod images;
 pub mod loader;
 pub mod task;
