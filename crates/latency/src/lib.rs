@@ -10,9 +10,11 @@ pub mod expect;
 pub mod fit;
 pub mod graph;
 pub mod identity;
+pub mod judge;
 pub mod predict;
 pub mod probe;
 pub mod profile;
+pub mod transfer;
 pub mod work;
 
 pub use self::error::{Difference, Error, Result};

@@ -1,0 +1,9 @@
+//! A model of one machine from those of others and a handful of measurements. `few_shot`: whole networks by source models and
+//! counts; `cells`: NAS-Bench-201, where that is judged against HELP. Pure: who measures is elsewhere.
+
+pub mod cells;
+pub mod few_shot;
+
+mod cholesky;
+mod gaussian;
+mod mix;
