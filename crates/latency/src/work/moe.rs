@@ -1,0 +1,368 @@
+//! Operators of a mixture-of-experts decoder as our engine runs them: routed experts, dense f32 matrices, attention over a
+//! cache, and what is left of a layer. Keys and their counts (reference 2.2, 2.3); the engine's own rules of who works
+//! stand here as constants, so that a key names the work that is really done.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Family, Features, Heat, Term};
+
+/// Distinct experts of one layer, side by side on the threads, each for `tokens` tokens: gate and up `[inner, hidden]`,
+/// down `[hidden, inner]`, quantizing the tokens and summing the outputs included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ExpertKey {
+    pub hidden: u32,
+    pub inner: u32,
+    /// Bits of the prefix that is read: 2, 3, 4 or 8; 16: f16 or bf16.
+    pub bits: u32,
+    /// Planes that this prefix touches; 1 for a plain code.
+    pub planes: u32,
+    /// Weights per scale, along the input; 16-bit weights have no scales.
+    pub group: u32,
+    /// 0: whole matrices; else each is a product of two factors of this rank.
+    pub rank: u32,
+    /// Distinct experts of the call.
+    pub experts: u32,
+    /// Tokens at each of them.
+    pub tokens: u32,
+    pub threads: u32,
+    pub heat: Heat,
+}
+
+/// A dense f32 matrix `[outputs, inputs]` of the engine, for `tokens` rows of activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct DenseKey {
+    pub inputs: u32,
+    pub outputs: u32,
+    pub tokens: u32,
+    pub threads: u32,
+    pub heat: Heat,
+}
+
+/// Attention between its projections: rotary positions, the cache's new rows, scores, softmax, mix. f32 keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct AttentionKey {
+    pub heads: u32,
+    pub kv_heads: u32,
+    pub head_dim: u32,
+    /// Keys that the last token sees, its own among them.
+    pub keys: u32,
+    /// New tokens of each sequence, at most `keys`.
+    pub tokens: u32,
+    pub sequences: u32,
+    pub threads: u32,
+    pub heat: Heat,
+}
+
+/// What a decoder layer does beside matrices, attention and experts: two norms, the router's softmax and choice, sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct GlueKey {
+    pub hidden: u32,
+    /// Of the router; 1 in a layer without one.
+    pub experts: u32,
+    /// Experts per token.
+    pub top_k: u32,
+    pub tokens: u32,
+    pub threads: u32,
+}
+
+/// Tokens that an expert's kernel serves in one pass: 8, 4, 2 and 1, as many of each as it takes.
+const PASS_TOKENS: u32 = 8;
+/// Tokens of one job: larger groups are shared by several threads.
+const JOB_TOKENS: u32 = 64;
+/// Multiply-adds below which one thread runs all experts of a layer.
+const EXPERTS_PARALLEL_FROM: u64 = 1 << 20;
+/// Rows and outputs of one job of a dense matrix.
+const DENSE_ROWS: u32 = 256;
+const DENSE_OUTPUTS: u32 = 256;
+/// Multiply-adds below which one thread runs it.
+const DENSE_PARALLEL_FROM: u64 = 1 << 18;
+/// Keys of one block of attention.
+const KEY_BLOCK: u32 = 64;
+/// Times that a layer's state is read or written by what is not a matrix.
+const GLUE_PASSES: f64 = 12.0;
+
+impl ExpertKey {
+    /// Bytes of codes and f16 scales of one expert (reference 2.3): every one is read once per call.
+    pub fn weight_bytes(&self) -> f64 {
+        let of = |(rows, columns): (u32, u32)| {
+            let (n, k) = (f64::from(rows), f64::from(columns));
+            let scales = if self.bits == 16 {
+                0.0
+            } else {
+                2.0 * n * f64::from(columns.div_ceil(self.group.max(1)))
+            };
+            n * k * f64::from(self.bits) / 8.0 + scales
+        };
+        self.matrices().iter().copied().map(of).sum()
+    }
+
+    /// `(rows, columns)` of gate, up and down; with a rank of their factors. Empty places are `(0, 0)`.
+    fn matrices(&self) -> [(u32, u32); 6] {
+        let (h, i, r) = (self.hidden, self.inner, self.rank);
+        if r == 0 {
+            [(i, h), (i, h), (h, i), (0, 0), (0, 0), (0, 0)]
+        } else {
+            [(r, h), (i, r), (r, h), (i, r), (r, i), (h, r)]
+        }
+    }
+
+    /// Jobs of the call and tokens of each.
+    fn jobs(&self) -> (u32, u32) {
+        let parts = self.tokens.max(1).div_ceil(JOB_TOKENS);
+        (self.experts.max(1) * parts, self.tokens.max(1).div_ceil(parts))
+    }
+
+    /// Threads that the engine puts to work.
+    pub fn working_threads(&self) -> u32 {
+        let (jobs, tokens) = self.jobs();
+        let macs = 3 * u64::from(self.hidden) * u64::from(self.inner) * u64::from(jobs) * u64::from(tokens);
+        if macs >= EXPERTS_PARALLEL_FROM {
+            jobs.min(self.threads)
+        } else {
+            1
+        }
+        .max(1)
+    }
+
+    pub(super) fn features(&self) -> Features {
+        let (jobs, tokens) = self.jobs();
+        let threads = self.working_threads();
+        // What the busiest thread does one after another.
+        let rounds = f64::from(jobs.div_ceil(threads));
+        let passes = f64::from(tokens / PASS_TOKENS + (tokens % PASS_TOKENS).count_ones());
+        let (n, h, i) = (f64::from(tokens), f64::from(self.hidden), f64::from(self.inner));
+        let (mut weights, mut rows, mut groups) = (0.0, 0.0, 0.0);
+        for (r, c) in self.matrices() {
+            // 16 rows and 32 columns: the layout's padding.
+            let (padded_rows, padded_columns) = (f64::from(r.next_multiple_of(16)), f64::from(c.next_multiple_of(32)));
+            weights += padded_rows * padded_columns;
+            rows += padded_rows;
+            if self.bits != 16 {
+                groups += padded_rows * f64::from(c.div_ceil(self.group.max(1)));
+            }
+        }
+        let family = Family::Expert {
+            bits: self.bits,
+            planes: self.planes,
+            heat: self.heat,
+        };
+        Features::new(
+            family,
+            threads,
+            &[
+                (Term::Call, 1.0),
+                (Term::KernelCalls, rounds),
+                (Term::MegaWeights, rounds * passes * weights / 1e6),
+                (Term::MegaMacsPointwise, rounds * n * weights / 1e6),
+                (Term::KiloRows, rounds * passes * rows / 1e3),
+                (Term::KiloGroups, rounds * passes * groups / 1e3),
+                (Term::ActivationKib, rounds * n * 4.0 * (2.0 * h + 3.0 * i) / 1024.0),
+                // Threads share the memory: all bytes, not those of one thread.
+                (
+                    Term::WeightKib,
+                    f64::from(self.experts.max(1)) * self.weight_bytes() / 1024.0,
+                ),
+            ],
+        )
+    }
+}
+
+impl DenseKey {
+    /// Bytes of its weights.
+    pub fn weight_bytes(&self) -> f64 {
+        4.0 * f64::from(self.inputs) * f64::from(self.outputs)
+    }
+
+    pub(super) fn features(&self) -> Features {
+        let tokens = self.tokens.max(1);
+        let jobs = tokens.div_ceil(DENSE_ROWS) * self.outputs.div_ceil(DENSE_OUTPUTS);
+        let macs = u64::from(tokens) * u64::from(self.inputs) * u64::from(self.outputs);
+        let threads = if macs >= DENSE_PARALLEL_FROM {
+            jobs.min(self.threads)
+        } else {
+            1
+        }
+        .max(1);
+        let rounds = jobs.div_ceil(threads);
+        let job_macs =
+            f64::from(tokens.min(DENSE_ROWS)) * f64::from(self.inputs) * f64::from(self.outputs.min(DENSE_OUTPUTS));
+        // One job is as large as it is; several are padded to the rounds of the busiest thread.
+        let mega_macs = if jobs <= threads {
+            job_macs
+        } else {
+            f64::from(rounds) * job_macs
+        } / 1e6;
+        let (n, k, m) = (f64::from(tokens), f64::from(self.inputs), f64::from(self.outputs));
+        Features::new(
+            Family::Dense {
+                many: tokens > 1,
+                heat: self.heat,
+            },
+            threads,
+            &[
+                (Term::Call, 1.0),
+                (Term::KernelCalls, f64::from(rounds)),
+                (Term::MegaMacsPointwise, mega_macs),
+                (Term::ActivationKib, n * 4.0 * (k + m) / 1024.0),
+                (Term::WeightKib, self.weight_bytes() / 1024.0),
+            ],
+        )
+    }
+}
+
+impl AttentionKey {
+    /// Bytes of keys and values that one sequence's last token reads.
+    pub fn cache_bytes(&self) -> f64 {
+        8.0 * f64::from(self.keys) * f64::from(self.kv_heads) * f64::from(self.head_dim)
+    }
+
+    pub(super) fn features(&self) -> Features {
+        let (tokens, sequences) = (self.tokens.clamp(1, self.keys.max(1)), self.sequences.max(1));
+        // A job is a block of queries of one sequence.
+        let jobs = sequences * tokens.div_ceil(KEY_BLOCK);
+        let threads = jobs.min(self.threads).max(1);
+        let share = f64::from(jobs.div_ceil(threads)) / f64::from(jobs);
+        let (n, past) = (f64::from(tokens), f64::from(self.keys.max(tokens) - tokens));
+        let seen = f64::from(sequences) * (n * past + n * (n + 1.0) / 2.0);
+        let blocks = f64::from(jobs) * f64::from(self.keys.div_ceil(KEY_BLOCK)) * f64::from(self.kv_heads);
+        let (width, kv_width) = (
+            f64::from(self.heads) * f64::from(self.head_dim),
+            f64::from(self.kv_heads) * f64::from(self.head_dim),
+        );
+        let rows = f64::from(sequences) * n;
+        Features::new(
+            Family::Attention { heat: self.heat },
+            threads,
+            &[
+                (Term::Call, 1.0),
+                (Term::KernelCalls, share * blocks),
+                (Term::MegaMacs, share * 2.0 * seen * width / 1e6),
+                (Term::KiloScores, share * seen * f64::from(self.heads) / 1e3),
+                (
+                    Term::ActivationKib,
+                    rows * 4.0 * (3.0 * width + 4.0 * kv_width) / 1024.0,
+                ),
+                (Term::WeightKib, f64::from(jobs) * self.cache_bytes() / 1024.0),
+            ],
+        )
+    }
+}
+
+impl GlueKey {
+    pub(super) fn features(&self) -> Features {
+        let (n, h) = (f64::from(self.tokens.max(1)), f64::from(self.hidden));
+        Features::new(
+            Family::Glue,
+            // No thread shares this work, however many there are.
+            1,
+            &[
+                (Term::Call, 1.0),
+                (Term::ActivationKib, n * 4.0 * GLUE_PASSES * h / 1024.0),
+                (Term::KiloScores, n * f64::from(self.experts) / 1e3),
+            ],
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::work::{Block, Key};
+
+    pub(crate) fn expert() -> ExpertKey {
+        ExpertKey {
+            hidden: 512,
+            inner: 256,
+            bits: 4,
+            planes: 1,
+            group: 32,
+            rank: 0,
+            experts: 1,
+            tokens: 1,
+            threads: 1,
+            heat: Heat::Cold,
+        }
+    }
+
+    #[test]
+    fn bytes_of_an_expert_follow_the_formula() {
+        // 4 bits and a 16-bit scale per 32 weights: 4.5 bits each.
+        assert!((expert().weight_bytes() - 3.0 * 512.0 * 256.0 * 4.5 / 8.0).abs() < 1e-9);
+        let half = ExpertKey { bits: 16, ..expert() };
+        assert!((half.weight_bytes() - 3.0 * 512.0 * 256.0 * 2.0).abs() < 1e-9);
+        // Two factors of rank r: r·(rows + columns) weights each.
+        let factors = ExpertKey { rank: 64, ..expert() };
+        assert!((factors.weight_bytes() - 3.0 * 64.0 * (512.0 + 256.0) * 4.5 / 8.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn one_job_is_one_threads_work() {
+        let two = ExpertKey {
+            threads: 2,
+            hidden: 2048,
+            inner: 1024,
+            ..expert()
+        };
+        assert_eq!(
+            (two.working_threads(), ExpertKey { experts: 4, ..two }.working_threads()),
+            (1, 2)
+        );
+        // Small experts are not worth a second thread.
+        let small = ExpertKey {
+            threads: 2,
+            hidden: 64,
+            inner: 32,
+            experts: 4,
+            ..expert()
+        };
+        assert_eq!(small.working_threads(), 1);
+    }
+
+    proptest! {
+        /// Law: every count grows with every size but tokens (eight are one pass, seven are three), within a path.
+        #[test]
+        fn features_are_monotone_within_a_path(
+            (hidden, inner, rank, experts, tokens) in (32u32..3000, 32u32..2000, 0u32..200, 1u32..9, 1u32..9),
+            grow in 0usize..5, by in 1u32..200, bits in prop::sample::select(vec![2u32, 3, 4, 8, 16]),
+        ) {
+            let small = ExpertKey { hidden, inner, rank, experts, tokens, bits, ..expert() };
+            let mut large = small;
+            match grow {
+                0 => large.hidden += by,
+                1 => large.inner += by,
+                2 if rank > 0 => large.rank += by,
+                3 => large.tokens = 8 * tokens,
+                _ => large.experts += by,
+            }
+            let (a, b) = (Key::Expert(small).features(Block(16)), Key::Expert(large).features(Block(16)));
+            prop_assert_eq!(a.path, b.path);
+            for (x, y) in a.terms().iter().zip(b.terms()) {
+                prop_assert!(y.1 >= x.1, "{:?} {:?}", x, y);
+            }
+        }
+
+        #[test]
+        fn dense_and_attention_are_monotone(
+            (inputs, outputs, tokens, keys) in (1u32..4000, 1u32..9000, 1u32..600, 1u32..3000), grow in 0usize..4, by in 1u32..500,
+        ) {
+            let dense = DenseKey { inputs, outputs, tokens, threads: 1, heat: Heat::Cold };
+            let attention = AttentionKey { heads: 8, kv_heads: 2, head_dim: 64, keys, tokens: 1, sequences: 1, threads: 1, heat: Heat::Hot };
+            let (mut wide, mut long) = (dense, attention);
+            match grow {
+                0 => wide.inputs += by,
+                1 => wide.outputs += by,
+                2 if tokens > 1 => wide.tokens += by,
+                _ => long.keys += by,
+            }
+            for (a, b) in [(Key::Dense(dense), Key::Dense(wide)), (Key::Attention(attention), Key::Attention(long))] {
+                let (a, b) = (a.features(Block(16)), b.features(Block(16)));
+                prop_assert_eq!(a.path, b.path);
+                for (x, y) in a.terms().iter().zip(b.terms()) {
+                    prop_assert!(y.1 >= x.1 - 1e-12, "{:?} {:?}", x, y);
+                }
+            }
+        }
+    }
+}
