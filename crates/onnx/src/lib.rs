@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod foreign;
 pub mod probe;
 pub mod proto;
 pub mod read;

@@ -1,0 +1,178 @@
+//! Laws of the foreign reader, on files that torch and onnxruntime wrote (`tests/goldens/onnx/make.py`).
+
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use super::*;
+
+fn goldens() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/onnx")
+}
+
+fn bytes(name: &str) -> Vec<u8> {
+    fs_err::read(goldens().join(format!("{name}.onnx"))).unwrap()
+}
+
+fn at(name: &str, batch: u32) -> Network {
+    read(name, &bytes(name), Options { batch }).unwrap()
+}
+
+fn expected() -> Value {
+    serde_json::from_str(&fs_err::read_to_string(goldens().join("expected.json")).unwrap()).unwrap()
+}
+
+fn numbers(value: &Value) -> Vec<u64> {
+    value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap()).collect()
+}
+
+/// Multiply-adds, layer by layer, are those that torch's modules counted while they ran.
+#[test]
+fn multiply_adds_are_those_of_torch() {
+    for (name, expected) in expected().as_object().unwrap() {
+        let network = at(name, u32::try_from(expected["batch"].as_u64().unwrap()).unwrap());
+        let mut found: Vec<u64> = network.nodes.iter().map(|n| n.macs).filter(|&m| m > 0).collect();
+        let mut counted = numbers(&expected["macs"]);
+        if name.starts_with("tiny-q") {
+            // The quantizer reorders branches.
+            found.sort_unstable();
+            counted.sort_unstable();
+        }
+        assert_eq!(found, counted, "{name}");
+    }
+}
+
+/// Shapes of all values are those of onnx's own inference.
+#[test]
+fn shapes_are_those_of_onnx() {
+    let mut seen = 0;
+    for (name, expected) in expected().as_object().unwrap() {
+        let Some(shapes) = expected["shapes"].as_object() else {
+            continue;
+        };
+        for node in at(name, u32::try_from(expected["batch"].as_u64().unwrap()).unwrap()).nodes {
+            if let Some(shape) = shapes.get(&node.output) {
+                assert_eq!(node.dims, numbers(shape), "{name}: {}", node.name);
+                seen += 1;
+            }
+        }
+    }
+    assert!(seen > 300, "{seen} shapes were compared");
+}
+
+#[test]
+fn counts_grow_with_the_batch_and_a_fixed_batch_is_kept() {
+    let (one, four) = (at("resnet18", 1), at("resnet18", 4));
+    assert_eq!(4 * one.macs(), four.macs());
+    assert_eq!(one.inputs[0].dims, [1, 3, 224, 224]);
+    assert!(one.inputs[0].is_batch_open);
+    // 11.7 M parameters; folded batch norms leave a bias per channel.
+    assert!((11_600_000..11_800_000).contains(&one.constants), "{}", one.constants);
+    assert!(one.external_tensors > 20);
+    let fixed = bytes("tiny");
+    // `batch` is the only name of a dimension: a file that fixes it refuses another one.
+    let text = read("tiny", &fixed, Options { batch: 3 }).unwrap();
+    assert_eq!(text.inputs[0].dims[0], 3);
+}
+
+/// Both forms that onnxruntime writes run the same layers on codes; what it cannot quantize stays f32.
+#[test]
+fn quantized_files_say_which_layers_run_on_codes() {
+    for name in ["tiny-qdq", "tiny-qlinear"] {
+        let network = at(name, 1);
+        let of = |op: &str| -> Vec<Numerics> {
+            let named = |n: &&Node| n.op.name() == op;
+            network.nodes.iter().filter(named).map(|n| n.numerics).collect()
+        };
+        assert_eq!(of("conv"), vec![Numerics::Int8; 8], "{name}");
+        assert_eq!(of("linear"), [Numerics::Int8], "{name}");
+        assert_eq!(of("add"), [Numerics::Int8], "{name}");
+        assert_eq!(of("max pool"), [Numerics::Int8], "{name}");
+        assert_eq!(
+            of("elementwise"),
+            [Numerics::F32],
+            "{name}: HardSwish has no kernel on codes"
+        );
+        assert_eq!(network.unknown().count(), 0, "{name}");
+        let edges_of_codes = network
+            .nodes
+            .iter()
+            .flat_map(|n| &n.inputs)
+            .filter(|e| e.is_quantized)
+            .count();
+        assert!(edges_of_codes >= 14, "{name}: {edges_of_codes}");
+    }
+    assert!(at("tiny", 1).nodes.iter().all(|n| n.numerics == Numerics::F32));
+}
+
+#[test]
+fn an_unknown_operator_keeps_its_name_and_the_rest_is_read() {
+    let network = at("unknown-many", 1);
+    let names: Vec<&str> = network.unknown().map(|n| n.op_type.as_str()).collect();
+    assert_eq!(names, ["example.org.Mystery"; 6]);
+    assert!(
+        network
+            .unknown()
+            .all(|n| n.is_shape_assumed && n.dims == [1, 8, 16, 16])
+    );
+    assert_eq!(network.nodes.len(), 15);
+}
+
+/// Cut anywhere, a file is refused with a place in it, or what is left is read; never a panic.
+#[test]
+fn a_file_cut_anywhere_is_refused_or_read() {
+    let whole = bytes("tiny-qlinear");
+    let mut refused = 0;
+    for length in (0..2000).chain((2000..whole.len()).step_by(37)) {
+        if let Err(error) = read("cut.onnx", &whole[..length], Options { batch: 1 }) {
+            let text = error.to_string();
+            assert!(text.contains("cut.onnx"), "{text}");
+            refused += 1;
+        }
+    }
+    assert!(refused > 1900, "{refused}");
+    let text = read("cut.onnx", &whole[..whole.len() - 100], Options { batch: 1 });
+    let text = text.unwrap_err().to_string();
+    assert!(text.contains("at byte") && text.contains("are left"), "{text}");
+}
+
+/// Any changed byte: an error or a network, never a panic, never much memory.
+#[test]
+fn a_changed_byte_never_panics() {
+    for name in ["tiny-dynamo", "unknown-many", "tiny-qlinear"] {
+        let whole = bytes(name);
+        let step = whole.len() / 1500 + 1;
+        for at in (0..whole.len()).step_by(step) {
+            for change in [0x01, 0x80, 0xff] {
+                let mut bytes = whole.clone();
+                bytes[at] ^= change;
+                if let Ok(network) = read("changed", &bytes, Options { batch: 1 }) {
+                    let _ = (network.macs(), network.unknown().count());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn lengths_that_lie_are_refused_with_their_place() {
+    // Field 7 (the graph), 2^40 bytes long.
+    let bytes = [0x3a, 0x80, 0x80, 0x80, 0x80, 0x80, 0x20];
+    let text = read("x", &bytes, Options { batch: 1 }).unwrap_err().to_string();
+    assert!(
+        text.contains("at byte 0: model: a field of 1099511627776 bytes, 0 are left"),
+        "{text}"
+    );
+    let text = read("x", b"", Options { batch: 1 }).unwrap_err().to_string();
+    assert!(text.contains("no graph"), "{text}");
+    let text = read("x", &[0x3a, 0x00], Options { batch: 1 }).unwrap_err().to_string();
+    assert!(text.contains("no input"), "{text}");
+    // A tensor whose dimensions promise more than memory holds: [2^31, 2^31].
+    let dims = [0x08, 0x80, 0x80, 0x80, 0x80, 0x08, 0x08, 0x80, 0x80, 0x80, 0x80, 0x08];
+    let mut tensor = vec![0x2a, 12];
+    tensor.extend(dims);
+    let mut model = vec![0x3a, 14];
+    model.extend(tensor);
+    let text = read("x", &model, Options { batch: 1 }).unwrap_err().to_string();
+    assert!(text.contains("2^40"), "{text}");
+}
