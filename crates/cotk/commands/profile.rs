@@ -13,7 +13,8 @@ use cotk_latency::probe::measure::{Plan, Wanted, measure};
 use cotk_latency::probe::memory::MemoryProbe;
 use cotk_latency::probe::{Listed, Probe};
 use cotk_latency::profile::{self, Profile, Purpose, Verdict};
-use cotk_latency::work::{Block, Context as Place, ConvKey, Heat, Key, PlaneKey, Tier, operators};
+use cotk_latency::walk::operators;
+use cotk_latency::work::{Block, Context as Place, ConvKey, EdgeKey, ElementwiseKey, Heat, Key, PlaneKey, PoolKey, Tier};
 use cotk_onnx::probe::OnnxProbe;
 use cotk_run::recipe::{Source, parse};
 use cotk_run::units::significant;
@@ -63,7 +64,7 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         ));
     }
     let mut warnings = Vec::new();
-    let keys = recipe_keys(&args.recipe)?;
+    let keys = recipe_keys(&args.recipe, Identity::here(BTreeMap::default()).block())?;
     // Without ONNX Runtime the rest is measured all the same.
     let version = match cotk_onnx::runtime::version() {
         Ok(version) => Some(version),
@@ -172,7 +173,7 @@ fn one_and(threads: u32) -> Vec<u32> {
 }
 
 /// Every operator that a network of the recipe's space can need, for every data set: shapes differ by image.
-fn recipe_keys(name: &str) -> Result<Vec<Key>, Fault> {
+fn recipe_keys(name: &str, block: Block) -> Result<Vec<Key>, Fault> {
     let recipe: Recipe = parse(&Source::find(name, RECIPES)?, &[])?;
     let mut names = vec![recipe.data.name];
     for other in [cotk_data::task::Name::Glyphs, cotk_data::task::Name::Cifar10] {
@@ -184,7 +185,7 @@ fn recipe_keys(name: &str) -> Result<Vec<Key>, Fault> {
     for name in names {
         let space = Space::new(&recipe.space, name.shape(), name.classes().len())?;
         for graph in space.cover()? {
-            for key in operators(&graph, cotk_search::cost::THREADS) {
+            for key in operators(&graph, cotk_search::cost::THREADS, block) {
                 if !keys.contains(&key) {
                     keys.push(key);
                 }
@@ -243,7 +244,26 @@ fn with(key: Key, threads: u32, batch: u32) -> Key {
         Key::Add(p) => Key::Add(plane(p)),
         Key::GlobalAvgPool(p) => Key::GlobalAvgPool(plane(p)),
         Key::Entry(p) => Key::Entry(plane(p)),
-        Key::Expert(_) | Key::Read(_) => key,
+        Key::Edge(e) => Key::Edge(EdgeKey {
+            threads,
+            batch: e.batch * batch,
+            ..e
+        }),
+        Key::Pool(p) => Key::Pool(PoolKey {
+            threads,
+            batch: p.batch * batch,
+            ..p
+        }),
+        Key::Elementwise(e) => Key::Elementwise(ElementwiseKey {
+            threads,
+            batch: e.batch * batch,
+            ..e
+        }),
+        Key::LowRank(mut l) => {
+            (l.conv.threads, l.conv.batch) = (threads, l.conv.batch * batch);
+            Key::LowRank(l)
+        }
+        Key::Expert(_) | Key::Dense(_) | Key::Attention(_) | Key::Glue(_) | Key::Read(_) => key,
     }
 }
 

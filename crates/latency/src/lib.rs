@@ -15,6 +15,7 @@ pub mod predict;
 pub mod probe;
 pub mod profile;
 pub mod transfer;
+pub mod walk;
 pub mod work;
 
 pub use self::error::{Difference, Error, Result};

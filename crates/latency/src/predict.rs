@@ -4,7 +4,10 @@
 use std::collections::{BTreeMap, HashMap};
 
 use crate::fit::PathFit;
-use crate::work::{Block, DecodeStep, Family, Key, Path, ReadKey, TermGroup, Tier, Work, operators};
+use crate::walk::{self, Network};
+use crate::work::{
+    Block, DecodeStep, EdgeKind, ElementwiseKind, Family, Key, LowRankKey, Path, ReadKey, TermGroup, Tier, Work,
+};
 use crate::{Error, Result};
 
 /// Where a prediction comes from, strongest first; a sum is as strong as its weakest part.
@@ -26,6 +29,8 @@ pub enum Origin {
 pub enum Flag {
     /// A count lies outside what was measured on this path: the spread is widened.
     Extrapolated { path: String },
+    /// A kind of pass over bytes that was never measured: a similar one stands in.
+    StandIn { path: String, by: String },
     /// Never measured with this number of threads: another number stands in.
     OtherThreads { path: String, measured: u32 },
     /// The profile's own noise floor is above 5 %.
@@ -36,17 +41,21 @@ pub enum Flag {
     Reference,
     /// Used on another machine with `--force`.
     OtherMachine,
+    /// Another machine's profile, scaled by a few networks measured here.
+    Transferred { from: String, networks: usize },
 }
 
 impl std::fmt::Display for Flag {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Extrapolated { path } => write!(f, "extrapolated: {path}"),
+            Self::StandIn { path, by } => write!(f, "{path}: never measured, taken for {by}"),
             Self::OtherThreads { path, measured } => write!(f, "{path}: measured with {measured} threads only"),
             Self::Noisy => write!(f, "noisy profile"),
             Self::Quick => write!(f, "quick profile"),
             Self::Reference => write!(f, "reference profile, not this machine's"),
             Self::OtherMachine => write!(f, "profile of another machine, forced"),
+            Self::Transferred { from, networks } => write!(f, "carried over from {from} by {networks} networks"),
         }
     }
 }
@@ -125,6 +134,8 @@ pub struct Model {
     fits: BTreeMap<Path, PathFit>,
     noise_floor: f64,
     flags: Vec<Flag>,
+    /// Of a profile that was carried over: nine in ten of its errors are below this.
+    transfer_ln: Option<f64>,
 }
 
 /// One operator's part in a sum.
@@ -155,6 +166,15 @@ impl Model {
             fits: fits.into_iter().map(|fit| (fit.path, fit)).collect(),
             noise_floor,
             flags,
+            transfer_ln: None,
+        }
+    }
+
+    /// The same, carried over from another machine: no prediction is surer than what `spread_ln` says of whole networks.
+    pub fn carried_over(self, spread_ln: f64) -> Self {
+        Self {
+            transfer_ln: Some(spread_ln),
+            ..self
         }
     }
 
@@ -200,12 +220,32 @@ impl Model {
                 });
                 Ok(fit)
             }
+            None if stand_in(path.family).is_some() => self.stand_in(key, path, flags),
             None => Err(Error::NotMeasured {
                 profile: self.name.clone(),
                 path: path.to_string(),
                 key: key.to_string(),
             }),
         }
+    }
+
+    /// A pass over bytes that was never measured is like another one that was.
+    fn stand_in(&self, key: &Key, path: Path, flags: &mut Vec<Flag>) -> Result<&PathFit> {
+        let by = stand_in(path.family).into_iter().flatten();
+        let of = |family: Family| {
+            let fits = self.fits.values().filter(move |fit| fit.path.family == family);
+            fits.min_by_key(|fit| fit.path.threads.abs_diff(path.threads))
+        };
+        let fit = by.copied().find_map(of).ok_or_else(|| Error::NotMeasured {
+            profile: self.name.clone(),
+            path: path.to_string(),
+            key: key.to_string(),
+        })?;
+        flags.push(Flag::StandIn {
+            path: path.to_string(),
+            by: fit.path.to_string(),
+        });
+        Ok(fit)
     }
 
     fn part(&self, key: &Key, flags: &mut Vec<Flag>) -> Result<Part> {
@@ -228,6 +268,9 @@ impl Model {
                 terms,
                 origin: Origin::Table,
             });
+        }
+        if let Key::LowRank(triple) = key {
+            return self.triple(triple, features.path, flags);
         }
         let before = flags.len();
         let fit = self.fit(key, flags)?;
@@ -253,6 +296,20 @@ impl Model {
         })
     }
 
+    /// A triple that was never measured as one: its three convolutions, in a chain like itself.
+    fn triple(&self, triple: &LowRankKey, path: Path, flags: &mut Vec<Flag>) -> Result<Part> {
+        let parts = triple.parts().map(|part| Key::Conv(part));
+        let parts = parts.iter().map(|key| Ok((self.part(key, flags)?, 1.0)));
+        let sum = self.sum(&parts.collect::<Result<Vec<_>>>()?, Vec::new());
+        Ok(Part {
+            path,
+            ms: sum.ms,
+            spread_ln: if sum.ms > 0.0 { (sum.hi_ms / sum.ms).ln() } else { 0.0 },
+            terms: sum.terms,
+            origin: Origin::Fit,
+        })
+    }
+
     /// `(part, how often)`, in sum. Errors of parts are correlated: fully with themselves, by half within a kernel path, by a
     /// fifth across (reference 2.8); independence would look far too sure.
     fn sum(&self, parts: &[(Part, f64)], mut flags: Vec<Flag>) -> Prediction {
@@ -270,7 +327,10 @@ impl Model {
         }
         let within: f64 = by_path.values().map(|e| e * e).sum();
         let variance = 0.2 * all * all + 0.3 * within + 0.5 * squares;
-        let spread_ln = if ms > 0.0 { variance.sqrt() / ms } else { 0.0 };
+        let mut spread_ln = if ms > 0.0 { variance.sqrt() / ms } else { 0.0 };
+        if let Some(least) = self.transfer_ln {
+            (spread_ln, origin) = (spread_ln.max(least), origin.max(Origin::Transfer));
+        }
         flags.extend(self.flags.iter().cloned());
         flags.sort();
         flags.dedup();
@@ -282,6 +342,14 @@ impl Model {
             origin,
             flags,
         }
+    }
+
+    fn network(&self, network: &Network, threads: u32, flags: &mut Vec<Flag>) -> Result<Vec<(Part, f64)>> {
+        let steps = walk::walk(network, threads, self.block).steps;
+        steps
+            .iter()
+            .map(|step| Ok((self.part(&step.key, flags)?, 1.0)))
+            .collect()
     }
 
     fn decode_step(&self, step: &DecodeStep, flags: &mut Vec<Flag>) -> Result<Vec<(Part, f64)>> {
@@ -315,19 +383,43 @@ const NINE_IN_TEN: f64 = 1.645;
 impl CostModel for Model {
     fn predict(&self, work: &Work<'_>) -> Result<Prediction> {
         let mut flags = Vec::new();
-        let one = |key: Key, flags: &mut Vec<Flag>| Ok((self.part(&key, flags)?, 1.0));
+        let one = |key: Key, flags: &mut Vec<Flag>| -> Result<(Part, f64)> { Ok((self.part(&key, flags)?, 1.0)) };
         let parts = match work {
             Work::Operator(key) => vec![one(*key, &mut flags)?],
             Work::Read(key) => vec![one(Key::Read(*key), &mut flags)?],
-            Work::Graph { graph, threads } => {
-                let keys = operators(graph, *threads);
-                keys.into_iter()
-                    .map(|key| one(key, &mut flags))
-                    .collect::<Result<Vec<_>>>()?
-            }
+            Work::Graph { graph, threads } => self.network(&Network::from(*graph), *threads, &mut flags)?,
+            Work::Network { network, threads } => self.network(network, *threads, &mut flags)?,
             Work::DecodeStep(step) => self.decode_step(step, &mut flags)?,
         };
         Ok(self.sum(&parts, flags))
+    }
+}
+
+/// Families that move bytes much as this one does, nearest first.
+fn stand_in(family: Family) -> Option<&'static [Family]> {
+    use crate::graph::Numerics::{F32, Int8};
+    match family {
+        Family::Edge(EdgeKind::ReorderIn | EdgeKind::ReorderOut | EdgeKind::TransposeF32 | EdgeKind::View) => Some(&[
+            Family::Edge(EdgeKind::ReorderIn),
+            Family::Edge(EdgeKind::ReorderOut),
+            Family::Entry(F32),
+        ]),
+        Family::Edge(EdgeKind::Quantize | EdgeKind::Dequantize | EdgeKind::TransposeInt8) => Some(&[
+            Family::Edge(EdgeKind::Quantize),
+            Family::Edge(EdgeKind::TransposeInt8),
+            Family::Entry(Int8),
+        ]),
+        Family::Window(_, F32) | Family::Elementwise(_, F32) => Some(&[
+            Family::Elementwise(ElementwiseKind::Unary, F32),
+            Family::Pool(F32),
+            Family::Add(F32),
+        ]),
+        Family::Window(_, Int8) | Family::Elementwise(_, Int8) => Some(&[
+            Family::Add(Int8),
+            Family::Pool(Int8),
+            Family::Elementwise(ElementwiseKind::Unary, F32),
+        ]),
+        _ => None,
     }
 }
 
@@ -347,8 +439,12 @@ pub(crate) fn kind(family: Family) -> &'static str {
         | Family::Linear(_)
         | Family::Add(_)
         | Family::Pool(_)
-        | Family::Entry(_) => "cnn",
-        Family::Expert { .. } => "experts",
+        | Family::Entry(_)
+        | Family::Edge(_)
+        | Family::Window(..)
+        | Family::Elementwise(..)
+        | Family::LowRank(_) => "cnn",
+        Family::Expert { .. } | Family::Dense { .. } | Family::Attention { .. } | Family::Glue => "experts",
         Family::Read(Tier::L2 | Tier::L3 | Tier::Memory) => "memory",
         Family::Read(Tier::Disk | Tier::DiskBuffered) => "disk",
     }
@@ -402,6 +498,8 @@ mod tests {
                 bits: 4,
                 planes: 2,
                 group: 32,
+                rank: 0,
+                experts: 1,
                 tokens: 1,
                 threads: 1,
                 heat,
@@ -482,6 +580,8 @@ mod tests {
             bits: 4,
             planes: 2,
             group: 32,
+            rank: 0,
+            experts: 1,
             tokens: 1,
             threads: 1,
             heat: Heat::Cold,

@@ -4,10 +4,13 @@
 use serde::{Deserialize, Serialize};
 
 use crate::graph::{Graph, Numerics};
+use crate::walk::Network;
 
+mod moe;
 mod names;
 
-pub(crate) use self::names::{numerics_name, tier_name};
+pub use self::moe::{AttentionKey, DenseKey, ExpertKey, GlueKey};
+pub(crate) use self::names::{heat_name, numerics_name, pool_name, tier_name};
 
 /// Anything whose time on this machine can be asked for.
 #[derive(Debug, Clone)]
@@ -16,6 +19,8 @@ pub enum Work<'a> {
     Operator(Key),
     /// One inference of a CNN at the graph's batch size.
     Graph { graph: &'a Graph, threads: u32 },
+    /// The same for any network that the walker knows.
+    Network { network: &'a Network, threads: u32 },
     /// First to last byte of one read.
     Read(ReadKey),
     /// One decoding step of a mixture-of-experts model that is all in memory.
@@ -34,12 +39,27 @@ pub enum Key {
     Linear(LinearKey),
     /// Residual sum; in f32 it is part of the convolution before it, and this is what it adds.
     Add(PlaneKey),
-    /// Mean over height and width, with what leaving the blocked or int8 layout costs.
+    /// Mean over height and width.
     GlobalAvgPool(PlaneKey),
-    /// Entering the layout that the first operator wants: reorder in f32, quantize (and transpose) in int8.
+    /// Entering the layout that the first operator wants, as one figure: stands in for [`Key::Edge`] in profiles that did
+    /// not measure edges apart.
     Entry(PlaneKey),
-    /// One expert (gate, up, SwiGLU, down) in our kernels.
+    /// A change of layout or of number format between two operators.
+    Edge(EdgeKey),
+    /// Largest or mean value of windows.
+    Pool(PoolKey),
+    /// A pass over activations: a function of each value, a sum of two tensors, a concatenation.
+    Elementwise(ElementwiseKey),
+    /// A low-rank convolution: 1x1 to `rank_in`, k x k to `rank_out`, 1x1, timed fused in a chain.
+    LowRank(LowRankKey),
+    /// Routed experts of a layer (gate, up, SwiGLU, down) in our kernels.
     Expert(ExpertKey),
+    /// A dense f32 matrix of our engine.
+    Dense(DenseKey),
+    /// Attention of our engine, projections apart.
+    Attention(AttentionKey),
+    /// What is left of a decoder layer of our engine.
+    Glue(GlueKey),
     Read(ReadKey),
 }
 
@@ -91,28 +111,172 @@ pub struct PlaneKey {
     pub threads: u32,
 }
 
+/// What an edge does to a tensor. f32 activations lie in NCHW or in channel blocks (NCHWc), int8 ones in NHWC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EdgeKind {
+    /// f32, NCHW to blocks.
+    ReorderIn,
+    /// f32, blocks to NCHW.
+    ReorderOut,
+    /// f32 to u8.
+    Quantize,
+    /// u8 to f32.
+    Dequantize,
+    /// u8, NCHW to NHWC or back.
+    TransposeInt8,
+    /// f32, any permutation.
+    TransposeF32,
+    /// A node that only renames dimensions: flatten, reshape. Nothing but a launch.
+    View,
+}
+
+impl EdgeKind {
+    /// All of them, in the order of files.
+    pub const ALL: [Self; 7] = [
+        Self::ReorderIn,
+        Self::ReorderOut,
+        Self::Quantize,
+        Self::Dequantize,
+        Self::TransposeInt8,
+        Self::TransposeF32,
+        Self::View,
+    ];
+
+    /// Its name in files and messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ReorderIn => "reorder_in",
+            Self::ReorderOut => "reorder_out",
+            Self::Quantize => "quantize",
+            Self::Dequantize => "dequantize",
+            Self::TransposeInt8 => "transpose_int8",
+            Self::TransposeF32 => "transpose_f32",
+            Self::View => "view",
+        }
+    }
+}
+
+/// An edge on a tensor `[batch, channels, height, width]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct EdgeKey {
+    pub kind: EdgeKind,
+    pub batch: u32,
+    pub channels: u32,
+    pub height: u32,
+    pub width: u32,
+    pub threads: u32,
+}
+
+/// Which value of a window is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PoolKind {
+    Max,
+    Mean,
+}
+
+/// Pooling of square windows; output is ceil(height / stride).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct PoolKey {
+    pub kind: PoolKind,
+    pub batch: u32,
+    pub channels: u32,
+    pub kernel: u32,
+    pub stride: u32,
+    pub height: u32,
+    pub width: u32,
+    pub numerics: Numerics,
+    pub threads: u32,
+}
+
+/// What a pass over activations computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ElementwiseKind {
+    /// A cheap function of one tensor that did not fuse: ReLU, clip, batch norm, a constant factor.
+    Unary,
+    /// Exponentials: sigmoid, tanh, softmax, GELU.
+    Transcendental,
+    /// A sum or product of two tensors that did not fuse.
+    Binary,
+    /// Tensors behind each other; the shape is the output's.
+    Concat,
+}
+
+impl ElementwiseKind {
+    /// All of them, in the order of files.
+    pub const ALL: [Self; 4] = [Self::Unary, Self::Transcendental, Self::Binary, Self::Concat];
+
+    /// Its name in files and messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unary => "unary",
+            Self::Transcendental => "transcendental",
+            Self::Binary => "binary",
+            Self::Concat => "concat",
+        }
+    }
+}
+
+/// A pass over activations with an output of `[batch, channels, height, width]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ElementwiseKey {
+    pub kind: ElementwiseKind,
+    pub batch: u32,
+    pub channels: u32,
+    pub height: u32,
+    pub width: u32,
+    pub numerics: Numerics,
+    pub threads: u32,
+}
+
+/// A Tucker-2 triple in place of a dense convolution, without activations between its parts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct LowRankKey {
+    /// The dense convolution that it stands for.
+    pub conv: ConvKey,
+    pub rank_in: u32,
+    pub rank_out: u32,
+}
+
+impl LowRankKey {
+    /// 1x1 to `rank_in`, the kernel (with the stride) to `rank_out`, 1x1 to the outputs.
+    pub fn parts(&self) -> [ConvKey; 3] {
+        let c = self.conv;
+        let (height, width) = (c.height.div_ceil(c.stride), c.width.div_ceil(c.stride));
+        let pointwise = ConvKey {
+            kernel: 1,
+            stride: 1,
+            groups: 1,
+            ..c
+        };
+        [
+            ConvKey {
+                cout: self.rank_in,
+                ..pointwise
+            },
+            ConvKey {
+                cin: self.rank_in,
+                cout: self.rank_out,
+                ..c
+            },
+            ConvKey {
+                cin: self.rank_out,
+                height,
+                width,
+                ..pointwise
+            },
+        ]
+    }
+}
+
 /// Whether weights come from cache (the same expert again) or from memory (another one each time).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Heat {
     Hot,
     Cold,
-}
-
-/// One expert for `tokens` tokens: gate and up `[inner, hidden]`, down `[hidden, inner]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct ExpertKey {
-    pub hidden: u32,
-    pub inner: u32,
-    /// Bits of the prefix that is read: 2, 3, 4 or 8.
-    pub bits: u32,
-    /// Planes that this prefix touches; 1 for a plain code.
-    pub planes: u32,
-    /// Weights per scale, along the input.
-    pub group: u32,
-    pub tokens: u32,
-    pub threads: u32,
-    pub heat: Heat,
 }
 
 /// Where bytes are read from.
@@ -179,11 +343,25 @@ pub enum Family {
     Add(Numerics),
     Pool(Numerics),
     Entry(Numerics),
+    Edge(EdgeKind),
+    Window(PoolKind, Numerics),
+    Elementwise(ElementwiseKind, Numerics),
+    /// Never fitted: a triple that is not in the table is the sum of its parts.
+    LowRank(Numerics),
     Expert {
         bits: u32,
         planes: u32,
         heat: Heat,
     },
+    /// `many`: more than one row of activations.
+    Dense {
+        many: bool,
+        heat: Heat,
+    },
+    Attention {
+        heat: Heat,
+    },
+    Glue,
     Read(Tier),
 }
 
@@ -211,6 +389,14 @@ pub enum Term {
     ReadKib,
     /// KiB over a link or from a disk.
     LinkKib,
+    /// Calls of inner kernels, one after another on the busiest thread.
+    KernelCalls,
+    /// Millions of weights unpacked, once per pass over them.
+    MegaWeights,
+    /// Thousands of group scales applied, once per pass.
+    KiloGroups,
+    /// Thousands of scores through a softmax.
+    KiloScores,
 }
 
 /// What a term's time is spent on: the `terms` of a prediction.
@@ -225,7 +411,7 @@ pub enum TermGroup {
 
 impl Term {
     /// All of them, in the order of files.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 14] = [
         Self::Call,
         Self::MegaMacs,
         Self::MegaMacsPointwise,
@@ -236,13 +422,23 @@ impl Term {
         Self::EdgeKib,
         Self::ReadKib,
         Self::LinkKib,
+        Self::KernelCalls,
+        Self::MegaWeights,
+        Self::KiloGroups,
+        Self::KiloScores,
     ];
 
     /// What its time is spent on.
     pub fn group(self) -> TermGroup {
         match self {
-            Self::Call => TermGroup::Launch,
-            Self::MegaMacs | Self::MegaMacsPointwise | Self::KiloReloads | Self::KiloRows => TermGroup::Compute,
+            Self::Call | Self::KernelCalls => TermGroup::Launch,
+            Self::MegaMacs
+            | Self::MegaMacsPointwise
+            | Self::KiloReloads
+            | Self::KiloRows
+            | Self::MegaWeights
+            | Self::KiloGroups
+            | Self::KiloScores => TermGroup::Compute,
             Self::ActivationKib | Self::WeightKib | Self::ReadKib => TermGroup::Memory,
             Self::EdgeKib => TermGroup::Layout,
             Self::LinkKib => TermGroup::Link,
@@ -262,21 +458,25 @@ impl Term {
             Self::EdgeKib => "edge_kib",
             Self::ReadKib => "read_kib",
             Self::LinkKib => "link_kib",
+            Self::KernelCalls => "kernel_calls",
+            Self::MegaWeights => "mega_weights",
+            Self::KiloGroups => "kilo_groups",
+            Self::KiloScores => "kilo_scores",
         }
     }
 }
 
-/// The counts of one call, and whose coefficients they meet. At most six terms: no allocation on the way.
+/// The counts of one call, and whose coefficients they meet. At most eight terms: no allocation on the way.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Features {
     pub path: Path,
-    terms: [(Term, f64); 6],
+    terms: [(Term, f64); 8],
     count: usize,
 }
 
 impl Features {
     fn new(family: Family, threads: u32, terms: &[(Term, f64)]) -> Self {
-        let mut kept = [(Term::Call, 0.0); 6];
+        let mut kept = [(Term::Call, 0.0); 8];
         kept[..terms.len()].copy_from_slice(terms);
         Self {
             path: Path { family, threads },
@@ -311,7 +511,14 @@ impl Key {
             Self::Add(_) => "add",
             Self::GlobalAvgPool(_) => "global_avg_pool",
             Self::Entry(_) => "entry",
+            Self::Edge(_) => "edge",
+            Self::Pool(_) => "pool",
+            Self::Elementwise(_) => "elementwise",
+            Self::LowRank(_) => "low_rank",
             Self::Expert(_) => "expert",
+            Self::Dense(_) => "dense",
+            Self::Attention(_) => "attention",
+            Self::Glue(_) => "glue",
             Self::Read(_) => "read",
         }
     }
@@ -346,24 +553,17 @@ impl Key {
                 };
                 plane_features(Family::Entry(key.numerics), &key, Term::EdgeKib, bytes_per_element)
             }
-            Self::Expert(key) => {
-                let (h, i, n) = (f64::from(key.hidden), f64::from(key.inner), f64::from(key.tokens));
-                let family = Family::Expert {
-                    bits: key.bits,
-                    planes: key.planes,
-                    heat: key.heat,
-                };
-                Features::new(
-                    family,
-                    key.threads,
-                    &[
-                        (Term::Call, 1.0),
-                        (Term::MegaMacsPointwise, n * 3.0 * h * i / 1e6),
-                        (Term::ActivationKib, n * 4.0 * (2.0 * h + 3.0 * i) / 1024.0),
-                        (Term::WeightKib, key.weight_bytes() / 1024.0),
-                    ],
-                )
+            Self::Edge(key) => edge_features(&key),
+            Self::Pool(key) => pool_features(&key),
+            Self::Elementwise(key) => elementwise_features(&key),
+            Self::LowRank(key) => {
+                let family = Family::LowRank(key.conv.numerics);
+                Features::new(family, key.conv.threads, &[(Term::Call, 1.0)])
             }
+            Self::Expert(key) => key.features(),
+            Self::Dense(key) => key.features(),
+            Self::Attention(key) => key.features(),
+            Self::Glue(key) => key.features(),
             Self::Read(key) => {
                 let term = match key.tier {
                     Tier::L2 | Tier::L3 | Tier::Memory => Term::ReadKib,
@@ -374,18 +574,6 @@ impl Key {
                 Features::new(Family::Read(key.tier), key.threads, &[(Term::Call, 1.0), (term, kib)])
             }
         }
-    }
-}
-
-impl ExpertKey {
-    /// Bytes of codes and f16 scales of gate, up and down (reference 2.3): every one is read once per call.
-    pub fn weight_bytes(&self) -> f64 {
-        let (h, i) = (f64::from(self.hidden), f64::from(self.inner));
-        let matrix = |rows: f64, columns: u32| {
-            let codes = rows * f64::from(columns) * f64::from(self.bits) / 8.0;
-            codes + 2.0 * rows * f64::from(columns.div_ceil(self.group.max(1)))
-        };
-        2.0 * matrix(i, self.hidden) + matrix(h, self.inner)
     }
 }
 
@@ -407,8 +595,58 @@ fn plane_features(family: Family, key: &PlaneKey, term: Term, per_element: f64) 
     Features::new(family, key.threads, &[(Term::Call, 1.0), (term, kib)])
 }
 
+fn kib(batch: u32, channels: u32, height: u32, width: u32, bytes_per_element: f64) -> f64 {
+    let elements = f64::from(batch) * f64::from(channels) * f64::from(height) * f64::from(width);
+    elements * bytes_per_element / 1024.0
+}
+
+fn edge_features(key: &EdgeKey) -> Features {
+    // Read and written once, in their formats.
+    let bytes = match key.kind {
+        EdgeKind::ReorderIn | EdgeKind::ReorderOut | EdgeKind::TransposeF32 => 8.0,
+        EdgeKind::Quantize | EdgeKind::Dequantize => 5.0,
+        EdgeKind::TransposeInt8 => 2.0,
+        EdgeKind::View => 0.0,
+    };
+    let moved = kib(key.batch, key.channels, key.height, key.width, bytes);
+    let family = Family::Edge(key.kind);
+    Features::new(family, key.threads, &[(Term::Call, 1.0), (Term::EdgeKib, moved)])
+}
+
+fn pool_features(key: &PoolKey) -> Features {
+    let element = element_bytes(key.numerics);
+    let (height, width) = (key.height.div_ceil(key.stride), key.width.div_ceil(key.stride));
+    let taps = f64::from(key.kernel).powi(2);
+    let read = kib(key.batch, key.channels, key.height, key.width, element);
+    let written = kib(key.batch, key.channels, height, width, element);
+    let looked_at = f64::from(key.batch) * f64::from(height) * f64::from(width) * f64::from(key.channels) * taps;
+    Features::new(
+        Family::Window(key.kind, key.numerics),
+        key.threads,
+        &[
+            (Term::Call, 1.0),
+            (Term::MegaMacs, looked_at / 1e6),
+            (Term::ActivationKib, read + written),
+        ],
+    )
+}
+
+fn elementwise_features(key: &ElementwiseKey) -> Features {
+    let tensors = match key.kind {
+        ElementwiseKind::Unary | ElementwiseKind::Transcendental | ElementwiseKind::Concat => 2.0,
+        ElementwiseKind::Binary => 3.0,
+    };
+    let bytes = tensors * element_bytes(key.numerics);
+    let moved = kib(key.batch, key.channels, key.height, key.width, bytes);
+    Features::new(
+        Family::Elementwise(key.kind, key.numerics),
+        key.threads,
+        &[(Term::Call, 1.0), (Term::ActivationKib, moved)],
+    )
+}
+
 /// Which kernel ONNX Runtime's CPU provider takes (reference 2.5; the rules of its `nchwc_transformer.cc`).
-fn conv_family(key: &ConvKey, block: Block) -> Family {
+pub(crate) fn conv_family(key: &ConvKey, block: Block) -> Family {
     let depthwise = key.groups > 1 && key.groups == key.cin && key.groups == key.cout;
     match key.numerics {
         _ if key.context == Context::Alone => Family::ConvAlone(key.numerics),
@@ -474,76 +712,6 @@ fn conv_features(key: &ConvKey, block: Block) -> Features {
             (Term::WeightKib, weights / 1024.0),
         ],
     )
-}
-
-/// The operators that a graph runs, in order, with the session and the entry edge: `predict` sums exactly these.
-pub fn operators(graph: &Graph, threads: u32) -> Vec<Key> {
-    let mut keys = vec![Key::Session { threads }];
-    let plane = |shape: crate::graph::Shape, numerics| PlaneKey {
-        batch: shape.batch,
-        channels: shape.channels,
-        height: shape.height,
-        width: shape.width,
-        numerics,
-        threads,
-    };
-    let entry = if graph.input_quant().is_some() {
-        Numerics::Int8
-    } else {
-        Numerics::F32
-    };
-    keys.push(Key::Entry(plane(graph.input(), entry)));
-    for (index, node) in graph.nodes().iter().enumerate() {
-        keys.push(node_key(graph, index, threads));
-        // An island of f32 behind an int8 region, or the other way round, is entered anew.
-        for &source in &node.inputs {
-            if let crate::graph::Source::Node(from) = source
-                && graph.numerics(from) != graph.numerics(index)
-            {
-                keys.push(Key::Entry(plane(graph.shape_of(source), Numerics::Int8)));
-            }
-        }
-    }
-    keys
-}
-
-/// The key of one node of a graph.
-pub fn node_key(graph: &Graph, index: usize, threads: u32) -> Key {
-    use crate::graph::Op;
-    let node = &graph.nodes()[index];
-    let (input, numerics) = (graph.shape_of(node.inputs[0]), graph.numerics(index));
-    let plane = PlaneKey {
-        batch: input.batch,
-        channels: input.channels,
-        height: input.height,
-        width: input.width,
-        numerics,
-        threads,
-    };
-    match node.op {
-        Op::Conv(c) => Key::Conv(ConvKey {
-            batch: input.batch,
-            cin: c.cin,
-            cout: c.cout,
-            kernel: c.kernel,
-            stride: c.stride,
-            groups: c.groups,
-            height: input.height,
-            width: input.width,
-            numerics,
-            threads,
-            context: Context::Chain,
-        }),
-        Op::Linear(l) => Key::Linear(LinearKey {
-            batch: input.batch,
-            inputs: l.inputs,
-            outputs: l.outputs,
-            numerics,
-            threads,
-        }),
-        Op::Add(_) => Key::Add(plane),
-        Op::GlobalAvgPool => Key::GlobalAvgPool(plane),
-    }
 }
 
 #[cfg(test)]
@@ -639,6 +807,12 @@ mod tests {
             Family::ConvInt8,
             Family::Pool(Numerics::F32),
             Family::Read(Tier::DiskBuffered),
+            Family::Glue,
+            Family::Attention { heat: Heat::Hot },
+            Family::Dense {
+                many: true,
+                heat: Heat::Cold,
+            },
             expert,
         ] {
             let path = Path { family, threads: 12 };
@@ -653,21 +827,5 @@ mod tests {
         ] {
             assert!(wrong.parse::<Path>().is_err(), "{wrong}");
         }
-    }
-
-    #[test]
-    fn bytes_of_an_expert_follow_the_formula() {
-        let key = ExpertKey {
-            hidden: 512,
-            inner: 256,
-            bits: 4,
-            planes: 1,
-            group: 32,
-            tokens: 1,
-            threads: 1,
-            heat: Heat::Cold,
-        };
-        // 4 bits and a 16-bit scale per 32 weights: 4.5 bits each.
-        assert!((key.weight_bytes() - 3.0 * 512.0 * 256.0 * 4.5 / 8.0).abs() < 1e-9);
     }
 }

@@ -21,6 +21,8 @@ pub fn expert_key(hidden: usize, inner: usize, bits: u32, planes: usize, group: 
         bits,
         planes: small(planes),
         group: small(group),
+        rank: 0,
+        experts: 1,
         tokens: 1,
         threads,
         heat: Heat::Cold,

@@ -8,7 +8,8 @@ use cotk_latency::predict::{CostModel, Model, Prediction};
 use cotk_latency::probe::gather::Settings;
 use cotk_latency::probe::measure::{Plan, Wanted};
 use cotk_latency::profile::{Profile, Purpose};
-use cotk_latency::work::{Key, Work, operators};
+use cotk_latency::walk::operators;
+use cotk_latency::work::{Key, Work};
 use cotk_onnx::probe::OnnxProbe;
 use cotk_run::seeds::Seeds;
 use serde::{Deserialize, Serialize};
@@ -73,7 +74,7 @@ pub fn measure(space: &Space, folder: &Path, request: &Request<'_>) -> Result<(P
     let identity = here()?;
     let mut keys: Vec<Key> = Vec::new();
     for graph in space.cover()? {
-        keys.extend(operators(&graph, THREADS));
+        keys.extend(operators(&graph, THREADS, identity.block()));
     }
     let probe = OnnxProbe::new(keys, identity.block())?;
     let wanted = Wanted {

@@ -9,15 +9,44 @@ use cotk_run::files;
 use super::{FileMark, HeldOut, LIMIT_BYTES, Row};
 use crate::graph::Numerics;
 use crate::work::{
-    Context, ConvKey, ExpertKey, Heat, Key, LinearKey, PlaneKey, ReadKey, Tier, numerics_name, tier_name,
+    AttentionKey, Context, ConvKey, DenseKey, EdgeKey, EdgeKind, ElementwiseKey, ElementwiseKind, ExpertKey, GlueKey,
+    Heat, Key, LinearKey, LowRankKey, PlaneKey, PoolKey, PoolKind, ReadKey, Tier, heat_name, numerics_name, pool_name,
+    tier_name,
 };
 use crate::{Error, Result};
 
 /// Columns of a key, in the order of the file; those that an operator does not have stay empty. Of a linear layer `cin` and
 /// `cout` are inputs and outputs.
-const KEY: [&str; 18] = [
-    "operator", "batch", "cin", "cout", "kernel", "stride", "groups", "height", "width", "numerics", "context",
-    "hidden", "inner", "bits", "planes", "group", "tokens", "heat",
+const KEY: [&str; 29] = [
+    "operator",
+    "batch",
+    "cin",
+    "cout",
+    "kernel",
+    "stride",
+    "groups",
+    "height",
+    "width",
+    "numerics",
+    "context",
+    "kind",
+    "rank_in",
+    "rank_out",
+    "hidden",
+    "inner",
+    "bits",
+    "planes",
+    "group",
+    "rank",
+    "experts",
+    "top_k",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "keys",
+    "sequences",
+    "tokens",
+    "heat",
 ];
 const KEY_TAIL: [&str; 3] = ["tier", "bytes", "threads"];
 const ROW: [&str; 5] = ["sessions", "count", "median_us", "q10_us", "mad_us"];
@@ -78,28 +107,9 @@ fn cells(key: &Key) -> Vec<(&'static str, String)> {
     let mut push = |name, value: String| cells.push((name, value));
     match *key {
         Key::Session { threads } => push("threads", threads.to_string()),
-        Key::Conv(c) => {
-            let numbers = [
-                ("batch", c.batch),
-                ("cin", c.cin),
-                ("cout", c.cout),
-                ("kernel", c.kernel),
-                ("stride", c.stride),
-                ("groups", c.groups),
-                ("height", c.height),
-                ("width", c.width),
-                ("threads", c.threads),
-            ];
-            numbers
-                .into_iter()
-                .for_each(|(name, value)| push(name, value.to_string()));
-            push("numerics", numerics_name(c.numerics).into());
-            let context = match c.context {
-                Context::Alone => "alone",
-                Context::Chain => "chain",
-            };
-            push("context", context.into());
-        }
+        Key::Conv(c) => cells_of_conv(&c)
+            .into_iter()
+            .for_each(|(name, value)| push(name, value)),
         Key::Linear(l) => {
             let numbers = [
                 ("batch", l.batch),
@@ -125,6 +135,55 @@ fn cells(key: &Key) -> Vec<(&'static str, String)> {
                 .for_each(|(name, value)| push(name, value.to_string()));
             push("numerics", numerics_name(p.numerics).into());
         }
+        Key::Edge(e) => {
+            let numbers = [
+                ("batch", e.batch),
+                ("cin", e.channels),
+                ("height", e.height),
+                ("width", e.width),
+                ("threads", e.threads),
+            ];
+            numbers
+                .into_iter()
+                .for_each(|(name, value)| push(name, value.to_string()));
+            push("kind", e.kind.name().into());
+        }
+        Key::Pool(p) => {
+            let numbers = [
+                ("batch", p.batch),
+                ("cin", p.channels),
+                ("kernel", p.kernel),
+                ("stride", p.stride),
+                ("height", p.height),
+                ("width", p.width),
+                ("threads", p.threads),
+            ];
+            numbers
+                .into_iter()
+                .for_each(|(name, value)| push(name, value.to_string()));
+            push("numerics", numerics_name(p.numerics).into());
+            push("kind", pool_name(p.kind).into());
+        }
+        Key::Elementwise(e) => {
+            let numbers = [
+                ("batch", e.batch),
+                ("cin", e.channels),
+                ("height", e.height),
+                ("width", e.width),
+                ("threads", e.threads),
+            ];
+            numbers
+                .into_iter()
+                .for_each(|(name, value)| push(name, value.to_string()));
+            push("numerics", numerics_name(e.numerics).into());
+            push("kind", e.kind.name().into());
+        }
+        Key::LowRank(l) => {
+            let inner = cells_of_conv(&l.conv);
+            inner.into_iter().for_each(|(name, value)| push(name, value));
+            push("rank_in", l.rank_in.to_string());
+            push("rank_out", l.rank_out.to_string());
+        }
         Key::Expert(e) => {
             let numbers = [
                 ("hidden", e.hidden),
@@ -132,20 +191,54 @@ fn cells(key: &Key) -> Vec<(&'static str, String)> {
                 ("bits", e.bits),
                 ("planes", e.planes),
                 ("group", e.group),
+                ("rank", e.rank),
+                ("experts", e.experts),
                 ("tokens", e.tokens),
                 ("threads", e.threads),
             ];
             numbers
                 .into_iter()
                 .for_each(|(name, value)| push(name, value.to_string()));
-            push(
-                "heat",
-                if e.heat == Heat::Hot {
-                    "hot".into()
-                } else {
-                    "cold".into()
-                },
-            );
+            push("heat", heat_name(e.heat).into());
+        }
+        Key::Dense(d) => {
+            let numbers = [
+                ("cin", d.inputs),
+                ("cout", d.outputs),
+                ("tokens", d.tokens),
+                ("threads", d.threads),
+            ];
+            numbers
+                .into_iter()
+                .for_each(|(name, value)| push(name, value.to_string()));
+            push("heat", heat_name(d.heat).into());
+        }
+        Key::Attention(a) => {
+            let numbers = [
+                ("heads", a.heads),
+                ("kv_heads", a.kv_heads),
+                ("head_dim", a.head_dim),
+                ("keys", a.keys),
+                ("tokens", a.tokens),
+                ("sequences", a.sequences),
+                ("threads", a.threads),
+            ];
+            numbers
+                .into_iter()
+                .for_each(|(name, value)| push(name, value.to_string()));
+            push("heat", heat_name(a.heat).into());
+        }
+        Key::Glue(g) => {
+            let numbers = [
+                ("hidden", g.hidden),
+                ("experts", g.experts),
+                ("top_k", g.top_k),
+                ("tokens", g.tokens),
+                ("threads", g.threads),
+            ];
+            numbers
+                .into_iter()
+                .for_each(|(name, value)| push(name, value.to_string()));
         }
         Key::Read(r) => {
             push("tier", tier_name(r.tier).into());
@@ -153,6 +246,31 @@ fn cells(key: &Key) -> Vec<(&'static str, String)> {
             push("threads", r.threads.to_string());
         }
     }
+    cells
+}
+
+fn cells_of_conv(c: &ConvKey) -> Vec<(&'static str, String)> {
+    let context = match c.context {
+        Context::Alone => "alone",
+        Context::Chain => "chain",
+    };
+    let numbers = [
+        ("batch", c.batch),
+        ("cin", c.cin),
+        ("cout", c.cout),
+        ("kernel", c.kernel),
+        ("stride", c.stride),
+        ("groups", c.groups),
+        ("height", c.height),
+        ("width", c.width),
+        ("threads", c.threads),
+    ];
+    let mut cells: Vec<_> = numbers
+        .into_iter()
+        .map(|(name, value)| (name, value.to_string()))
+        .collect();
+    cells.push(("numerics", numerics_name(c.numerics).into()));
+    cells.push(("context", context.into()));
     cells
 }
 
@@ -280,6 +398,16 @@ impl Line<'_> {
             .ok_or_else(|| self.fail(name, "a whole number above 0"))
     }
 
+    /// A whole number that may be 0.
+    fn count(&self, name: &str) -> Result<u32> {
+        let value = self.cells.get(name).and_then(|cell| cell.parse().ok());
+        value.ok_or_else(|| self.fail(name, "a whole number"))
+    }
+
+    fn heat(&self) -> Result<Heat> {
+        self.one_of("heat", &[Heat::Hot, Heat::Cold].map(|h| (heat_name(h), h)))
+    }
+
     fn time(&self, name: &str) -> Result<f64> {
         let value: Option<f64> = self.cells.get(name).and_then(|cell| cell.parse().ok());
         value
@@ -304,6 +432,22 @@ impl Line<'_> {
         )
     }
 
+    fn conv(&self) -> Result<ConvKey> {
+        Ok(ConvKey {
+            batch: self.number("batch")?,
+            cin: self.number("cin")?,
+            cout: self.number("cout")?,
+            kernel: self.number("kernel")?,
+            stride: self.number("stride")?,
+            groups: self.number("groups")?,
+            height: self.number("height")?,
+            width: self.number("width")?,
+            numerics: self.numerics()?,
+            threads: self.number("threads")?,
+            context: self.one_of("context", &[("alone", Context::Alone), ("chain", Context::Chain)])?,
+        })
+    }
+
     fn key(&self) -> Result<Key> {
         type Make = fn(PlaneKey) -> Key;
         let threads = self.number("threads")?;
@@ -319,18 +463,39 @@ impl Line<'_> {
         };
         match self.cells.get("operator").copied().unwrap_or_default() {
             "session" => Ok(Key::Session { threads }),
-            "conv" => Ok(Key::Conv(ConvKey {
+            "conv" => Ok(Key::Conv(self.conv()?)),
+            "low_rank" => Ok(Key::LowRank(LowRankKey {
+                conv: self.conv()?,
+                rank_in: self.number("rank_in")?,
+                rank_out: self.number("rank_out")?,
+            })),
+            "edge" => Ok(Key::Edge(EdgeKey {
+                kind: self.one_of("kind", &EdgeKind::ALL.map(|k| (k.name(), k)))?,
                 batch: self.number("batch")?,
-                cin: self.number("cin")?,
-                cout: self.number("cout")?,
+                channels: self.number("cin")?,
+                height: self.number("height")?,
+                width: self.number("width")?,
+                threads,
+            })),
+            "pool" => Ok(Key::Pool(PoolKey {
+                kind: self.one_of("kind", &[PoolKind::Max, PoolKind::Mean].map(|k| (pool_name(k), k)))?,
+                batch: self.number("batch")?,
+                channels: self.number("cin")?,
                 kernel: self.number("kernel")?,
                 stride: self.number("stride")?,
-                groups: self.number("groups")?,
                 height: self.number("height")?,
                 width: self.number("width")?,
                 numerics: self.numerics()?,
                 threads,
-                context: self.one_of("context", &[("alone", Context::Alone), ("chain", Context::Chain)])?,
+            })),
+            "elementwise" => Ok(Key::Elementwise(ElementwiseKey {
+                kind: self.one_of("kind", &ElementwiseKind::ALL.map(|k| (k.name(), k)))?,
+                batch: self.number("batch")?,
+                channels: self.number("cin")?,
+                height: self.number("height")?,
+                width: self.number("width")?,
+                numerics: self.numerics()?,
+                threads,
             })),
             "linear" => Ok(Key::Linear(LinearKey {
                 batch: self.number("batch")?,
@@ -348,9 +513,35 @@ impl Line<'_> {
                 bits: self.number("bits")?,
                 planes: self.number("planes")?,
                 group: self.number("group")?,
+                rank: self.count("rank")?,
+                experts: self.number("experts")?,
                 tokens: self.number("tokens")?,
                 threads,
-                heat: self.one_of("heat", &[("hot", Heat::Hot), ("cold", Heat::Cold)])?,
+                heat: self.heat()?,
+            })),
+            "dense" => Ok(Key::Dense(DenseKey {
+                inputs: self.number("cin")?,
+                outputs: self.number("cout")?,
+                tokens: self.number("tokens")?,
+                threads,
+                heat: self.heat()?,
+            })),
+            "attention" => Ok(Key::Attention(AttentionKey {
+                heads: self.number("heads")?,
+                kv_heads: self.number("kv_heads")?,
+                head_dim: self.number("head_dim")?,
+                keys: self.number("keys")?,
+                tokens: self.number("tokens")?,
+                sequences: self.number("sequences")?,
+                threads,
+                heat: self.heat()?,
+            })),
+            "glue" => Ok(Key::Glue(GlueKey {
+                hidden: self.number("hidden")?,
+                experts: self.number("experts")?,
+                top_k: self.number("top_k")?,
+                tokens: self.number("tokens")?,
+                threads,
             })),
             "read" => {
                 let tiers = [Tier::L2, Tier::L3, Tier::Memory, Tier::Disk, Tier::DiskBuffered];
@@ -362,7 +553,7 @@ impl Line<'_> {
             }
             _ => Err(self.fail(
                 "operator",
-                "session, conv, linear, add, global_avg_pool, entry, expert or read",
+                "session, conv, linear, add, global_avg_pool, entry, expert, dense, attention, glue or read",
             )),
         }
     }

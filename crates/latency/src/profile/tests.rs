@@ -4,7 +4,7 @@ use super::*;
 use crate::fit::fit;
 use crate::graph::Numerics;
 use crate::predict::CostModel;
-use crate::work::{Context, ConvKey, ExpertKey, Heat, LinearKey, PlaneKey, ReadKey, Tier, Work};
+use crate::work::{AttentionKey, Context, ConvKey, DenseKey, ExpertKey, GlueKey, Heat, LinearKey, PlaneKey, ReadKey, Tier, Work};
 
 fn keys() -> Vec<Key> {
     let conv = |c, h, numerics, context| {
@@ -36,6 +36,8 @@ fn keys() -> Vec<Key> {
         bits: 4,
         planes: 2,
         group: 32,
+        rank: 16,
+        experts: 4,
         tokens: 1,
         threads: 2,
         heat: Heat::Cold,
@@ -56,6 +58,31 @@ fn keys() -> Vec<Key> {
         Key::Session { threads: 1 },
         Key::Linear(linear),
         Key::Expert(expert),
+        Key::Expert(ExpertKey { rank: 0, ..expert }),
+        Key::Dense(DenseKey {
+            inputs: 64,
+            outputs: 48,
+            tokens: 3,
+            threads: 2,
+            heat: Heat::Hot,
+        }),
+        Key::Attention(AttentionKey {
+            heads: 8,
+            kv_heads: 2,
+            head_dim: 32,
+            keys: 100,
+            tokens: 1,
+            sequences: 2,
+            threads: 1,
+            heat: Heat::Cold,
+        }),
+        Key::Glue(GlueKey {
+            hidden: 64,
+            experts: 8,
+            top_k: 2,
+            tokens: 1,
+            threads: 1,
+        }),
         Key::Read(read),
     ];
     keys.extend([Key::Add(plane), Key::GlobalAvgPool(plane), Key::Entry(plane)]);
@@ -108,6 +135,7 @@ pub(crate) fn profile() -> Profile {
                 verdict: Verdict::Good,
                 canaries: vec!["session, 1 threads".into()],
             },
+            transfer: None,
             good_for: GoodFor::default(),
             files: BTreeMap::new(),
         },
@@ -207,7 +235,7 @@ fn wrong_cells_are_named() {
     );
     check("conv,1,16,32", "conv,1,0,32", "`cin`: found `0`");
     check(",int8,", ",int4,", "`numerics`: found `int4`, expected f32, int8");
-    check("conv,1,16,32", "conv,1,16,32,5", "cells: found 28, expected 27");
+    check("conv,1,16,32", "conv,1,16,32,5", "cells: found 39, expected 38");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Context, Family, Heat, Key, Path, Tier};
+use super::{Context, EdgeKind, ElementwiseKind, Family, Heat, Key, Path, PoolKind, Tier};
 use crate::graph::Numerics;
 
 impl fmt::Display for Key {
@@ -51,17 +51,84 @@ impl fmt::Display for Key {
                 p.batch,
                 p.threads
             ),
+            Self::Edge(e) => write!(
+                f,
+                "{} {} at {}x{}, batch {}, {} threads",
+                e.kind.name(),
+                e.channels,
+                e.height,
+                e.width,
+                e.batch,
+                e.threads
+            ),
+            Self::Pool(p) => write!(
+                f,
+                "{} pool {1}x{1}/{2} {3} at {4}x{5} {6}, batch {7}, {8} threads",
+                pool_name(p.kind),
+                p.kernel,
+                p.stride,
+                p.channels,
+                p.height,
+                p.width,
+                numerics_name(p.numerics),
+                p.batch,
+                p.threads
+            ),
+            Self::Elementwise(e) => write!(
+                f,
+                "{} {} at {}x{} {}, batch {}, {} threads",
+                e.kind.name(),
+                e.channels,
+                e.height,
+                e.width,
+                numerics_name(e.numerics),
+                e.batch,
+                e.threads
+            ),
+            Self::LowRank(l) => write!(f, "{} as rank {} and {}", Self::Conv(l.conv), l.rank_in, l.rank_out),
             Self::Expert(e) => write!(
                 f,
-                "expert {}x{} {} bits in {} planes, group {}, {} tokens, {} threads, {}",
+                "{} experts {}x{}{} {} bits in {} planes, group {}, {} tokens, {} threads, {}",
+                e.experts,
                 e.hidden,
                 e.inner,
+                if e.rank > 0 {
+                    format!(" rank {}", e.rank)
+                } else {
+                    String::new()
+                },
                 e.bits,
                 e.planes,
                 e.group,
                 e.tokens,
                 e.threads,
-                if e.heat == Heat::Hot { "hot" } else { "cold" }
+                heat_name(e.heat)
+            ),
+            Self::Dense(d) => write!(
+                f,
+                "dense {}→{} f32, {} tokens, {} threads, {}",
+                d.inputs,
+                d.outputs,
+                d.tokens,
+                d.threads,
+                heat_name(d.heat)
+            ),
+            Self::Attention(a) => write!(
+                f,
+                "attention {}/{} heads of {}, {} keys, {} tokens, {} sequences, {} threads, {}",
+                a.heads,
+                a.kv_heads,
+                a.head_dim,
+                a.keys,
+                a.tokens,
+                a.sequences,
+                a.threads,
+                heat_name(a.heat)
+            ),
+            Self::Glue(g) => write!(
+                f,
+                "rest of a layer of width {}, {} of {} experts, {} tokens, {} threads",
+                g.hidden, g.top_k, g.experts, g.tokens, g.threads
             ),
             Self::Read(r) => write!(
                 f,
@@ -91,10 +158,19 @@ impl fmt::Display for Path {
             Family::Add(n) => write!(f, "add.{}", numerics_name(n))?,
             Family::Pool(n) => write!(f, "pool.{}", numerics_name(n))?,
             Family::Entry(n) => write!(f, "entry.{}", numerics_name(n))?,
+            Family::Edge(kind) => write!(f, "edge.{}", kind.name())?,
+            Family::Window(kind, n) => write!(f, "pool_{}.{}", pool_name(kind), numerics_name(n))?,
+            Family::Elementwise(kind, n) => write!(f, "{}.{}", kind.name(), numerics_name(n))?,
+            Family::LowRank(n) => write!(f, "low_rank.{}", numerics_name(n))?,
             Family::Expert { bits, planes, heat } => {
-                let heat = if heat == Heat::Hot { "hot" } else { "cold" };
-                write!(f, "expert.b{bits}p{planes}.{heat}")?;
+                write!(f, "expert.b{bits}p{planes}.{}", heat_name(heat))?;
             }
+            Family::Dense { many, heat } => {
+                let shape = if many { "gemm" } else { "gemv" };
+                write!(f, "dense.{shape}.{}", heat_name(heat))?;
+            }
+            Family::Attention { heat } => write!(f, "attention.{}", heat_name(heat))?,
+            Family::Glue => write!(f, "glue")?,
             Family::Read(tier) => write!(f, "read.{}", tier_name(tier))?,
         }
         write!(f, "/t{}", self.threads)
@@ -119,6 +195,7 @@ impl std::str::FromStr for Path {
             Family::ConvGrouped,
             Family::ConvInt8,
             Family::DepthwiseInt8,
+            Family::Glue,
         ];
         let by_numerics = [Numerics::F32, Numerics::Int8].into_iter().flat_map(|n| {
             [
@@ -127,10 +204,24 @@ impl std::str::FromStr for Path {
                 Family::Add(n),
                 Family::Pool(n),
                 Family::Entry(n),
+                Family::Window(PoolKind::Max, n),
+                Family::Window(PoolKind::Mean, n),
+                Family::LowRank(n),
+            ]
+            .into_iter()
+            .chain(ElementwiseKind::ALL.map(|kind| Family::Elementwise(kind, n)))
+        });
+        let edges = EdgeKind::ALL.map(Family::Edge);
+        let by_tier = [Tier::L2, Tier::L3, Tier::Memory, Tier::Disk, Tier::DiskBuffered].map(Family::Read);
+        let by_heat = [Heat::Hot, Heat::Cold].into_iter().flat_map(|heat| {
+            [
+                Family::Attention { heat },
+                Family::Dense { many: true, heat },
+                Family::Dense { many: false, heat },
             ]
         });
-        let by_tier = [Tier::L2, Tier::L3, Tier::Memory, Tier::Disk, Tier::DiskBuffered].map(Family::Read);
-        let known = simple.into_iter().chain(by_numerics).chain(by_tier);
+        let cnn = simple.into_iter().chain(by_numerics).chain(edges);
+        let known = cnn.chain(by_heat).chain(by_tier);
         if let Some(path) = known
             .map(|family| Self { family, threads })
             .find(|path| path.to_string() == text)
@@ -157,6 +248,20 @@ pub(crate) fn numerics_name(numerics: Numerics) -> &'static str {
     match numerics {
         Numerics::F32 => "f32",
         Numerics::Int8 => "int8",
+    }
+}
+
+pub(crate) fn pool_name(kind: PoolKind) -> &'static str {
+    match kind {
+        PoolKind::Max => "max",
+        PoolKind::Mean => "mean",
+    }
+}
+
+pub(crate) fn heat_name(heat: Heat) -> &'static str {
+    match heat {
+        Heat::Hot => "hot",
+        Heat::Cold => "cold",
     }
 }
 
