@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::fit::{Coefficient, PathFit, Sample};
 use crate::identity::Identity;
 use crate::predict::{Flag, Model};
+use crate::transfer::profile::Transfer;
 use crate::work::Key;
 use crate::{Error, Result};
 
@@ -38,6 +39,9 @@ pub struct Head {
     pub provenance: Provenance,
     pub identity: Identity,
     pub noise: Noise,
+    /// Carried over from another profile, not measured operator by operator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transfer: Option<Transfer>,
     /// What it is good for; filled on save.
     #[serde(default)]
     pub good_for: GoodFor,
@@ -344,16 +348,26 @@ impl Profile {
         if self.head.purpose == Purpose::Reference {
             flags.push(Flag::Reference);
         }
+        if let Some(transfer) = &self.head.transfer {
+            flags.push(Flag::Transferred {
+                from: transfer.from.clone(),
+                networks: transfer.networks,
+            });
+        }
         let rows = self.rows.iter().map(|r| (r.key, r.median_us, r.relative_spread()));
         let floor = self.head.noise.floor_pct / 100.0;
-        Model::new(
+        let model = Model::new(
             self.head.identity.id(),
             self.head.identity.block(),
             rows,
             self.fits.iter().cloned(),
             floor,
             flags,
-        )
+        );
+        match &self.head.transfer {
+            Some(transfer) => model.carried_over(transfer.spread_ln),
+            None => model,
+        }
     }
 
     /// Error on held-out shapes; `None` where none were measured.
@@ -493,4 +507,4 @@ fn toml<T: serde::de::DeserializeOwned>(file: &FilePath, mark: Option<&FileMark>
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

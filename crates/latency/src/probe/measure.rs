@@ -169,6 +169,7 @@ pub fn measure(
                 verdict: Verdict::of(100.0 * floor, steal_pct),
                 canaries: canaries.iter().map(Key::to_string).collect(),
             },
+            transfer: None,
             good_for: GoodFor::default(),
             files: std::collections::BTreeMap::new(),
         },
