@@ -3,11 +3,12 @@
 //! Law: times are inputs: a step count or a measured latency is journaled before anything depends on it, and the
 //! prediction before the measurement that judges it.
 
+mod journal;
+mod tune;
+
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Instant;
 
-use cotk_data::images::Images;
 use cotk_data::loader::Source;
 use cotk_data::task::{Normalisation, Task};
 use cotk_onnx::weights::Network;
@@ -18,18 +19,20 @@ use cotk_run::journal::Journal;
 use cotk_run::progress::Progress;
 use cotk_run::seeds::Seeds;
 use cotk_run::{files, recipe};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
+use self::journal::{Entry, Which};
+use self::tune::{SETTLE, evaluate, fine_tune};
 use crate::cost::{Costs, Quantity, Tables};
 use crate::method::gradient::Gradient;
-use crate::method::{Drive, Found, Limit, Method, calibration, cosine};
+use crate::method::{Drive, Found, Limit, Method};
 use crate::plan::{Halves, Plan, time_steps};
 use crate::profile::{self, Profiled};
 use crate::recipe::{MethodName, Recipe};
 use crate::repair::{reachable, repair};
 use crate::result::{Baseline, Exports, Finished, LayerResult, NetworkResult, SearchResult};
 use crate::space::{Form, Point, Space};
-use crate::trainable::{Subnet, Trainable};
+use crate::trainable::Trainable;
 use crate::{Result, SearchError, checkpoint, export, measure, report};
 
 /// Rounds of interleaved timing, each with fresh sessions.
@@ -37,8 +40,6 @@ const TIMING_ROUNDS: usize = 7;
 /// A measured time this far from its prediction sends the network back to repair, at most so often.
 const DISAGREEMENT: f64 = 0.03;
 const CORRECTIONS: usize = 3;
-/// Batches of 128 images behind the final statistics and ranges.
-const SETTLE: usize = 16;
 
 /// Makes the shared weights of a space: the program passes the one that trains.
 pub type Make<'a> = &'a dyn Fn(&Space, Normalisation, &Recipe, Seeds) -> Box<dyn Trainable>;
@@ -84,79 +85,6 @@ pub struct DryRun {
     pub profile: String,
     /// Bytes that the run folder will take, at most.
     pub disk_bytes: u64,
-}
-
-/// A line of the journal.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum Entry {
-    Begun {
-        threads: usize,
-        cotk_version: String,
-        commit: String,
-    },
-    Costs {
-        tables: Tables,
-        profile: Profiled,
-        limits: Vec<Limit>,
-    },
-    Planned {
-        plan: Plan,
-    },
-    /// One network repaired, predicted, then measured.
-    Tried {
-        encoding: String,
-        predicted_ms: f64,
-    },
-    Timed {
-        encoding: String,
-        measured_ms: f64,
-    },
-    Chosen {
-        encoding: String,
-    },
-    Trained {
-        which: Which,
-        val_accuracy: f64,
-    },
-    Predicted {
-        ms: f64,
-        spread_ms: f64,
-        origin: String,
-    },
-    Measured {
-        ms: f64,
-        spread_ms: f64,
-        baseline_ms: f64,
-        baseline_spread_ms: f64,
-    },
-    /// The test images were read: once.
-    Tested {
-        accuracy: f64,
-        baseline: f64,
-        images: u64,
-    },
-    /// Seconds of work of one process, up to here.
-    Worked {
-        seconds: f64,
-    },
-}
-
-/// The two networks that are fine-tuned.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum Which {
-    Network,
-    Baseline,
-}
-
-impl Which {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Network => "network",
-            Self::Baseline => "baseline",
-        }
-    }
 }
 
 /// Says what a run would do: times 20 steps, writes nothing.
@@ -744,56 +672,4 @@ fn tested_images(entries: &[Entry]) -> u64 {
         _ => None,
     });
     images.unwrap_or(0)
-}
-
-/// Steps `done..total`, then the final statistics. A checkpoint of step `total + 1` is the settled network.
-fn fine_tune(drive: &Drive<'_>, which: Which, subnet: &mut dyn Subnet, done: u64, path: &Path) -> Result<()> {
-    let total = drive.plan.fine_tune;
-    let batches = Source::shuffled(
-        Arc::clone(&drive.halves.all),
-        drive.task.normalisation,
-        Some(drive.task.augment),
-        drive.seeds,
-        &format!("fine-tune {}", which.name()),
-        drive.recipe.train.batch,
-    );
-    let mut batches = batches.start(usize::try_from(done).expect("steps are few"));
-    let what = match which {
-        Which::Network => "fine-tuning",
-        Which::Baseline => "training baseline",
-    };
-    drive.progress.begin(what, total, "steps");
-    drive.progress.advance(done);
-    for step in done..total {
-        if drive.cancel.is_cancelled() {
-            checkpoint::save(path, &step, &subnet.state())?;
-            drive.cancel.check()?;
-        }
-        if step > 0 && step.is_multiple_of(drive.recipe.train.checkpoint_every) && step != done {
-            checkpoint::save(path, &step, &subnet.state())?;
-        }
-        let rate = drive.recipe.train.fine_tune_rate * cosine(step, total, 0.0);
-        let loss = subnet.step(&batches.next_batch(), rate)?;
-        if !loss.is_finite() {
-            return Err(SearchError::Diverged {
-                phase: "fine-tuning",
-                step,
-                loss,
-            });
-        }
-        drive.progress.advance(1);
-    }
-    subnet.settle(&calibration(&drive.halves.all, drive.task, SETTLE))?;
-    checkpoint::save(path, &(total + 1), &subnet.state())?;
-    drive.progress.end();
-    Ok(())
-}
-
-fn evaluate(subnet: &dyn Subnet, images: &Images, task: &Task) -> Result<f64> {
-    let mut score = crate::trainable::Score::default();
-    for from in (0..images.len()).step_by(256) {
-        let range = from..(from + 256).min(images.len());
-        score = score.plus(subnet.evaluate(&cotk_data::loader::plain_batch(images, task.normalisation, range))?);
-    }
-    Ok(score.accuracy())
 }
