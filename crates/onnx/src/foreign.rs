@@ -12,6 +12,8 @@ use crate::{Error, Result};
 
 mod build;
 mod constant;
+mod convert;
+mod moves;
 mod op;
 mod shapes;
 mod wire;
@@ -87,6 +89,10 @@ pub struct Node {
     pub elements: u64,
     /// Its output is an output of the network.
     pub is_output: bool,
+    /// Everybody reads its output as codes.
+    pub is_output_quantized: bool,
+    /// Bits of its weight codes, where a file of ours says so; they run as 8.
+    pub weight_bits: Option<u32>,
     /// The shape stands in no rule and not in the file: that of the first input was taken.
     pub is_shape_assumed: bool,
 }

@@ -10,6 +10,7 @@ use super::constant::{Constant, Element, fold, values};
 use super::shapes::{Inferred, Operand, Refusal, attribute, bounded, infer, refuse};
 use super::wire::{self, Dim};
 use super::{Edge, Input, Network, Node, Op, Options, Source};
+use crate::write::BITS_KEY;
 use crate::{Error, Result};
 
 /// What a name stands for.
@@ -139,6 +140,14 @@ pub(super) fn network<'a>(file: &'a str, model: &'a wire::Model<'a>, options: Op
         return Err(wrong("nothing runs: no node depends on an input".into()));
     }
     builder.choose_numerics();
+    // Files of our own say how many bits of their codes are used.
+    for (key, bits) in &model.metadata {
+        if let (Some(name), Ok(bits)) = (key.strip_prefix(BITS_KEY), bits.parse::<u32>())
+            && let Some(node) = builder.nodes.iter_mut().find(|n| n.name == name)
+        {
+            node.weight_bits = Some(bits.clamp(1, 8));
+        }
+    }
     let external = |t: &&wire::Tensor<'_>| t.is_external;
     Ok(Network {
         name: graph.name.to_owned(),
@@ -432,6 +441,8 @@ impl<'a> Builder<'a> {
             macs: macs(&inferred),
             elements: read.saturating_add(written),
             is_output: false,
+            is_output_quantized: false,
+            weight_bits: None,
             is_shape_assumed,
         });
         self.beside.push(Beside {
@@ -605,6 +616,8 @@ impl<'a> Builder<'a> {
                 let reads_codes = edge.is_quantized || self.absorbed(&edge);
                 self.nodes[at].inputs[i].is_quantized = reads_codes;
             }
+            let beside = &self.beside[at];
+            self.nodes[at].is_output_quantized = beside.plain_reads == 0 && beside.quantized_reads > 0;
         }
     }
 

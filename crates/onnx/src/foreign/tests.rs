@@ -176,3 +176,32 @@ fn lengths_that_lie_are_refused_with_their_place() {
     let text = read("x", &model, Options { batch: 1 }).unwrap_err().to_string();
     assert!(text.contains("2^40"), "{text}");
 }
+
+/// What predictions walk has the same multiply-adds, an output, and knows every operator.
+#[test]
+fn the_walked_form_keeps_the_arithmetic() {
+    for name in expected().as_object().unwrap().keys() {
+        let network = at(name, 2);
+        let walked = network.to_walk(name).unwrap();
+        let macs: u64 = walked.nodes.iter().map(|n| n.macs).sum();
+        assert_eq!(macs, network.macs(), "{name}");
+        assert!(!walked.outputs.is_empty(), "{name}");
+        let unknown = |n: &&cotk_latency::walk::Node| matches!(n.kind, cotk_latency::walk::Kind::Unknown { .. });
+        assert_eq!(walked.nodes.iter().filter(unknown).count(), 0, "{name}");
+        // Weights as they are run: an int8 file is about a quarter of its f32 form.
+        assert!(
+            walked.nodes.iter().map(|n| n.weight_bytes).sum::<u64>() > 10_000,
+            "{name}"
+        );
+    }
+    let bytes = |name: &str| -> u64 {
+        at(name, 1)
+            .to_walk(name)
+            .unwrap()
+            .nodes
+            .iter()
+            .map(|n| n.weight_bytes)
+            .sum()
+    };
+    assert!((0.2..0.4).contains(&(bytes("tiny-qdq") as f64 / bytes("tiny") as f64)));
+}

@@ -31,6 +31,8 @@ pub(super) struct Model<'a> {
     pub(super) graph: Option<Graph<'a>>,
     /// Names of functions that the file defines itself.
     pub(super) functions: Vec<&'a str>,
+    /// `(key, value)`.
+    pub(super) metadata: Vec<(&'a str, &'a str)>,
 }
 
 #[derive(Debug, Default)]
@@ -111,6 +113,19 @@ pub(super) fn model(bytes: &[u8]) -> Result<Model<'_>> {
             (8, Value::Bytes(part)) => {
                 spend(&mut budget, part.offset)?;
                 model.opsets.push(opset(part)?);
+            }
+            (14, Value::Bytes(part)) => {
+                spend(&mut budget, part.offset)?;
+                let mut entry = ("", "");
+                part.fields("metadata_props", |inner| {
+                    match (inner.number, inner.value) {
+                        (1, Value::Bytes(key)) => entry.0 = key.text("key of the metadata")?,
+                        (2, Value::Bytes(value)) => entry.1 = value.text("value of the metadata")?,
+                        _ => {}
+                    }
+                    Ok(())
+                })?;
+                model.metadata.push(entry);
             }
             (25, Value::Bytes(part)) => {
                 spend(&mut budget, part.offset)?;
