@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use crate::fit::PathFit;
 use crate::walk::{self, Network};
 use crate::work::{
-    Block, DecodeStep, EdgeKind, ElementwiseKind, Family, Key, LowRankKey, Path, ReadKey, TermGroup, Tier, Work,
+    Block, EdgeKind, ElementwiseKind, Family, Key, LowRankKey, Path, ReadKey, TermGroup, Tier, Work,
 };
 use crate::{Error, Result};
 
@@ -136,16 +136,19 @@ pub struct Model {
     flags: Vec<Flag>,
     /// Of a profile that was carried over: nine in ten of its errors are below this.
     transfer_ln: Option<f64>,
+    /// Last-level cache; 0 where it is not known.
+    cache_bytes: u64,
 }
 
 /// One operator's part in a sum.
-struct Part {
-    path: Path,
-    ms: f64,
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Part {
+    pub(crate) path: Path,
+    pub(crate) ms: f64,
     /// ln of the half interval that holds nine in ten.
-    spread_ln: f64,
-    terms: Terms,
-    origin: Origin,
+    pub(crate) spread_ln: f64,
+    pub(crate) terms: Terms,
+    pub(crate) origin: Origin,
 }
 
 impl Model {
@@ -167,6 +170,7 @@ impl Model {
             noise_floor,
             flags,
             transfer_ln: None,
+            cache_bytes: 0,
         }
     }
 
@@ -176,6 +180,16 @@ impl Model {
             transfer_ln: Some(spread_ln),
             ..self
         }
+    }
+
+    /// The same on a machine whose largest cache holds so many bytes: what fits it is not read from memory.
+    pub fn with_cache(self, cache_bytes: u64) -> Self {
+        Self { cache_bytes, ..self }
+    }
+
+    /// Bytes of the largest cache; 0 where it is not known.
+    pub fn cache_bytes(&self) -> u64 {
+        self.cache_bytes
     }
 
     /// Whether this very key was measured.
@@ -248,7 +262,7 @@ impl Model {
         Ok(fit)
     }
 
-    fn part(&self, key: &Key, flags: &mut Vec<Flag>) -> Result<Part> {
+    pub(crate) fn part(&self, key: &Key, flags: &mut Vec<Flag>) -> Result<Part> {
         let features = key.features(self.block);
         let mut terms = Terms::default();
         if let Some(&(us, spread)) = self.table.get(key) {
@@ -312,7 +326,7 @@ impl Model {
 
     /// `(part, how often)`, in sum. Errors of parts are correlated: fully with themselves, by half within a kernel path, by a
     /// fifth across (reference 2.8); independence would look far too sure.
-    fn sum(&self, parts: &[(Part, f64)], mut flags: Vec<Flag>) -> Prediction {
+    pub(crate) fn sum(&self, parts: &[(Part, f64)], mut flags: Vec<Flag>) -> Prediction {
         let (mut ms, mut terms, mut origin) = (0.0, Terms::default(), Origin::Table);
         let (mut squares, mut all) = (0.0, 0.0);
         let mut by_path: BTreeMap<Path, f64> = BTreeMap::new();
@@ -351,30 +365,6 @@ impl Model {
             .map(|step| Ok((self.part(&step.key, flags)?, 1.0)))
             .collect()
     }
-
-    fn decode_step(&self, step: &DecodeStep, flags: &mut Vec<Flag>) -> Result<Vec<(Part, f64)>> {
-        let mut parts = Vec::with_capacity(step.experts.len() + 1);
-        if step.dense_bytes > 0 {
-            let mut dense = self.part(
-                &Key::Read(ReadKey {
-                    tier: Tier::Memory,
-                    bytes: step.dense_bytes,
-                    threads: step.threads,
-                }),
-                flags,
-            )?;
-            // The call overhead of one read is not that of a step, and a step is not one read.
-            dense.ms -= dense.terms.launch_ms;
-            dense.terms.launch_ms = 0.0;
-            parts.push((dense, 1.0));
-            // Bandwidth is a slope: other sizes of the same memory are no extrapolation.
-            flags.retain(|flag| !matches!(flag, Flag::Extrapolated { path } if path.starts_with("read.memory")));
-        }
-        for (key, calls) in &step.experts {
-            parts.push((self.part(&Key::Expert(*key), flags)?, *calls));
-        }
-        Ok(parts)
-    }
 }
 
 /// Half width of a normal 90 % interval in standard deviations.
@@ -389,7 +379,7 @@ impl CostModel for Model {
             Work::Read(key) => vec![one(Key::Read(*key), &mut flags)?],
             Work::Graph { graph, threads } => self.network(&Network::from(*graph), *threads, &mut flags)?,
             Work::Network { network, threads } => self.network(network, *threads, &mut flags)?,
-            Work::DecodeStep(step) => self.decode_step(step, &mut flags)?,
+            Work::Step(step) => return Ok(self.step(step)?.whole),
         };
         Ok(self.sum(&parts, flags))
     }
@@ -569,37 +559,6 @@ mod tests {
             text.contains("conv.blocked/t1") && text.contains("conv 3x3/1 16→16"),
             "{text}"
         );
-    }
-
-    #[test]
-    fn a_decode_step_is_its_bytes_and_its_experts() {
-        let model = model();
-        let key = ExpertKey {
-            hidden: 512,
-            inner: 256,
-            bits: 4,
-            planes: 2,
-            group: 32,
-            rank: 0,
-            experts: 1,
-            tokens: 1,
-            threads: 1,
-            heat: Heat::Cold,
-        };
-        let step = |calls, dense_bytes| {
-            Work::DecodeStep(DecodeStep {
-                dense_bytes,
-                experts: vec![(key, calls)],
-                threads: 1,
-            })
-        };
-        let one = model.predict(&Work::Operator(Key::Expert(key))).unwrap().ms;
-        let many = model.predict(&step(48.0, 0)).unwrap();
-        assert!((many.ms - 48.0 * one).abs() < 1e-9 * many.ms);
-        let dense = model.predict(&step(0.0, 1 << 27)).unwrap();
-        let expected = (1u64 << 27) as f64 / model.bytes_per_s(Tier::Memory, 1).unwrap() * 1e3;
-        assert!((dense.ms / expected - 1.0).abs() < 1e-6, "{} {expected}", dense.ms);
-        assert!(!dense.flags.iter().any(|f| matches!(f, Flag::Extrapolated { .. })));
     }
 
     proptest! {

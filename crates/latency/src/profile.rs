@@ -363,7 +363,8 @@ impl Profile {
             self.fits.iter().cloned(),
             floor,
             flags,
-        );
+        )
+        .with_cache(self.head.identity.cache_bytes);
         match &self.head.transfer {
             Some(transfer) => model.carried_over(transfer.spread_ln),
             None => model,

@@ -62,6 +62,8 @@ pub enum Kind {
     /// Sum of two tensors of one shape.
     Add(Activation),
     GlobalAvgPool,
+    /// A mean or sum over dimensions by another operator: never blocked, never int8.
+    Reduce,
     Pool {
         kind: PoolKind,
         kernel: u32,
@@ -200,14 +202,15 @@ struct Walker<'a> {
     network: &'a Network,
     threads: u32,
     block: Block,
-    /// Of the input, then of each node.
+    /// Of the input, then of each node: the form that its operator wrote, and all that it exists in by now.
+    native: Vec<Form>,
     forms: Vec<Forms>,
     /// How many nodes and callers read a tensor.
     uses: Vec<usize>,
     steps: Vec<Step>,
     /// The node whose result stands for this one's.
     fused_into: Vec<Option<usize>>,
-    /// By convolution: another node has become a part of it already, so that a sum cannot.
+    /// By convolution: what has become a part of it.
     has_activation: Vec<bool>,
     has_sum: Vec<bool>,
 }
@@ -222,7 +225,8 @@ pub fn walk(network: &Network, threads: u32, block: Block) -> Walk {
         network,
         threads,
         block,
-        forms: vec![Forms::default(); count + 1],
+        native: vec![Form::Plain; count + 1],
+        forms: vec![Forms::only(Form::Plain); count + 1],
         uses,
         steps: vec![Step {
             at: At::Session,
@@ -232,14 +236,14 @@ pub fn walk(network: &Network, threads: u32, block: Block) -> Walk {
         has_activation: vec![false; count],
         has_sum: vec![false; count],
     };
-    walker.forms[0] = Forms::only(Form::Plain);
-    walker.settle(Source::Input, network.input);
-    // Sums and activations join the convolution before them: known before that convolution runs.
     for index in 0..count {
-        walker.fuse(index);
-    }
-    for index in 0..count {
-        walker.node(index);
+        if let Some(home) = walker.fuses(index) {
+            walker.fused_into[index] = Some(home);
+        } else {
+            let form = walker.node(index);
+            walker.native[index + 1] = form;
+            walker.forms[index + 1] = Forms::only(form);
+        }
     }
     for &source in &network.outputs {
         walker.need(source, Form::Plain, None);
@@ -276,70 +280,73 @@ impl Walker<'_> {
         at
     }
 
-    /// Whether a node becomes part of the convolution that feeds it.
-    fn fuse(&mut self, index: usize) {
+    /// The form that a tensor's operator wrote: what comes by a reorder does not make its other readers blocked.
+    fn native(&self, source: Source) -> Form {
+        if self.tensor(source).is_quantized && self.native[slot(self.home(source))] == Form::Blocked {
+            return Form::Int8Plain;
+        }
+        self.native[slot(self.home(source))]
+    }
+
+    /// The f32 convolution whose result a tensor is, if nobody else reads it.
+    fn sole_conv(&self, source: Source) -> Option<usize> {
+        let Source::Node(home) = self.home(source) else {
+            return None;
+        };
+        let node = &self.network.nodes[home];
+        let is_conv = matches!(node.kind, Kind::Conv { .. }) && node.numerics == Numerics::F32;
+        (is_conv && self.uses[slot(source)] == 1 && !self.tensor(source).is_quantized).then_some(home)
+    }
+
+    /// The node that this one becomes a part of, with what that adds to it.
+    fn fuses(&mut self, index: usize) -> Option<usize> {
         let node = &self.network.nodes[index];
-        // The convolution behind one of the inputs, if nobody else reads it.
-        let conv = |source: Source| {
-            let Source::Node(from) = source else { return None };
-            let Source::Node(home) = self.home(source) else {
-                return None;
-            };
-            let producer = &self.network.nodes[home];
-            let fits = matches!(producer.kind, Kind::Conv { .. }) && self.uses[slot(Source::Node(from))] == 1;
-            fits.then_some(home)
-        };
-        let after_add = |source: Source| {
-            let Source::Node(from) = source else { return None };
-            let alone = self.uses[slot(source)] == 1;
-            (alone && matches!(self.network.nodes[from].kind, Kind::Add(Activation::None))).then_some(from)
-        };
         match node.kind {
-            Kind::BatchNorm => {
-                let before = conv(node.inputs[0]).filter(|&c| !self.has_activation[c] && !self.has_sum[c]);
-                self.fused_into[index] = before;
-            }
+            Kind::BatchNorm => self
+                .sole_conv(node.inputs[0])
+                .filter(|&c| !self.activated(c) && !self.has_sum[c]),
+            // The range of the codes does it.
+            Kind::Activation if node.numerics == Numerics::Int8 => match node.inputs[0] {
+                Source::Node(from) => Some(from),
+                Source::Input => None,
+            },
             Kind::Activation => {
-                if let Some(c) = conv(node.inputs[0]).filter(|&c| !self.activated(c)) {
-                    self.has_activation[c] = true;
-                    self.fused_into[index] = Some(c);
-                } else if node.numerics == Numerics::Int8 {
-                    // The range of the codes does it.
-                    if let Source::Node(from) = node.inputs[0] {
-                        self.fused_into[index] = Some(from);
-                    }
-                } else if let Some(sum) = after_add(node.inputs[0])
-                    && let Some(c) = self.fused_into[sum]
-                    && !self.activated(c)
-                {
-                    self.has_activation[c] = true;
-                    self.fused_into[index] = Some(c);
-                }
+                let conv = self.sole_conv(node.inputs[0]).filter(|&c| !self.activated(c))?;
+                self.has_activation[conv] = true;
+                Some(conv)
             }
             Kind::Add(activation) if node.numerics == Numerics::F32 => {
-                let [a, b] = node.inputs[..] else { return };
-                let free = |source| conv(source).filter(|&c| !self.activated(c) && !self.has_sum[c]);
-                // The sum becomes an input of the convolution: the other tensor must be there before it runs.
-                let earlier = |other: Source, c: usize| slot(self.home(other)) <= c;
-                let first = free(a).filter(|&c| earlier(b, c));
-                let into = first.or_else(|| free(b).filter(|&c| earlier(a, c)));
-                if let Some(c) = into {
-                    self.has_sum[c] = true;
-                    self.has_activation[c] = activation == Activation::Relu;
-                    self.fused_into[index] = Some(c);
-                }
+                let [a, b] = node.inputs[..] else { return None };
+                let (conv, other) = self.sum_host(a, b).or_else(|| self.sum_host(b, a))?;
+                // In a plain convolution the other tensor must be plain too.
+                self.need(other, self.native[conv + 1], Some(index));
+                self.has_sum[conv] = true;
+                self.has_activation[conv] = activation == Activation::Relu;
+                self.push(index, Key::Add(self.plane(node.output.shape, Numerics::F32)));
+                Some(conv)
             }
-            Kind::Conv { .. }
-            | Kind::Add(_)
+            Kind::Add(_)
+            | Kind::Conv { .. }
             | Kind::Linear { .. }
             | Kind::GlobalAvgPool
+            | Kind::Reduce
             | Kind::Pool { .. }
             | Kind::Elementwise(_)
             | Kind::Concat
             | Kind::View
             | Kind::Transpose
-            | Kind::Unknown { .. } => {}
+            | Kind::Unknown { .. } => None,
         }
+    }
+
+    /// The convolution behind `host`, if the sum with `other` can become a part of it: both blocked, or it is plain.
+    fn sum_host(&self, host: Source, other: Source) -> Option<(usize, Source)> {
+        let conv = self
+            .sole_conv(host)
+            .filter(|&c| !self.activated(c) && !self.has_sum[c])?;
+        let same_shape = self.tensor(host).shape == self.tensor(other).shape;
+        let fits = self.native(host) == Form::Plain || self.native(other) == Form::Blocked;
+        (fits && same_shape).then_some((conv, other))
     }
 
     fn activated(&self, conv: usize) -> bool {
@@ -353,25 +360,8 @@ impl Walker<'_> {
         own || self.has_activation[conv]
     }
 
-    /// The sum that became part of convolution `index`: its other tensor.
-    fn sum_of(&self, index: usize) -> Option<(usize, Source)> {
-        if !self.has_sum[index] {
-            return None;
-        }
-        let nodes = self.network.nodes.iter().enumerate();
-        let mut sums = nodes.filter(|(i, n)| self.fused_into[*i] == Some(index) && matches!(n.kind, Kind::Add(_)));
-        let (at, sum) = sums.next()?;
-        let mine = |source: &&Source| self.home(**source) != Source::Node(index);
-        // The convolution may not be asked about itself: before fusing, its own output was the other input.
-        let other = sum.inputs.iter().find(mine).copied()?;
-        Some((at, other))
-    }
-
-    /// Whether all of these lie in blocks of whole channels.
     fn all_blocked(&self, inputs: &[Source]) -> bool {
-        inputs
-            .iter()
-            .all(|&s| self.forms[slot(self.home(s))].has(Form::Blocked))
+        inputs.iter().all(|&s| self.native(s) == Form::Blocked)
     }
 
     fn whole_blocks(&self, channels: u32) -> bool {
@@ -385,10 +375,17 @@ impl Walker<'_> {
         });
     }
 
-    /// Makes sure that a tensor exists in a form, by the edges that it takes.
+    /// Makes sure that a tensor exists in a form, by the edges that it takes: each is made once.
     fn need(&mut self, source: Source, form: Form, to: Option<usize>) {
-        let home = self.home(source);
-        let forms = self.forms[slot(home)];
+        let home = slot(self.home(source));
+        let mut forms = self.forms[home];
+        if self.tensor(source).is_quantized && !forms.has(Form::Int8) && !forms.has(Form::Int8Plain) {
+            // f32 with a quantize/dequantize pair behind it: all that read it see codes.
+            self.edge(source, Form::Plain, EdgeKind::ReorderOut, to);
+            self.edge(source, Form::Int8Plain, EdgeKind::Quantize, to);
+            forms = Forms::only(Form::Int8Plain);
+            self.forms[home] = forms;
+        }
         if forms.has(form) {
             return;
         }
@@ -401,73 +398,79 @@ impl Walker<'_> {
             Form::Int8Plain => (Form::Plain, EdgeKind::Quantize),
         };
         self.need(source, before, to);
+        self.edge(source, form, kind, to);
+    }
+
+    /// Adds a form to a tensor that lacks it.
+    fn edge(&mut self, source: Source, form: Form, kind: EdgeKind, to: Option<usize>) {
+        let home = slot(self.home(source));
+        if self.forms[home].has(form) {
+            return;
+        }
         let shape = self.tensor(source).shape;
         self.steps.push(Step {
             at: At::Edge { from: source, to },
-            key: Key::Edge(EdgeKey {
-                kind,
-                batch: shape.batch,
-                channels: shape.channels,
-                height: shape.height,
-                width: shape.width,
-                threads: self.threads,
-            }),
+            key: Key::Edge(self.edge_key(kind, shape)),
         });
-        self.forms[slot(home)].0[form as usize] = true;
+        self.forms[home].0[form as usize] = true;
     }
 
-    /// An f32 tensor with a quantize/dequantize pair behind it: all that read it see codes.
-    fn settle(&mut self, source: Source, tensor: Tensor) {
-        let home = slot(self.home(source));
-        let is_float = self.forms[home].has(Form::Plain) || self.forms[home].has(Form::Blocked);
-        if tensor.is_quantized && is_float {
-            self.need(source, Form::Int8Plain, None);
-            self.forms[home] = Forms::only(Form::Int8Plain);
+    fn edge_key(&self, kind: EdgeKind, shape: Shape) -> EdgeKey {
+        EdgeKey {
+            kind,
+            batch: shape.batch,
+            channels: shape.channels,
+            height: shape.height,
+            width: shape.width,
+            threads: self.threads,
         }
     }
 
-    fn node(&mut self, index: usize) {
+    /// Lists what a node that stands for itself takes, and says in which form it writes.
+    fn node(&mut self, index: usize) -> Form {
         let node = &self.network.nodes[index];
-        if self.fused_into[index].is_some() {
-            // Its result is the convolution's; a pair behind it counts once it is complete.
-            if !matches!(self.home(Source::Node(index)), Source::Node(home) if self.is_int8(home)) {
-                self.settle(Source::Node(index), node.output);
-            }
-            return;
-        }
         let int8 = node.numerics == Numerics::Int8;
-        let form = match &node.kind {
+        let plain = if int8 { Form::Int8Plain } else { Form::Plain };
+        match &node.kind {
             Kind::Conv {
                 kernel, stride, groups, ..
             } => self.conv(index, *kernel, *stride, *groups),
             Kind::Linear { rows, inputs, outputs } => {
-                let form = if int8 { Form::Int8Plain } else { Form::Plain };
-                let flat = node.inputs[0];
-                self.need(flat, form, Some(index));
-                // The exporter writes Flatten before Gemm.
-                if self.tensor(flat).shape.channels == *inputs
-                    || self.tensor(flat).shape.elements_per_sample() == u64::from(*inputs)
-                {
-                    self.view(index, flat);
+                let from = node.inputs[0];
+                self.need(from, plain, Some(index));
+                // A tensor of more than two dimensions is flattened first: our exporter always writes that.
+                if self.tensor(from).shape.elements_per_sample() == u64::from(*inputs) {
+                    self.view(index, from);
                 }
-                self.push(
-                    index,
-                    Key::Linear(LinearKey {
-                        batch: *rows,
-                        inputs: *inputs,
-                        outputs: *outputs,
-                        numerics: node.numerics,
-                        threads: self.threads,
-                    }),
-                );
-                form
+                let key = LinearKey {
+                    batch: *rows,
+                    inputs: *inputs,
+                    outputs: *outputs,
+                    numerics: node.numerics,
+                    threads: self.threads,
+                };
+                self.push(index, Key::Linear(key));
+                // The last layer may give f32 itself.
+                if node.output.is_quantized { plain } else { Form::Plain }
             }
             Kind::Add(activation) => self.add(index, *activation),
             Kind::GlobalAvgPool => {
                 let shape = self.tensor(node.inputs[0]).shape;
-                let form = self.pool_form(index, shape);
+                // Unlike windows, it never has its input blocked for it.
+                let form = if !int8 && self.native(node.inputs[0]) != Form::Blocked {
+                    self.need(node.inputs[0], Form::Plain, Some(index));
+                    Form::Plain
+                } else {
+                    self.pool_form(index, shape)
+                };
                 self.push(index, Key::GlobalAvgPool(self.plane(shape, node.numerics)));
                 form
+            }
+            Kind::Reduce => {
+                self.need(node.inputs[0], Form::Plain, Some(index));
+                let shape = self.tensor(node.inputs[0]).shape;
+                self.push(index, self.pass(shape, ElementwiseKind::Unary, Numerics::F32));
+                Form::Plain
             }
             Kind::Pool { kind, kernel, stride } => {
                 let shape = self.tensor(node.inputs[0]).shape;
@@ -487,35 +490,24 @@ impl Walker<'_> {
                 self.push(index, Key::Pool(key));
                 form
             }
-            Kind::Activation => self.elementwise(index, ElementwiseKind::Unary),
-            Kind::BatchNorm => self.elementwise(index, ElementwiseKind::Unary),
+            Kind::Activation | Kind::BatchNorm => self.elementwise(index, ElementwiseKind::Unary),
             Kind::Elementwise(kind) => self.elementwise(index, *kind),
             Kind::Concat => self.concat(index),
             Kind::View => {
-                let source = node.inputs[0];
-                let form = if int8 { Form::Int8Plain } else { Form::Plain };
-                self.need(source, form, Some(index));
-                self.view(index, source);
-                form
+                let from = node.inputs[0];
+                self.need(from, plain, Some(index));
+                self.view(index, from);
+                plain
             }
             Kind::Transpose => {
-                let (form, kind) = if int8 {
-                    (Form::Int8Plain, EdgeKind::TransposeInt8)
+                let kind = if int8 {
+                    EdgeKind::TransposeInt8
                 } else {
-                    (Form::Plain, EdgeKind::TransposeF32)
+                    EdgeKind::TransposeF32
                 };
-                self.need(node.inputs[0], form, Some(index));
-                let shape = node.output.shape;
-                let key = EdgeKey {
-                    kind,
-                    batch: shape.batch,
-                    channels: shape.channels,
-                    height: shape.height,
-                    width: shape.width,
-                    threads: self.threads,
-                };
-                self.push(index, Key::Edge(key));
-                form
+                self.need(node.inputs[0], plain, Some(index));
+                self.push(index, Key::Edge(self.edge_key(kind, node.output.shape)));
+                plain
             }
             Kind::Unknown { .. } => {
                 for &source in &node.inputs {
@@ -529,31 +521,13 @@ impl Walker<'_> {
                 self.push(index, self.pass(node.output.shape, kind, Numerics::F32));
                 Form::Plain
             }
-        };
-        self.forms[index + 1] = Forms::only(form);
-        // A pair behind a node that others joined belongs to the last of them.
-        let joined = self.fused_into.contains(&Some(index));
-        if !joined || int8 {
-            self.settle(Source::Node(index), node.output);
         }
-    }
-
-    fn is_int8(&self, index: usize) -> bool {
-        self.network.nodes[index].numerics == Numerics::Int8
     }
 
     /// A node that only renames dimensions.
     fn view(&mut self, index: usize, source: Source) {
         let shape = self.tensor(source).shape;
-        let key = EdgeKey {
-            kind: EdgeKind::View,
-            batch: shape.batch,
-            channels: shape.channels,
-            height: shape.height,
-            width: shape.width,
-            threads: self.threads,
-        };
-        self.push(index, Key::Edge(key));
+        self.push(index, Key::Edge(self.edge_key(EdgeKind::View, shape)));
     }
 
     fn plane(&self, shape: Shape, numerics: Numerics) -> PlaneKey {
@@ -597,15 +571,7 @@ impl Walker<'_> {
         };
         let (reads, writes) = self.conv_forms(&key);
         self.need(node.inputs[0], reads, Some(index));
-        let sum = self.sum_of(index);
-        if let Some((_, other)) = sum {
-            self.need(other, writes, Some(index));
-        }
         self.push(index, Key::Conv(key));
-        if let Some((at, _)) = sum {
-            let plane = self.plane(output, Numerics::F32);
-            self.push(at, Key::Add(plane));
-        }
         writes
     }
 
@@ -653,10 +619,12 @@ impl Walker<'_> {
     /// A pass that keeps the layout of its inputs: blocks when all of them lie in blocks.
     fn elementwise(&mut self, index: usize, kind: ElementwiseKind) -> Form {
         let node = &self.network.nodes[index];
+        // A factor per channel is no blocked operand.
+        let equal = node.inputs.iter().all(|&s| self.tensor(s).shape == node.output.shape);
         let form = match node.numerics {
             Numerics::Int8 if kind == ElementwiseKind::Binary => Form::Int8,
             Numerics::Int8 => Form::Int8Plain,
-            Numerics::F32 if self.all_blocked(&node.inputs) => Form::Blocked,
+            Numerics::F32 if self.all_blocked(&node.inputs) && equal => Form::Blocked,
             Numerics::F32 => Form::Plain,
         };
         for &source in &node.inputs {
@@ -690,7 +658,9 @@ impl Walker<'_> {
     /// Pools work on blocks when their channels fill them.
     fn pool_form(&mut self, index: usize, shape: Shape) -> Form {
         let node = &self.network.nodes[index];
+        let from = self.native(node.inputs[0]);
         let form = match node.numerics {
+            Numerics::Int8 if from == Form::Int8Plain => Form::Int8Plain,
             Numerics::Int8 => Form::Int8,
             Numerics::F32 if self.whole_blocks(shape.channels) => Form::Blocked,
             Numerics::F32 => Form::Plain,

@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::moe::MoeStep;
 use crate::graph::{Graph, Numerics};
 use crate::walk::Network;
 
@@ -23,8 +24,8 @@ pub enum Work<'a> {
     Network { network: &'a Network, threads: u32 },
     /// First to last byte of one read.
     Read(ReadKey),
-    /// One decoding step of a mixture-of-experts model that is all in memory.
-    DecodeStep(DecodeStep),
+    /// One step of a mixture-of-experts model under a placement: a decoding step of a batch, or a prefill.
+    Step(&'a MoeStep),
 }
 
 /// One operator with everything that its time depends on.
@@ -300,17 +301,6 @@ pub enum Tier {
 pub struct ReadKey {
     pub tier: Tier,
     pub bytes: u64,
-    pub threads: u32,
-}
-
-/// One decoding step with every weight in memory.
-#[derive(Debug, Clone, PartialEq)]
-pub struct DecodeStep {
-    /// Weights that every token reads and that are no routed experts (attention, router, shared experts, head), plus the
-    /// keys and values of the context.
-    pub dense_bytes: u64,
-    /// Experts of one step: which, and how many calls on average.
-    pub experts: Vec<(ExpertKey, f64)>,
     pub threads: u32,
 }
 

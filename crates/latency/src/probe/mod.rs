@@ -5,9 +5,11 @@ pub mod disk;
 pub mod gather;
 pub mod measure;
 pub mod memory;
+pub mod rounds;
 
 use cotk_run::seeds::Stream;
 
+use crate::graph::Graph;
 use crate::work::Key;
 use crate::{Error, Result};
 
@@ -39,11 +41,30 @@ pub trait Prepared {
         vec![1.0]
     }
 
+    /// Whether the time is that of a call behind another call of its own; cold things rotate instead.
+    fn is_hot(&self) -> bool {
+        true
+    }
+
+    /// Cores that it keeps busy.
+    fn threads(&self) -> u32 {
+        1
+    }
+
     /// One call of one piece. Nothing but the call: it is timed.
     ///
     /// # Errors
     /// [`crate::Error::Probe`] with what failed.
     fn run(&mut self, piece: usize) -> Result<()>;
+}
+
+/// Whoever can run whole networks.
+pub trait NetworkProbe {
+    /// Builds what one network needs; sessions as in [`Probe::prepare`].
+    ///
+    /// # Errors
+    /// [`crate::Error::Probe`] with what failed.
+    fn prepare(&self, graph: &Graph, threads: u32, session: u32) -> Result<Box<dyn Prepared>>;
 }
 
 /// A probe with a list of its own seeds, and draws of one kind behind them.

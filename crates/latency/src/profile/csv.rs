@@ -233,6 +233,7 @@ fn cells(key: &Key) -> Vec<(&'static str, String)> {
                 ("hidden", g.hidden),
                 ("experts", g.experts),
                 ("top_k", g.top_k),
+                ("inner", g.inner),
                 ("tokens", g.tokens),
                 ("threads", g.threads),
             ];
@@ -540,6 +541,7 @@ impl Line<'_> {
                 hidden: self.number("hidden")?,
                 experts: self.number("experts")?,
                 top_k: self.number("top_k")?,
+                inner: self.count("inner")?,
                 tokens: self.number("tokens")?,
                 threads,
             })),

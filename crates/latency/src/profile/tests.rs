@@ -80,6 +80,7 @@ fn keys() -> Vec<Key> {
             hidden: 64,
             experts: 8,
             top_k: 2,
+            inner: 0,
             tokens: 1,
             threads: 1,
         }),

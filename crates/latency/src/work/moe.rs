@@ -53,7 +53,8 @@ pub struct AttentionKey {
     pub heat: Heat,
 }
 
-/// What a decoder layer does beside matrices, attention and experts: two norms, the router's softmax and choice, sums.
+/// What a decoder layer does beside matrices, attention and experts: two norms, the router's softmax and choice, the
+/// activation of a dense or shared MLP, sums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct GlueKey {
     pub hidden: u32,
@@ -61,6 +62,8 @@ pub struct GlueKey {
     pub experts: u32,
     /// Experts per token.
     pub top_k: u32,
+    /// Inner width of the dense or shared MLP; 0 without one.
+    pub inner: u32,
     pub tokens: u32,
     pub threads: u32,
 }
@@ -258,7 +261,11 @@ impl GlueKey {
             &[
                 (Term::Call, 1.0),
                 (Term::ActivationKib, n * 4.0 * GLUE_PASSES * h / 1024.0),
-                (Term::KiloScores, n * f64::from(self.experts) / 1e3),
+                // One exponential each.
+                (
+                    Term::KiloScores,
+                    n * (f64::from(self.experts) + f64::from(self.inner)) / 1e3,
+                ),
             ],
         )
     }

@@ -127,8 +127,8 @@ impl fmt::Display for Key {
             ),
             Self::Glue(g) => write!(
                 f,
-                "rest of a layer of width {}, {} of {} experts, {} tokens, {} threads",
-                g.hidden, g.top_k, g.experts, g.tokens, g.threads
+                "rest of a layer of width {}, {} of {} experts, MLP of {}, {} tokens, {} threads",
+                g.hidden, g.top_k, g.experts, g.inner, g.tokens, g.threads
             ),
             Self::Read(r) => write!(
                 f,
