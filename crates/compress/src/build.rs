@@ -234,7 +234,7 @@ impl Student<'_> {
     fn run(&self, layer: &Layer, spec: &ModelSpec, normed: &[f32]) -> Result<Vec<f32>> {
         let scores = layer.router_scores(normed).expect("a MoE layer has a router");
         let routed = route(
-            &RouterScores::new(&scores, &spec.routing)?,
+            &layer.routing(&scores)?,
             alive(self.meaning, self.living),
         );
         let mix = Mix {

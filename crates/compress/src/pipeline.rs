@@ -179,7 +179,7 @@ impl<'a> Job<'a> {
         )?;
         Ok(Self {
             ends: quality::ends(&source)?,
-            rope: Rope::new(&spec.attention.rope, spec.attention.head_dim),
+            rope: Rope::new(&spec.attention.rope),
             cpu: Cpu::selected().map_err(cotk_runtime::Error::from)?,
             request,
             with,

@@ -31,7 +31,7 @@ impl Job<'_> {
             attend(spec, &self.rope, layer, &mut hidden, windows);
             let normed = layer.mixer_input(&hidden);
             let scores = layer.router_scores(&normed).expect("a MoE layer has a router");
-            let routed = route(&RouterScores::new(&scores, &spec.routing)?, Alive::All);
+            let routed = route(&layer.routing(&scores)?, Alive::All);
             observer.see(&hidden, &normed, &routed);
             Ok(())
         })?;
@@ -76,7 +76,7 @@ impl Job<'_> {
 
 pub(crate) fn run_plain(layer: &Layer, plain: &PlainMoe, normed: &[f32]) -> Result<Vec<f32>> {
     let scores = layer.router_scores(normed).expect("a MoE layer has a router");
-    let router = RouterScores::new(&scores, &plain.shape().rule)?;
+    let router = layer.routing(&scores)?;
     let mut mixed = vec![0.0; normed.len()];
     plain.forward(layer.id(), normed, router, Mode::Exact, &mut mixed)?;
     Ok(mixed)

@@ -210,6 +210,18 @@ impl Keys {
             .transpose()
     }
 
+    /// A finite number, 0 too.
+    pub(crate) fn at_least_zero(&mut self, key: &'static str) -> Result<Option<f64>, ConfigError> {
+        self.take(key)
+            .map(|value| {
+                value
+                    .as_f64()
+                    .filter(|x| x.is_finite() && *x >= 0.0)
+                    .ok_or_else(|| self.wrong(key, &value, "a number from 0"))
+            })
+            .transpose()
+    }
+
     pub(crate) fn required_positive(&mut self, key: &'static str) -> Result<f64, ConfigError> {
         let value = self.positive(key)?;
         self.required(key, value)

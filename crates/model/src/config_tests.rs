@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::families::parse_config;
+use crate::spec::AttentionKind;
 
 fn good() -> Value {
     json!({
@@ -54,7 +55,8 @@ fn a_missing_shape_key_is_named() {
 #[test]
 fn behaviour_keys_have_the_defaults_of_the_class() {
     let spec = parse_config(Path::new("config.json"), &good().to_string()).unwrap();
-    assert!(spec.attention.qkv_bias && !spec.tied_embeddings && !spec.routing.norm_topk);
+    let has_bias = matches!(spec.attention.kind, AttentionKind::Grouped { qkv_bias: true, .. });
+    assert!(has_bias && !spec.tied_embeddings && !spec.routing.norm_topk);
     assert_eq!(spec.norm_eps, 1e-6);
     assert_eq!(spec.attention.rope.theta, 10_000.0);
 }
@@ -104,8 +106,8 @@ fn values_that_are_not_supported_are_refused_by_key() {
             ["`layer_types`", "1 entries", "3, one per layer"],
         ),
         (
-            json!({ "rope_scaling": { "type": "dynamic", "factor": 2.0 } }),
-            ["`rope_scaling.rope_type`", "dynamic", "yarn"],
+            json!({ "rope_scaling": { "type": "longrope", "factor": 2.0 } }),
+            ["`rope_scaling.rope_type`", "longrope", "yarn"],
         ),
         (
             json!({ "rope_parameters": { "rope_type": "linear" } }),

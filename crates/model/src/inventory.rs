@@ -5,30 +5,17 @@ use cotk_run::units::{ExpertId, LayerId};
 
 use crate::checkpoint::{CheckpointError, TensorSource};
 use crate::families::{self, LayerTensor, Matrix, Tensor};
-use crate::spec::{LayerKind, ModelSpec};
+use crate::spec::{AttentionKind, AttentionSpec, LayerKind, ModelSpec, QkNorm, SharedGate};
 
 /// All tensors with their shapes, in the order of the forward pass.
 pub fn tensors(spec: &ModelSpec) -> Vec<(Tensor, Vec<usize>)> {
     let mut list = vec![(Tensor::Embedding, vec![spec.vocab, spec.hidden])];
     for (id, layer) in (0..).map(LayerId).zip(&spec.layers) {
         let mut add = |tensor, shape: &[usize]| list.push((Tensor::Layer(id, tensor), shape.to_vec()));
-        let attention = &spec.attention;
-        let (q, kv) = (
-            attention.heads * attention.head_dim,
-            attention.kv_heads * attention.head_dim,
-        );
         add(LayerTensor::AttentionNorm, &[spec.hidden]);
-        for (weight, bias, outputs) in [
-            (LayerTensor::Query, LayerTensor::QueryBias, q),
-            (LayerTensor::Key, LayerTensor::KeyBias, kv),
-            (LayerTensor::Value, LayerTensor::ValueBias, kv),
-        ] {
-            add(weight, &[outputs, spec.hidden]);
-            if attention.qkv_bias {
-                add(bias, &[outputs]);
-            }
+        for (tensor, shape) in attention(spec) {
+            add(tensor, &shape);
         }
-        add(LayerTensor::Output, &[spec.hidden, q]);
         add(LayerTensor::MixerNorm, &[spec.hidden]);
         match layer.kind {
             LayerKind::Dense { intermediate } => {
@@ -36,19 +23,26 @@ pub fn tensors(spec: &ModelSpec) -> Vec<(Tensor, Vec<usize>)> {
                     add(LayerTensor::Dense(matrix), &matrix.shape(spec.hidden, intermediate));
                 }
             }
-            LayerKind::Moe { shared_intermediate } => {
+            LayerKind::Moe { shared } => {
                 add(LayerTensor::Router, &[spec.routing.experts, spec.hidden]);
+                if spec.router_bias {
+                    add(LayerTensor::RouterBias, &[spec.routing.experts]);
+                }
                 for expert in (0..spec.routing.experts).map(expert_id) {
                     for matrix in Matrix::ALL {
                         let shape = matrix.shape(spec.hidden, spec.moe_intermediate);
                         add(LayerTensor::Expert(expert, matrix), &shape);
                     }
                 }
-                if let Some(width) = shared_intermediate {
+                if let Some(shared) = shared {
                     for matrix in Matrix::ALL {
-                        add(LayerTensor::Shared(matrix), &matrix.shape(spec.hidden, width));
+                        let shape = matrix.shape(spec.hidden, shared.intermediate);
+                        add(LayerTensor::Shared(matrix), &shape);
                     }
-                    add(LayerTensor::SharedGate, &[1, spec.hidden]);
+                    match shared.gate {
+                        SharedGate::Open => {}
+                        SharedGate::Sigmoid => add(LayerTensor::SharedGate, &[1, spec.hidden]),
+                    }
                 }
             }
         }
@@ -56,6 +50,75 @@ pub fn tensors(spec: &ModelSpec) -> Vec<(Tensor, Vec<usize>)> {
     list.push((Tensor::FinalNorm, vec![spec.hidden]));
     if !spec.tied_embeddings {
         list.push((Tensor::Head, vec![spec.vocab, spec.hidden]));
+    }
+    list
+}
+
+/// Projections and inner norms of one layer's attention.
+fn attention(spec: &ModelSpec) -> Vec<(LayerTensor, Vec<usize>)> {
+    let AttentionSpec {
+        heads,
+        kv_heads,
+        head_dim,
+        ..
+    } = spec.attention;
+    let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+    let mut list = Vec::new();
+    let mut add = |is_there: bool, tensor, shape: &[usize]| {
+        if is_there {
+            list.push((tensor, shape.to_vec()));
+        }
+    };
+    match spec.attention.kind {
+        AttentionKind::Grouped {
+            qkv_bias,
+            output_bias,
+            qk_norm,
+            clip: _,
+        } => {
+            for (weight, bias, outputs) in [
+                (LayerTensor::Query, LayerTensor::QueryBias, q),
+                (LayerTensor::Key, LayerTensor::KeyBias, kv),
+                (LayerTensor::Value, LayerTensor::ValueBias, kv),
+            ] {
+                add(true, weight, &[outputs, spec.hidden]);
+                add(qkv_bias, bias, &[outputs]);
+            }
+            let [query, key] = match qk_norm {
+                QkNorm::None => [0, 0],
+                QkNorm::PerHead => [head_dim, head_dim],
+                QkNorm::Whole => [q, kv],
+            };
+            add(query > 0, LayerTensor::QueryNorm, &[query]);
+            add(key > 0, LayerTensor::KeyNorm, &[key]);
+            add(true, LayerTensor::Output, &[spec.hidden, q]);
+            add(output_bias, LayerTensor::OutputBias, &[spec.hidden]);
+        }
+        AttentionKind::Latent {
+            q_rank,
+            kv_rank,
+            value_dim,
+            bias,
+            norm_eps: _,
+        } => {
+            let rope = spec.attention.rope.dim;
+            match q_rank {
+                None => add(true, LayerTensor::Query, &[q, spec.hidden]),
+                Some(rank) => {
+                    add(true, LayerTensor::QueryDown, &[rank, spec.hidden]);
+                    add(bias, LayerTensor::QueryDownBias, &[rank]);
+                    add(true, LayerTensor::QueryNorm, &[rank]);
+                    add(true, LayerTensor::QueryUp, &[q, rank]);
+                }
+            }
+            add(true, LayerTensor::KeyValueDown, &[kv_rank + rope, spec.hidden]);
+            add(bias, LayerTensor::KeyValueDownBias, &[kv_rank + rope]);
+            add(true, LayerTensor::KeyValueNorm, &[kv_rank]);
+            let up = heads * (head_dim - rope + value_dim);
+            add(true, LayerTensor::KeyValueUp, &[up, kv_rank]);
+            add(true, LayerTensor::Output, &[spec.hidden, heads * value_dim]);
+            add(bias, LayerTensor::OutputBias, &[spec.hidden]);
+        }
     }
     list
 }

@@ -111,8 +111,7 @@ impl KvCache {
 
     /// Bytes that `positions` tokens of a model take.
     pub fn bytes_for(spec: &ModelSpec, positions: usize) -> u64 {
-        let attention = &spec.attention;
-        (2 * spec.layers.len() * attention.kv_heads * attention.head_dim * positions) as u64 * 4
+        (spec.layers.len() * spec.attention.cached_per_token() * positions) as u64 * 4
     }
 }
 
@@ -162,7 +161,7 @@ impl Model {
         Ok(Self {
             ends: Ends::load(&spec, source)?,
             layers: layers::load_all(&spec, source)?,
-            rope: Rope::new(&spec.attention.rope, spec.attention.head_dim),
+            rope: Rope::new(&spec.attention.rope),
             runtime,
             spec,
         })

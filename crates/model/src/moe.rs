@@ -5,8 +5,8 @@
 use cotk_run::units::{ExpertId, LayerId};
 use serde::{Deserialize, Serialize};
 
-/// How a token's scores become experts and gates.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How a token's logits become scores, experts and gates.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RoutingRule {
     /// Routed experts of a layer, in the original numbering.
     pub experts: usize,
@@ -14,12 +14,61 @@ pub struct RoutingRule {
     pub top_k: usize,
     /// Whether the chosen gates are divided by their sum.
     pub norm_topk: bool,
+    pub scoring: Scoring,
+    /// Choose within the best groups of experts only.
+    pub groups: Option<GroupLimit>,
+    /// Gates are multiplied by this at last.
+    pub scale: f32,
 }
 
-/// Router scores of a batch of tokens: softmax over *all* experts of the original model, f32.
+/// How logits become scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scoring {
+    /// Softmax over *all* experts of the original model.
+    Softmax,
+    /// The sigmoid of each.
+    Sigmoid,
+}
+
+/// Groups of neighbouring experts, of equal size, of which a token may use only the best.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GroupLimit {
+    /// Divides the number of experts.
+    pub groups: usize,
+    /// Groups that a token may choose from.
+    pub kept: usize,
+    pub score: GroupScore,
+}
+
+/// What a group is worth to a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupScore {
+    /// Its best expert's score (DeepSeek-V2).
+    Best,
+    /// The sum of its two best (DeepSeek-V3).
+    BestTwo,
+}
+
+impl RoutingRule {
+    /// The plain rule: softmax, the `top_k` best of all experts, gates as they are.
+    pub fn softmax(experts: usize, top_k: usize) -> Self {
+        Self {
+            experts,
+            top_k,
+            norm_topk: false,
+            scoring: Scoring::Softmax,
+            groups: None,
+            scale: 1.0,
+        }
+    }
+}
+
+/// Router scores of a batch of tokens in f32, see [`Scoring`], and what is added to them for the choice.
 #[derive(Debug, Clone, Copy)]
 pub struct RouterScores<'a> {
     scores: &'a [f32],
+    /// `[experts]`, or empty.
+    bias: &'a [f32],
     rule: &'a RoutingRule,
 }
 
@@ -36,7 +85,26 @@ impl<'a> RouterScores<'a> {
                 expected: format!("a multiple of {} experts", rule.experts),
             });
         }
-        Ok(Self { scores, rule })
+        Ok(Self {
+            scores,
+            bias: &[],
+            rule,
+        })
+    }
+
+    /// The same with `bias` `[experts]`: added to scores when experts are chosen, not to gates.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Shape`] when its length is another.
+    pub fn with_bias(self, bias: &'a [f32]) -> Result<Self, RuntimeError> {
+        if bias.len() != self.rule.experts {
+            return Err(RuntimeError::Shape {
+                what: "router bias",
+                found: bias.len(),
+                expected: format!("{} experts", self.rule.experts),
+            });
+        }
+        Ok(Self { bias, ..self })
     }
 
     /// Number of tokens.
@@ -79,8 +147,8 @@ pub struct Routed {
     pub gates: Vec<f32>,
 }
 
-/// Chooses `top_k` experts per token by score, ties by the lower index; gates are the scores, sum-normalised if the
-/// rule says so.
+/// Chooses `top_k` living experts per token by score and bias, ties by the lower index; within the best groups where
+/// the rule has groups. Gates are the scores without bias; divided by their sum and scaled as the rule says.
 pub fn route(router: &RouterScores<'_>, alive: Alive<'_>) -> Routed {
     let rule = router.rule();
     let living = match alive {
@@ -94,12 +162,26 @@ pub fn route(router: &RouterScores<'_>, alive: Alive<'_>) -> Routed {
     let slots = rule.top_k.min(count);
     let mut experts = Vec::with_capacity(router.tokens() * slots);
     let mut gates = Vec::with_capacity(router.tokens() * slots);
+    let mut choice = vec![0.0; rule.experts];
+    let mut may = vec![true; rule.experts];
     let mut best: Vec<(f32, usize)> = Vec::with_capacity(slots + 1);
     for token in 0..router.tokens() {
         let scores = router.of(token);
+        choice.copy_from_slice(scores);
+        choice
+            .iter_mut()
+            .zip(router.bias)
+            .for_each(|(choice, bias)| *choice += bias);
+        match living {
+            Some(living) => may.copy_from_slice(living),
+            None => may.fill(true),
+        }
+        if let Some(limit) = &rule.groups {
+            keep_best_groups(limit, &choice, slots, &mut may);
+        }
         best.clear();
-        for (expert, &score) in scores.iter().enumerate() {
-            if living.is_some_and(|l| !l[expert]) {
+        for (expert, (&score, may)) in choice.iter().zip(&may).enumerate() {
+            if !may {
                 continue;
             }
             // A later expert must be strictly better: ties go to the lower index.
@@ -110,19 +192,59 @@ pub fn route(router: &RouterScores<'_>, alive: Alive<'_>) -> Routed {
             }
         }
         let divisor = if rule.norm_topk {
-            best.iter().map(|(score, _)| score).sum()
+            // As published for sigmoids, which may all be 0; far below what changes a sum of softmax.
+            best.iter().map(|&(_, expert)| scores[expert]).sum::<f32>() + 1e-20
         } else {
-            match alive {
-                Alive::All | Alive::Masked(_) => 1.0,
-                Alive::Removed(living) => scores.iter().zip(living).filter(|(_, a)| **a).map(|(s, _)| s).sum(),
+            match (rule.scoring, alive) {
+                (Scoring::Softmax, Alive::Removed(living)) => {
+                    scores.iter().zip(living).filter(|(_, a)| **a).map(|(s, _)| s).sum()
+                }
+                (Scoring::Softmax, Alive::All | Alive::Masked(_)) | (Scoring::Sigmoid, _) => 1.0,
             }
         };
-        for &(score, expert) in &best {
+        for &(_, expert) in &best {
             experts.push(ExpertId(u32::try_from(expert).expect("expert counts fit 32 bits")));
-            gates.push(score / divisor);
+            gates.push(scores[expert] / divisor * rule.scale);
         }
     }
     Routed { slots, experts, gates }
+}
+
+/// Clears `may` outside the best groups. Groups without a living expert do not count; where the kept ones have fewer
+/// than `slots`, the next best are let in: a token has as many experts as any other.
+fn keep_best_groups(limit: &GroupLimit, choice: &[f32], slots: usize, may: &mut [bool]) {
+    let size = choice.len() / limit.groups;
+    let mut order: Vec<(f32, usize, usize)> = Vec::with_capacity(limit.groups);
+    for (group, (choice, may)) in choice.chunks_exact(size).zip(may.chunks_exact(size)).enumerate() {
+        let (mut best, mut second, mut living) = (f32::NEG_INFINITY, f32::NEG_INFINITY, 0);
+        for (&score, _) in choice.iter().zip(may).filter(|(_, may)| **may) {
+            living += 1;
+            if score > best {
+                (best, second) = (score, best);
+            } else if score > second {
+                second = score;
+            }
+        }
+        if living > 0 {
+            let worth = match limit.score {
+                GroupScore::BestTwo if living > 1 => best + second,
+                GroupScore::Best | GroupScore::BestTwo => best,
+            };
+            order.push((worth, group, living));
+        }
+    }
+    // Stable: equal groups stay by the lower index.
+    order.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let mut room = 0;
+    let mut kept = 0;
+    for (_, group, living) in order {
+        if kept < limit.kept || room < slots {
+            kept += 1;
+            room += living;
+        } else {
+            may[group * size..][..size].fill(false);
+        }
+    }
 }
 
 /// Which computation a request asks for.
@@ -208,7 +330,7 @@ impl MoeRecord {
 }
 
 /// What a runtime serves.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct MoeShape {
     /// Width of hidden states.
     pub hidden: usize,
@@ -318,9 +440,8 @@ mod tests {
 
     fn rule(experts: usize, top_k: usize, norm_topk: bool) -> RoutingRule {
         RoutingRule {
-            experts,
-            top_k,
             norm_topk,
+            ..RoutingRule::softmax(experts, top_k)
         }
     }
 
@@ -365,6 +486,70 @@ mod tests {
                 prop_assert!((routed.gates.iter().sum::<f32>() - 1.0).abs() < 1e-5);
             }
         }
+    }
+
+    proptest! {
+        /// Law: groups, bias and scale equal the published steps done one after the other: bias, group scores, mask,
+        /// top-k, gates of the scores.
+        #[test]
+        fn grouped_choice_equals_the_published_steps(
+            levels in proptest::collection::vec(0u16..1000, 12),
+            biases in proptest::collection::vec(-500i16..500, 12),
+            dead in proptest::collection::vec(proptest::bool::weighted(0.3), 12),
+            groups in proptest::sample::select(vec![1usize, 2, 3, 4, 6]),
+            kept in 1usize..6, top_k in 1usize..6, is_sum: bool, norm_topk: bool,
+        ) {
+            // Steps of 2⁻¹⁰: sums are exact, so equal groups are equal on both sides.
+            let scores: Vec<f32> = levels.iter().map(|&l| (f32::from(l) + 1.0) / 1024.0).collect();
+            let bias: Vec<f32> = biases.iter().map(|&b| f32::from(b) / 1024.0).collect();
+            let alive: Vec<bool> = dead.iter().map(|d| !d).collect();
+            let score = if is_sum { GroupScore::BestTwo } else { GroupScore::Best };
+            let rule = RoutingRule {
+                norm_topk,
+                scoring: Scoring::Sigmoid,
+                groups: Some(GroupLimit { groups, kept, score }),
+                scale: 2.5,
+                ..RoutingRule::softmax(12, top_k)
+            };
+            let router = RouterScores::new(&scores, &rule).unwrap().with_bias(&bias).unwrap();
+            let routed = route(&router, Alive::Masked(&alive));
+
+            let choice: Vec<f32> = scores.iter().zip(&bias).map(|(s, b)| s + b).collect();
+            let falling = |mut list: Vec<usize>, key: &dyn Fn(usize) -> f32| {
+                list.sort_by(|&a, &b| key(b).total_cmp(&key(a)));
+                list
+            };
+            let members = |group: usize| -> Vec<usize> {
+                let size = 12 / groups;
+                let living = (group * size..(group + 1) * size).filter(|&e| alive[e]).collect();
+                falling(living, &|e| choice[e])
+            };
+            let worth = |group: usize| members(group).iter().take(1 + usize::from(is_sum)).map(|&e| choice[e]).sum();
+            let order = falling((0..groups).filter(|&g| !members(g).is_empty()).collect(), &worth);
+            let slots = top_k.min(alive.iter().filter(|a| **a).count());
+            let mut allowed = Vec::new();
+            for (rank, group) in order.into_iter().enumerate() {
+                if rank < kept || allowed.len() < slots {
+                    allowed.extend(members(group));
+                }
+            }
+            allowed.sort_unstable();
+            let mut chosen = falling(allowed, &|e| choice[e]);
+            chosen.truncate(slots);
+            let found: Vec<usize> = routed.experts.iter().map(|e| e.index()).collect();
+            prop_assert_eq!(&found, &chosen);
+            let sum: f32 = if norm_topk { chosen.iter().map(|&e| scores[e]).sum() } else { 1.0 };
+            for (gate, &expert) in routed.gates.iter().zip(&chosen) {
+                prop_assert!((gate - scores[expert] / sum * 2.5).abs() < 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn a_bias_of_another_length_is_refused() {
+        let rule = rule(3, 2, true);
+        let router = RouterScores::new(&[0.2, 0.3, 0.5], &rule).unwrap();
+        assert!(router.with_bias(&[0.0; 2]).is_err());
     }
 
     #[test]

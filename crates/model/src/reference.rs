@@ -278,9 +278,8 @@ mod tests {
         let shape = MoeShape {
             hidden,
             rule: RoutingRule {
-                experts,
-                top_k: 3,
                 norm_topk,
+                ..RoutingRule::softmax(experts, 3)
             },
             layers: vec![LayerId(1), LayerId(3)],
         };

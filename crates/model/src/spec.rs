@@ -16,7 +16,7 @@ pub struct ModelSpec {
     /// One entry per decoder layer.
     pub layers: Vec<LayerSpec>,
     pub attention: AttentionSpec,
-    /// Epsilon of every RMS norm.
+    /// Epsilon of the RMS norms of hidden states, and of queries and keys where [`AttentionKind::Grouped`] has such.
     pub norm_eps: f32,
     /// Whether the head is the embedding.
     pub tied_embeddings: bool,
@@ -24,6 +24,8 @@ pub struct ModelSpec {
     pub context: usize,
     /// How a token chooses experts: the same in all MoE layers. `experts` is 0 in a model that has none.
     pub routing: RoutingRule,
+    /// Whether a learned number per expert is added to its score when experts are chosen, and to no gate.
+    pub router_bias: bool,
     /// Inner width of a routed expert as trained.
     pub moe_intermediate: usize,
     /// `bos_token_id`, where the config names one.
@@ -36,20 +38,71 @@ pub struct ModelSpec {
 #[derive(Debug, Clone, PartialEq)]
 pub struct AttentionSpec {
     pub heads: usize,
-    /// Divides `heads`: query head h reads key head ⌊h · kv_heads / heads⌋.
+    /// Divides `heads`: query head h reads key head ⌊h · kv_heads / heads⌋. Equal to `heads` where keys are latent.
     pub kv_heads: usize,
-    /// Even.
+    /// Width of a query or key head, positions included.
     pub head_dim: usize,
-    /// Whether q, k and v have biases.
-    pub qkv_bias: bool,
+    /// What scores are multiplied by before the softmax: `head_dim`^−½, and what a position scaling adds to it.
+    pub scale: f32,
     pub rope: RopeSpec,
+    pub kind: AttentionKind,
+}
+
+/// How queries, keys and values come from hidden states.
+#[derive(Debug, Clone, PartialEq)]
+pub enum AttentionKind {
+    /// One projection each; values are as wide as keys.
+    Grouped {
+        /// Whether q, k and v have biases.
+        qkv_bias: bool,
+        /// Whether the output projection has one.
+        output_bias: bool,
+        qk_norm: QkNorm,
+        /// Elements of q, k and v are held within ± this, before positions.
+        clip: Option<f32>,
+    },
+    /// Multi-head latent attention (DeepSeek-V2, 2024, section 2.1): keys and values of all heads come from one
+    /// vector of `kv_rank` per token, positions from one key of `rope.dim` that the heads share.
+    Latent {
+        /// Width between the two query projections; one projection when absent.
+        q_rank: Option<usize>,
+        kv_rank: usize,
+        /// Width of a value head.
+        value_dim: usize,
+        /// Whether the projections that read or write hidden states have biases (a query of one projection has none).
+        bias: bool,
+        /// Epsilon of the norms of the two latent vectors.
+        norm_eps: f32,
+    },
+}
+
+/// RMS norms between projection and positions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    None,
+    /// Over each head, the weights shared by all heads.
+    PerHead,
+    /// Over all heads at once.
+    Whole,
 }
 
 /// Rotary positions.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeSpec {
+    /// Elements of a head that are turned: the last ones. Even.
+    pub dim: usize,
+    pub layout: RopeLayout,
     pub theta: f64,
     pub scaling: RopeScaling,
+}
+
+/// Which elements of a head turn together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeLayout {
+    /// `(x[j], x[j + dim / 2])`, also called NeoX.
+    Halves,
+    /// `(x[2j], x[2j + 1])`, also called interleaved.
+    Pairs,
 }
 
 /// How frequencies are changed for contexts longer than trained.
@@ -69,6 +122,8 @@ pub enum RopeScaling {
         truncate: bool,
         /// Multiplies cos and sin.
         attention_factor: f64,
+        /// DeepSeek: weight of the factor that multiplies scores, see the family.
+        mscale_all_dim: Option<f64>,
     },
     /// Llama 3: long wavelengths divided by `factor`, short ones kept, smooth between.
     Llama3 {
@@ -92,8 +147,34 @@ pub struct LayerSpec {
 pub enum LayerKind {
     /// One MLP of this inner width.
     Dense { intermediate: usize },
-    /// Routed experts, and a shared one of this inner width behind a sigmoid gate.
-    Moe { shared_intermediate: Option<usize> },
+    /// Routed experts, and perhaps a shared one.
+    Moe { shared: Option<SharedSpec> },
+}
+
+/// An expert that every token visits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SharedSpec {
+    pub intermediate: usize,
+    pub gate: SharedGate,
+}
+
+/// What a shared expert's output is multiplied by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SharedGate {
+    /// Nothing: it is added as it is.
+    Open,
+    /// The sigmoid of a projection of its input to one number.
+    Sigmoid,
+}
+
+impl AttentionSpec {
+    /// Numbers that one token leaves in one layer's cache.
+    pub fn cached_per_token(&self) -> usize {
+        match self.kind {
+            AttentionKind::Grouped { .. } => 2 * self.kv_heads * self.head_dim,
+            AttentionKind::Latent { kv_rank, .. } => kv_rank + self.rope.dim,
+        }
+    }
 }
 
 impl ModelSpec {

@@ -1,14 +1,19 @@
 //! One file per family, nothing about a family outside it: config to [`ModelSpec`], tensor names. This file only
-//! finds the family of a config; what all of them share of configs (rotary positions) is read here too.
+//! finds the family of a config; keys and names that several families share are in `common`, those of DeepSeek's two
+//! in `deepseek`.
 
 use std::path::Path;
 
 use cotk_run::units::{ExpertId, LayerId};
 
 use crate::config::{ConfigError, Keys};
-use crate::spec::{ModelSpec, RopeScaling, RopeSpec};
+use crate::spec::ModelSpec;
 
+mod common;
+mod mixtral;
+mod olmoe;
 mod qwen2_moe;
+mod qwen3_moe;
 
 /// Largest sizes that a config may ask for: far above every model, far below overflow.
 pub(crate) mod limits {
@@ -62,10 +67,26 @@ pub enum LayerTensor {
     Value,
     ValueBias,
     Output,
+    OutputBias,
+    /// `[head_dim]`, `[heads · head_dim]`, or of the narrow query in latent attention.
+    QueryNorm,
+    KeyNorm,
+    /// Latent attention: hidden to the narrow query, and that to all heads.
+    QueryDown,
+    QueryDownBias,
+    QueryUp,
+    /// Latent attention: hidden to `[kv_rank | rope]`, the norm of the first part, and that to `[plain | value]` of
+    /// all heads.
+    KeyValueDown,
+    KeyValueDownBias,
+    KeyValueNorm,
+    KeyValueUp,
     /// The MLP of a dense layer.
     Dense(Matrix),
     /// `[experts, hidden]`
     Router,
+    /// `[experts]`, see [`ModelSpec::router_bias`].
+    RouterBias,
     Expert(ExpertId, Matrix),
     Shared(Matrix),
     /// `[1, hidden]`: its sigmoid scales the shared expert.
@@ -97,7 +118,12 @@ impl Matrix {
 }
 
 /// Every family that can be run.
-pub static FAMILIES: [&dyn Family; 1] = [&qwen2_moe::Qwen2Moe];
+pub static FAMILIES: [&dyn Family; 4] = [
+    &mixtral::Mixtral,
+    &olmoe::Olmoe,
+    &qwen2_moe::Qwen2Moe,
+    &qwen3_moe::Qwen3Moe,
+];
 
 /// The family of this `model_type`.
 pub fn by_model_type(model_type: &str) -> Option<&'static dyn Family> {
@@ -137,76 +163,5 @@ pub fn parse_config(file: &Path, text: &str) -> Result<ModelSpec, ConfigError> {
         file: file.to_owned(),
         found,
         known: FAMILIES.iter().map(|f| f.architecture()).collect(),
-    })
-}
-
-/// `rope_theta` and `rope_scaling` of published configs, or `rope_parameters` as transformers 5 writes it.
-pub(crate) fn rope(keys: &mut Keys, default_theta: f64, context: usize) -> Result<RopeSpec, ConfigError> {
-    let flat_theta = keys.positive("rope_theta")?;
-    let scaling = keys.object("rope_scaling")?;
-    let parameters = keys.object("rope_parameters")?;
-    if let (Some(_), Some(_)) = (&scaling, &parameters) {
-        return Err(keys.wrong("rope_scaling", "beside `rope_parameters`", "one of the two"));
-    }
-    let Some(mut rope) = parameters.or(scaling) else {
-        return Ok(RopeSpec {
-            theta: flat_theta.unwrap_or(default_theta),
-            scaling: RopeScaling::None,
-        });
-    };
-    let theta = rope.positive("rope_theta")?.or(flat_theta).unwrap_or(default_theta);
-    let old_name = rope.text("type")?;
-    let kind = rope
-        .text("rope_type")?
-        .or(old_name)
-        .unwrap_or_else(|| "default".to_owned());
-    if let Some(share) = rope.positive("partial_rotary_factor")?
-        && share != 1.0
-    {
-        return Err(rope.wrong("partial_rotary_factor", share, "1"));
-    }
-    #[expect(clippy::cast_precision_loss, reason = "contexts are far below 2^53")]
-    let context = context as f64;
-    let scaling = match kind.as_str() {
-        "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear {
-            factor: rope.required_positive("factor")?,
-        },
-        "llama3" => RopeScaling::Llama3 {
-            factor: rope.required_positive("factor")?,
-            original_context: rope.positive("original_max_position_embeddings")?.unwrap_or(context),
-            low_freq_factor: rope.required_positive("low_freq_factor")?,
-            high_freq_factor: rope.required_positive("high_freq_factor")?,
-        },
-        "yarn" => yarn(&mut rope, context)?,
-        _ => return Err(rope.wrong("rope_type", kind, "default, linear, yarn or llama3")),
-    };
-    rope.finish()?;
-    Ok(RopeSpec { theta, scaling })
-}
-
-/// YaRN with the defaults of transformers; its factor on cos and sin is resolved here.
-fn yarn(rope: &mut Keys, context: f64) -> Result<RopeScaling, ConfigError> {
-    let original_context = rope.positive("original_max_position_embeddings")?.unwrap_or(context);
-    let factor = rope.positive("factor")?.unwrap_or(context / original_context);
-    let scale = |m: f64| {
-        if factor <= 1.0 {
-            1.0
-        } else {
-            0.1 * m * factor.ln() + 1.0
-        }
-    };
-    let (mscale, all_dim) = (rope.positive("mscale")?, rope.positive("mscale_all_dim")?);
-    let attention_factor = rope.positive("attention_factor")?.unwrap_or(match (mscale, all_dim) {
-        (Some(mscale), Some(all_dim)) => scale(mscale) / scale(all_dim),
-        _ => scale(1.0),
-    });
-    Ok(RopeScaling::Yarn {
-        factor,
-        original_context,
-        beta_fast: rope.positive("beta_fast")?.unwrap_or(32.0),
-        beta_slow: rope.positive("beta_slow")?.unwrap_or(1.0),
-        truncate: rope.flag("truncate")?.unwrap_or(true),
-        attention_factor,
     })
 }

@@ -181,11 +181,13 @@ pub(crate) fn product(x: &[f32], w: &[f32], inputs: usize, y: &mut Tile<'_>) {
     multiply(x, [inputs, 1], w, [1, inputs], inputs, y);
 }
 
-/// `y[r, c] = Σ p[r, k] · v[k, c]` on this thread; `p` is `[y.rows, inner]`, `v` is `[inner, y.columns]`.
-pub(crate) fn mix(p: &[f32], v: &[f32], inner: usize, y: &mut Tile<'_>) {
+/// `y[r, c] = Σ p[r, k] · v[k, c]` on this thread; `p` is `[y.rows, inner]`, `v` is `[inner, stride]` of which the
+/// first `y.columns` are read.
+pub(crate) fn mix(p: &[f32], v: &[f32], inner: usize, stride: usize, y: &mut Tile<'_>) {
     assert_eq!(p.len(), y.rows * inner, "p is [rows, inner]");
-    assert_eq!(v.len(), inner * y.columns, "v is [inner, columns]");
-    multiply(p, [inner, 1], v, [y.columns, 1], inner, y);
+    assert_eq!(v.len(), inner * stride, "v is [inner, stride]");
+    assert!(y.columns <= stride, "columns lie in a row of v");
+    multiply(p, [inner, 1], v, [stride, 1], inner, y);
 }
 
 /// Strides are `[row, column]`.

@@ -5,6 +5,8 @@ use cotk_run::units::LayerId;
 use rayon::prelude::*;
 
 pub mod attention;
+mod grouped;
+mod latent;
 pub mod linear;
 pub mod norm;
 pub mod rope;
@@ -16,8 +18,8 @@ use self::norm::rms_norm;
 use self::rope::Rope;
 use crate::checkpoint::{CheckpointError, TensorSource};
 use crate::families::{self, LayerTensor, Matrix, Tensor};
-use crate::moe::{Mode, MoeRecord, MoeRuntime, RouterScores, RoutingRule, RuntimeError};
-use crate::spec::{LayerKind, ModelSpec};
+use crate::moe::{Mode, MoeRecord, MoeRuntime, RouterScores, RoutingRule, RuntimeError, Scoring};
+use crate::spec::{LayerKind, ModelSpec, SharedGate};
 
 /// Rows of one chunk of an MLP: fixed, so that the bits do not depend on the thread count.
 const MLP_ROWS: usize = 256;
@@ -80,6 +82,8 @@ enum Mixer {
     Dense(Mlp),
     Moe {
         router: Linear,
+        /// `[experts]`, or empty: added to scores for the choice alone.
+        bias: Vec<f32>,
         rule: RoutingRule,
         shared: Option<SharedExpert>,
     },
@@ -88,8 +92,8 @@ enum Mixer {
 #[derive(Debug, Clone)]
 struct SharedExpert {
     mlp: Mlp,
-    /// `[1, hidden]`
-    gate: Linear,
+    /// `[1, hidden]`, its sigmoid scales the output.
+    gate: Option<Linear>,
 }
 
 /// The dense part of one decoder layer.
@@ -117,14 +121,26 @@ impl Layer {
             LayerKind::Dense { intermediate } => Mixer::Dense(Mlp::load(source, spec.hidden, intermediate, |m| {
                 name(LayerTensor::Dense(m))
             })?),
-            LayerKind::Moe { shared_intermediate } => Mixer::Moe {
+            LayerKind::Moe { shared } => Mixer::Moe {
                 router: Linear::load(source, &name(LayerTensor::Router), [spec.routing.experts, spec.hidden])?,
+                bias: if spec.router_bias {
+                    source.load_f32(&name(LayerTensor::RouterBias), &[spec.routing.experts])?
+                } else {
+                    Vec::new()
+                },
                 rule: spec.routing,
-                shared: match shared_intermediate {
+                shared: match shared {
                     None => None,
-                    Some(width) => Some(SharedExpert {
-                        mlp: Mlp::load(source, spec.hidden, width, |m| name(LayerTensor::Shared(m)))?,
-                        gate: Linear::load(source, &name(LayerTensor::SharedGate), [1, spec.hidden])?,
+                    Some(shared) => Some(SharedExpert {
+                        mlp: Mlp::load(source, spec.hidden, shared.intermediate, |m| {
+                            name(LayerTensor::Shared(m))
+                        })?,
+                        gate: match shared.gate {
+                            SharedGate::Open => None,
+                            SharedGate::Sigmoid => {
+                                Some(Linear::load(source, &name(LayerTensor::SharedGate), [1, spec.hidden])?)
+                            }
+                        },
                     }),
                 },
             },
@@ -158,16 +174,34 @@ impl Layer {
         rms_norm(hidden, &self.mixer_norm, self.eps)
     }
 
-    /// Softmax over all experts, `[tokens, experts]`; `None` in a dense layer. `normed` is of
+    /// Scores of all experts, `[tokens, experts]`; `None` in a dense layer. `normed` is of
     /// [`mixer_input`](Self::mixer_input).
     pub fn router_scores(&self, normed: &[f32]) -> Option<Vec<f32>> {
         match &self.mixer {
             Mixer::Dense(_) => None,
-            Mixer::Moe { router, .. } => {
+            Mixer::Moe { router, rule, .. } => {
                 let mut scores = router.apply(normed);
-                router::softmax(&mut scores, router.outputs());
+                match rule.scoring {
+                    Scoring::Softmax => router::softmax(&mut scores, router.outputs()),
+                    Scoring::Sigmoid => scores.iter_mut().for_each(|s| *s = sigmoid(*s)),
+                }
                 Some(scores)
             }
+        }
+    }
+
+    /// [`router_scores`](Self::router_scores) as what routing reads: with the layer's rule and bias.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Shape`] when the scores are not of this layer.
+    ///
+    /// # Panics
+    /// In a dense layer, which has no scores.
+    pub fn routing<'a>(&'a self, scores: &'a [f32]) -> Result<RouterScores<'a>, RuntimeError> {
+        match &self.mixer {
+            Mixer::Dense(_) => panic!("a dense layer routes nothing"),
+            Mixer::Moe { bias, rule, .. } if bias.is_empty() => RouterScores::new(scores, rule),
+            Mixer::Moe { bias, rule, .. } => RouterScores::new(scores, rule)?.with_bias(bias),
         }
     }
 
@@ -177,7 +211,11 @@ impl Layer {
             Mixer::Dense(mlp) => add(hidden, &mlp.apply(normed)),
             Mixer::Moe { shared: None, .. } => {}
             Mixer::Moe {
-                shared: Some(SharedExpert { mlp, gate }),
+                shared: Some(SharedExpert { mlp, gate: None }),
+                ..
+            } => add(hidden, &mlp.apply(normed)),
+            Mixer::Moe {
+                shared: Some(SharedExpert { mlp, gate: Some(gate) }),
                 ..
             } => {
                 let gates = gate.apply(normed);
@@ -208,15 +246,14 @@ impl Layer {
     ) -> Result<Option<MoeRecord>, RuntimeError> {
         self.attend(rope, hidden, spans);
         let normed = self.mixer_input(hidden);
-        let record = match (&self.mixer, self.router_scores(&normed)) {
-            (Mixer::Moe { rule, .. }, Some(scores)) => {
+        let record = match self.router_scores(&normed) {
+            Some(scores) => {
                 let mut out = vec![0.0; normed.len()];
-                let router = RouterScores::new(&scores, rule)?;
-                let record = runtime.forward(self.id, &normed, router, mode, &mut out)?;
+                let record = runtime.forward(self.id, &normed, self.routing(&scores)?, mode, &mut out)?;
                 add(hidden, &out);
                 Some(record)
             }
-            _ => None,
+            None => None,
         };
         self.add_dense(&normed, hidden);
         Ok(record)

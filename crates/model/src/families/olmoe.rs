@@ -1,0 +1,82 @@
+//! OLMoE (`OlmoeForCausalLM`): heads as wide as hidden / heads, norms over all query heads and all key heads at once,
+//! `clip_qkv`; softmax routing, gates normalised only if `norm_topk_prob`; experts in every layer, none shared. Held
+//! to transformers 5.23 by `tests/goldens/olmoe`.
+
+use std::path::Path;
+
+use super::{Family, Tensor, common};
+use crate::config::{ConfigError, Keys};
+use crate::spec::{AttentionKind, AttentionSpec, LayerKind, LayerSpec, ModelSpec, QkNorm, RopeLayout};
+
+pub(super) struct Olmoe;
+
+impl Family for Olmoe {
+    fn model_type(&self) -> &'static str {
+        "olmoe"
+    }
+
+    fn architecture(&self) -> &'static str {
+        "OlmoeForCausalLM"
+    }
+
+    fn parse_config(&self, file: &Path, text: &str) -> Result<ModelSpec, ConfigError> {
+        let mut keys = Keys::parse(file, text)?;
+        let basics = common::basics(&mut keys, 1e-5)?;
+        let heads = common::heads(&mut keys, basics.hidden)?;
+        if heads.heads * heads.head_dim != basics.hidden {
+            // The class sizes its norms by hidden_size.
+            return Err(keys.wrong(
+                "head_dim",
+                heads.head_dim,
+                format!("hidden_size / {} heads", heads.heads),
+            ));
+        }
+        let has_bias = keys.flag("attention_bias")?.unwrap_or(false);
+        let rope = common::rope(&mut keys, 1e4, basics.context, (heads.head_dim, RopeLayout::Halves))?;
+        let attention = AttentionSpec {
+            heads: heads.heads,
+            kv_heads: heads.kv_heads,
+            head_dim: heads.head_dim,
+            scale: heads.scale(),
+            rope,
+            kind: AttentionKind::Grouped {
+                qkv_bias: has_bias,
+                output_bias: has_bias,
+                qk_norm: QkNorm::Whole,
+                #[expect(clippy::cast_possible_truncation, reason = "a bound on f32 elements")]
+                clip: keys.positive("clip_qkv")?.map(|clip| clip as f32),
+            },
+        };
+        let routing = common::softmax_routing(&mut keys, ["num_experts", "num_local_experts"])?;
+        if routing.experts == 0 {
+            return Err(keys.wrong("num_experts", 0, "1 or more"));
+        }
+        let moe_intermediate = common::width_of(&mut keys, "intermediate_size", true)?;
+        let layer = LayerSpec {
+            kind: LayerKind::Moe { shared: None },
+            window: None,
+        };
+        let layers = vec![layer; basics.layers];
+        let spec = ModelSpec {
+            family: self.model_type(),
+            vocab: basics.vocab,
+            hidden: basics.hidden,
+            layers,
+            attention,
+            norm_eps: basics.norm_eps,
+            tied_embeddings: basics.tied_embeddings,
+            context: basics.context,
+            routing,
+            router_bias: false,
+            moe_intermediate,
+            bos: basics.bos,
+            eos: basics.eos,
+        };
+        keys.finish()?;
+        Ok(spec)
+    }
+
+    fn tensor_name(&self, tensor: Tensor) -> String {
+        common::tensor_name(tensor)
+    }
+}

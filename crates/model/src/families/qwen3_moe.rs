@@ -1,0 +1,89 @@
+//! Qwen3-MoE (`Qwen3MoeForCausalLM`): GQA with a norm on each query and key head, `head_dim` of its own; softmax
+//! routing, gates normalised only if `norm_topk_prob`; no shared expert; dense layers by `mlp_only_layers` and
+//! `decoder_sparse_step`. Held to transformers 5.23 by `tests/goldens/qwen3_moe`.
+
+use std::path::Path;
+
+use super::{Family, Tensor, common};
+use crate::config::{ConfigError, Keys};
+use crate::spec::{AttentionKind, AttentionSpec, LayerKind, LayerSpec, ModelSpec, QkNorm, RopeLayout};
+
+pub(super) struct Qwen3Moe;
+
+impl Family for Qwen3Moe {
+    fn model_type(&self) -> &'static str {
+        "qwen3_moe"
+    }
+
+    fn architecture(&self) -> &'static str {
+        "Qwen3MoeForCausalLM"
+    }
+
+    fn parse_config(&self, file: &Path, text: &str) -> Result<ModelSpec, ConfigError> {
+        let mut keys = Keys::parse(file, text)?;
+        let basics = common::basics(&mut keys, 1e-6)?;
+        let heads = common::heads(&mut keys, basics.hidden)?;
+        let has_bias = keys.flag("attention_bias")?.unwrap_or(false);
+        let rope = common::rope(&mut keys, 1e4, basics.context, (heads.head_dim, RopeLayout::Halves))?;
+        let attention = AttentionSpec {
+            heads: heads.heads,
+            kv_heads: heads.kv_heads,
+            head_dim: heads.head_dim,
+            scale: heads.scale(),
+            rope,
+            kind: AttentionKind::Grouped {
+                qkv_bias: has_bias,
+                output_bias: has_bias,
+                qk_norm: QkNorm::PerHead,
+                clip: None,
+            },
+        };
+        let routing = common::softmax_routing(&mut keys, ["num_experts", "num_local_experts"])?;
+        let is_moe = common::sparse_layers(&mut keys, basics.layers, routing.experts)?;
+        let intermediate = common::width_of(&mut keys, "intermediate_size", is_moe.contains(&false))?;
+        let moe_intermediate = common::width_of(&mut keys, "moe_intermediate_size", is_moe.contains(&true))?;
+        // All layers or none: `max_window_layers` is a leftover of Qwen2 that the class never reads.
+        keys.ignore(&["max_window_layers"]);
+        let window = if keys.flag("use_sliding_window")?.unwrap_or(false) {
+            let Some(window) = common::window(&mut keys)? else {
+                return Err(keys.wrong("use_sliding_window", "true without `sliding_window`", "both or none"));
+            };
+            Some(window)
+        } else {
+            keys.ignore(&["sliding_window"]);
+            None
+        };
+        let layers = is_moe
+            .iter()
+            .map(|&is_moe| LayerSpec {
+                kind: if is_moe {
+                    LayerKind::Moe { shared: None }
+                } else {
+                    LayerKind::Dense { intermediate }
+                },
+                window,
+            })
+            .collect();
+        let spec = ModelSpec {
+            family: self.model_type(),
+            vocab: basics.vocab,
+            hidden: basics.hidden,
+            layers,
+            attention,
+            norm_eps: basics.norm_eps,
+            tied_embeddings: basics.tied_embeddings,
+            context: basics.context,
+            routing,
+            router_bias: false,
+            moe_intermediate,
+            bos: basics.bos,
+            eos: basics.eos,
+        };
+        keys.finish()?;
+        Ok(spec)
+    }
+
+    fn tensor_name(&self, tensor: Tensor) -> String {
+        common::tensor_name(tensor)
+    }
+}
