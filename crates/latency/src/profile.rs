@@ -1,7 +1,9 @@
-//! A machine's measured times on disk: `profile.toml`, `timings.csv`, `coeffs.toml`, `heldout.csv`. The only room that
-//! touches profile files. Law: what is saved loads to the same predictions; a changed or cut file is refused by line.
+//! A machine's measured times on disk: `profile.toml`, `timings.csv`, `coeffs.toml`, `heldout.csv`, `networks.jsonl`. The
+//! only room that touches profile files. Law: what is saved loads to the same predictions; a changed or cut file is refused
+//! by line.
 
 mod csv;
+mod networks;
 
 use std::collections::BTreeMap;
 use std::path::{Path as FilePath, PathBuf};
@@ -16,6 +18,8 @@ use crate::transfer::profile::Transfer;
 use crate::work::Key;
 use crate::{Error, Result};
 
+pub use self::networks::NetworkRow;
+
 const LIMIT_BYTES: u64 = 1 << 28;
 /// Above this floor a profile is called noisy.
 const NOISY: f64 = 0.05;
@@ -28,6 +32,8 @@ pub struct Profile {
     pub rows: Vec<Row>,
     pub fits: Vec<PathFit>,
     pub heldout: Vec<HeldOut>,
+    /// Whole networks: those behind the correction of sums, and those that use has added.
+    pub networks: Vec<NetworkRow>,
 }
 
 /// `profile.toml`.
@@ -256,10 +262,11 @@ impl Profile {
         };
         let fits = parsed.path.into_iter().map(fit).collect::<Result<_>>()?;
         Ok(Self {
-            head,
             rows,
             fits,
             heldout,
+            networks: networks::read(&folder.join("networks.jsonl"), head.files.get("networks.jsonl"))?,
+            head,
         })
     }
 
@@ -273,6 +280,7 @@ impl Profile {
         files::create_folder(&partial)?;
         let timings = csv::write_rows(&self.rows);
         let heldout = csv::write_heldout(&self.heldout);
+        let networks = networks::write(&self.networks);
         let coeffs = CoeffsFile {
             path: self
                 .fits
@@ -301,6 +309,7 @@ impl Profile {
             ("timings.csv", &timings),
             ("coeffs.toml", &coeffs),
             ("heldout.csv", &heldout),
+            ("networks.jsonl", &networks),
         ];
         head.files = all
             .iter()

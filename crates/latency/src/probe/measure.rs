@@ -176,6 +176,7 @@ pub fn measure(
         rows,
         fits,
         heldout: Vec::new(),
+        networks: Vec::new(),
     };
 
     // Frozen: predictions come before the measurements that judge them.

@@ -143,6 +143,7 @@ pub(crate) fn profile() -> Profile {
         rows,
         fits,
         heldout,
+        networks: Vec::new(),
     }
 }
 

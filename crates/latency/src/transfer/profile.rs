@@ -123,6 +123,16 @@ pub struct Transfer {
     pub scales: BTreeMap<Group, f64>,
 }
 
+/// The number of threads nearest to `threads` with which a profile has CNN operators; the smaller of two.
+pub fn nearest_threads(profile: &Profile, threads: u32) -> Option<u32> {
+    let cnn = profile
+        .fits
+        .iter()
+        .filter(|fit| Group::of(fit.path.family, Term::Call).is_some());
+    cnn.map(|fit| fit.path.threads)
+        .min_by_key(|&t| (t.abs_diff(threads), t))
+}
+
 /// A source, seen as the machine that it is carried to.
 #[derive(Debug, Clone)]
 pub struct Source {
@@ -148,6 +158,8 @@ impl Source {
         kept.rows
             .retain(|row| same_block && with_threads(&row.key, from_threads) == Some(row.key));
         kept.head.identity = here.clone();
+        // They correct sums of the source's.
+        kept.networks.clear();
         if kept.fits.is_empty() {
             return Err(Error::NotMeasured {
                 profile: from,
