@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod expect;
+pub mod explain;
 pub mod fit;
 pub mod graph;
 pub mod identity;

@@ -133,8 +133,11 @@ fn kind(node: &Node, inputs: usize) -> walk::Kind {
             kernel: side(window.kernel),
             stride: mean_stride(window),
         },
+        // Written as a reduction it has no blocked and no int8 kernel.
+        Op::GlobalPool(_) if node.op_type.starts_with("Reduce") => walk::Kind::Reduce,
         Op::GlobalPool(_) => walk::Kind::GlobalAvgPool,
-        Op::Reduce | Op::Copy => walk::Kind::Elementwise(unary_or_binary),
+        Op::Reduce => walk::Kind::Reduce,
+        Op::Copy => walk::Kind::Elementwise(unary_or_binary),
         Op::Transpose => walk::Kind::Transpose,
         Op::View => walk::Kind::View,
         Op::Unknown => walk::Kind::Unknown {
