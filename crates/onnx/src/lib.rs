@@ -15,6 +15,7 @@ pub mod runtime;
 pub mod session;
 pub mod weights;
 pub mod write;
+pub mod zoo;
 
 pub use self::error::{Error, Result};
 

@@ -5,30 +5,22 @@
 use std::collections::BTreeMap;
 
 use cotk_latency::graph::{
-    ActQuant, Activation, Conv, Graph, Linear, Node, Numerics, Op, RawGraph, Shape, Source, WeightBits, Weights,
+    Activation, Conv, Graph, Linear, Node, Numerics, Op, RawGraph, Shape, Source, WeightBits, Weights,
 };
 use cotk_latency::probe::{Prepared, Probe, refused};
-use cotk_latency::work::{Block, Context, ConvKey, Key, PlaneKey};
+use cotk_latency::work::{Block, Context, ConvKey, EdgeKey, EdgeKind, Key, PlaneKey};
 use cotk_run::seeds::{Seeds, Stream};
 use ort::value::Tensor;
 use rand::RngExt;
 use rand::seq::IndexedRandom;
 
 use crate::session::Session;
-use crate::weights::{Layer, Matrix, Network, quantize};
 use crate::write::to_onnx_with_outputs;
+use crate::zoo::{RELU, SIGNED, random_weights, uniform};
 use crate::{Error, Result};
 
 /// Copies in the long model; the short one has 1.
 const COPIES: usize = 5;
-const RELU: ActQuant = ActQuant {
-    scale: 0.05,
-    zero_point: 0,
-};
-const SIGNED: ActQuant = ActQuant {
-    scale: 0.05,
-    zero_point: 128,
-};
 
 /// Times sessions, convolutions, linear layers, sums, pools and entries.
 #[derive(Debug, Clone)]
@@ -50,6 +42,22 @@ impl OnnxProbe {
         Ok(Self { seeds, block })
     }
 
+    /// What the long model of a key has more than its short one, by operator of the optimized graph: the kernels that its
+    /// time is the sum of. Empty for a key that is no slope.
+    ///
+    /// # Errors
+    /// As [`Probe::prepare`].
+    pub fn added(&self, key: &Key) -> Result<BTreeMap<String, i64>> {
+        let mut counts = BTreeMap::<String, i64>::new();
+        for ((_, model), sign) in self.models(key)?.into_iter().zip([1, -1]) {
+            for (_, op, _) in crate::session::optimized_operators("probe", &model.bytes(0)?)? {
+                *counts.entry(op).or_default() += sign;
+            }
+        }
+        counts.retain(|_, count| *count != 0);
+        Ok(counts)
+    }
+
     /// Number of seed keys.
     pub fn seeds(&self) -> usize {
         self.seeds.len()
@@ -60,7 +68,8 @@ fn is_ours(key: &Key) -> bool {
     match key {
         Key::Session { .. } | Key::Conv(_) | Key::Linear(_) => true,
         Key::Add(_) | Key::GlobalAvgPool(_) | Key::Entry(_) => true,
-        Key::Expert(_) | Key::Read(_) => false,
+        Key::Edge(e) => matches!(e.kind, EdgeKind::ReorderIn | EdgeKind::Quantize),
+        _ => false,
     }
 }
 
@@ -120,7 +129,8 @@ impl Probe for OnnxProbe {
             Key::Conv(c) => c.threads,
             Key::Linear(l) => l.threads,
             Key::Add(p) | Key::GlobalAvgPool(p) | Key::Entry(p) => p.threads,
-            Key::Expert(_) | Key::Read(_) => 1,
+            Key::Edge(e) => e.threads,
+            _ => 1,
         };
         let open = |(weight, model): (f64, Model)| -> Result<(f64, Session, Tensor<f32>)> {
             let session = model.open(threads, u64::from(session))?;
@@ -130,18 +140,27 @@ impl Probe for OnnxProbe {
         };
         let pieces: Result<Vec<_>> = models.into_iter().map(open).collect();
         let pieces = pieces.map_err(|e| refused("onnx", key, &e.to_string()))?;
-        Ok(Box::new(Pieces { key: *key, pieces }))
+        Ok(Box::new(Pieces {
+            key: *key,
+            threads,
+            pieces,
+        }))
     }
 }
 
 struct Pieces {
     key: Key,
+    threads: u32,
     pieces: Vec<(f64, Session, Tensor<f32>)>,
 }
 
 impl Prepared for Pieces {
     fn weights(&self) -> Vec<f64> {
         self.pieces.iter().map(|p| p.0).collect()
+    }
+
+    fn threads(&self) -> u32 {
+        self.threads
     }
 
     fn run(&mut self, piece: usize) -> cotk_latency::Result<()> {
@@ -248,7 +267,15 @@ impl OnnxProbe {
                 models.push((-1.0, empty()));
                 models
             }
-            Key::Expert(_) | Key::Read(_) => {
+            Key::Edge(e) if is_ours(key) => {
+                let numerics = if e.kind == EdgeKind::Quantize {
+                    Numerics::Int8
+                } else {
+                    Numerics::F32
+                };
+                return self.models(&Key::Entry(edge_plane(&e, numerics)));
+            }
+            _ => {
                 return Err(Error::Runtime {
                     action: "measure",
                     model: key.to_string(),
@@ -256,6 +283,18 @@ impl OnnxProbe {
                 });
             }
         })
+    }
+}
+
+/// The tensor of an edge.
+fn edge_plane(e: &EdgeKey, numerics: Numerics) -> PlaneKey {
+    PlaneKey {
+        batch: e.batch,
+        channels: e.channels,
+        height: e.height,
+        width: e.width,
+        numerics,
+        threads: e.threads,
     }
 }
 
@@ -367,10 +406,6 @@ fn weights(numerics: Numerics) -> Weights {
     }
 }
 
-fn uniform(count: usize, width: f32, rng: &mut Stream) -> Vec<f32> {
-    (0..count).map(|_| (rng.random::<f32>() * 2.0 - 1.0) * width).collect()
-}
-
 impl Model {
     fn new(input: Shape, numerics: Numerics) -> Self {
         Self {
@@ -398,44 +433,25 @@ impl Model {
     }
 
     /// With random weights: other ones in each copy, or copies would be merged.
-    fn open(self, threads: u32, seed: u64) -> Result<Session> {
+    fn bytes(self, seed: u64) -> Result<Vec<u8>> {
         let graph = Graph::new(RawGraph {
             name: "probe".into(),
             input: self.input,
             input_quant: (self.numerics == Numerics::Int8).then_some(SIGNED),
             nodes: self.nodes,
         })?;
-        let mut rng = Seeds::new(seed).stream("probe weights");
-        let mut layers = BTreeMap::new();
-        for node in graph.nodes() {
-            let (channels, per_channel) = match node.op {
-                Op::Conv(c) => (c.cout, c.cin / c.groups * c.kernel * c.kernel),
-                Op::Linear(l) => (l.outputs, l.inputs),
-                Op::Add(_) | Op::GlobalAvgPool => continue,
-            };
-            let (channels, per_channel) = (channels as usize, per_channel as usize);
-            #[expect(clippy::cast_precision_loss, reason = "keeps activations near 1 along a chain")]
-            let width = (6.0 / per_channel as f32).sqrt();
-            let values = uniform(channels * per_channel, width, &mut rng);
-            let matrix = match self.numerics {
-                Numerics::F32 => Matrix::F32(values),
-                Numerics::Int8 => quantize(&values, channels, WeightBits::B8),
-            };
-            let bias = uniform(channels, 0.1, &mut rng);
-            layers.insert(node.name.clone(), Layer { matrix, bias });
-        }
-        let network = Network::new(graph, layers)?;
-        Session::from_bytes(
-            "probe",
-            &to_onnx_with_outputs(&network, &self.outputs),
-            threads as usize,
-        )
+        Ok(to_onnx_with_outputs(&random_weights(graph, seed)?, &self.outputs))
+    }
+
+    fn open(self, threads: u32, seed: u64) -> Result<Session> {
+        Session::from_bytes("probe", &self.bytes(seed)?, threads as usize)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::weights::{Layer, Matrix, Network, quantize};
 
     fn conv(cin: u32, cout: u32, stride: u32, numerics: Numerics) -> ConvKey {
         ConvKey {
