@@ -21,6 +21,7 @@ fn facts(kind: &'static str, exit_code: u8) -> Report {
 pub(crate) fn model(error: &ModelError) -> Report {
     match error {
         ModelError::Run(error) => run(error),
+        ModelError::Data(error) => crate::search_faults::data(error),
         ModelError::Config(error) => config(error),
         ModelError::Checkpoint(error) => checkpoint(error),
         ModelError::Tokenizer(error) => tokenizer(error),
@@ -340,5 +341,12 @@ pub(crate) fn runtime(error: &cotk_runtime::Error) -> Report {
             help: Some("compress the model again".to_owned()),
             ..facts("container", WRONG_USE)
         },
+        Error::Synthetic { what, found, expected } => Report {
+            key: Some((*what).to_owned()),
+            found: Some(found.clone()),
+            expected: Some(expected.clone()),
+            ..facts("synthetic", WRONG_USE)
+        },
+        Error::Latency(error) => crate::search_faults::latency(error),
     }
 }

@@ -114,6 +114,26 @@ pub(crate) fn data(error: &DataError) -> Report {
             help: Some("fetch the file again".into()),
             ..facts("data-table", WRONG_USE)
         },
+        DataError::Line { file, line, .. } => Report {
+            file: Some(file.display().to_string()),
+            found: Some(format!("line {line}")),
+            expected: Some("one JSON object a line".into()),
+            ..facts("task-line", WRONG_USE)
+        },
+        DataError::Item {
+            file,
+            line,
+            key,
+            found,
+            expected,
+        } => Report {
+            file: Some(file.display().to_string()),
+            key: Some(key.clone()),
+            found: Some(found.clone()),
+            expected: Some(expected.clone()),
+            help: Some(format!("mend line {line}, or take it out")),
+            ..facts("task-item", WRONG_USE)
+        },
         DataError::Section { key, found, expected } => Report {
             key: Some(format!("data.{key}")),
             found: Some(found.clone()),
@@ -167,7 +187,7 @@ pub(crate) fn latency(error: &cotk_latency::Error) -> Report {
         },
         Error::NoProfile { looked_at } => Report {
             file: looked_at.first().map(|path| path.display().to_string()),
-            help: Some("measure this machine with `cotk profile`".into()),
+            help: Some("measure this machine: `cotk profile --quick` takes a minute".into()),
             ..facts("no-profile", WRONG_USE)
         },
         Error::Probe { .. } => facts("probe", FAILED),
@@ -202,6 +222,19 @@ pub(crate) fn onnx(error: &cotk_onnx::Error) -> Report {
             found: Some(found.clone()),
             expected: Some(expected.clone()),
             ..facts("onnx", WRONG_USE)
+        },
+        Error::TooUnknown {
+            file,
+            operators,
+            share_pct,
+            limit_pct,
+        } => Report {
+            file: Some(file.clone()),
+            key: Some(operators.clone()),
+            found: Some(format!("{share_pct:.0} %")),
+            expected: Some(format!("at most {limit_pct:.0} %")),
+            help: Some("--max-unknown PCT allows more; their bytes alone stand for them".into()),
+            ..facts("unknown-operators", WRONG_USE)
         },
         Error::Weights {
             layer, found, expected, ..

@@ -13,5 +13,6 @@ mod program;
 mod recipes;
 mod search;
 mod serve;
+mod tasks;
 mod tidy;
 mod two_seeds;

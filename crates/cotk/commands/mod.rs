@@ -12,9 +12,11 @@ use crate::sibling;
 pub mod check;
 pub mod compress;
 pub mod eval;
+mod eval_tasks;
 pub mod gpu_check;
 pub mod inspect;
 pub mod logits;
+pub mod plan;
 pub mod profile;
 pub mod run;
 pub mod search;
@@ -66,6 +68,7 @@ pub enum Command {
     Compress(compress::Args),
     Serve(serve::Args),
     Profile(profile::Args),
+    Plan(plan::Args),
     Search(search::Args),
     Check(check::Args),
     GpuCheck(gpu_check::Args),
@@ -100,6 +103,7 @@ impl Command {
             Self::Compress(_) => "compress",
             Self::Serve(_) => "serve",
             Self::Profile(_) => "profile",
+            Self::Plan(_) => "plan",
             Self::Search(_) => "search",
             Self::Check(_) => "check",
             Self::GpuCheck(_) => "gpu-check",
@@ -121,6 +125,7 @@ pub fn run(command: &Command, cx: &Context) -> Result<Outcome, Fault> {
         Command::Compress(args) => compress::run(args, cx),
         Command::Serve(args) => serve::run(args, cx),
         Command::Profile(args) => profile::run(args, cx),
+        Command::Plan(args) => plan::run(args, cx),
         Command::Search(args) => {
             args.check()?;
             Err(sibling::become_trainer())

@@ -53,7 +53,19 @@ pub enum DataError {
         found: String,
         expected: String,
     },
-    /// A text file without a single document.
+    /// A line that is not JSON of the expected form.
+    #[error("{}: line {line}: {detail}", file.display())]
+    Line { file: PathBuf, line: usize, detail: String },
+    /// A key of a task's item that cannot be right.
+    #[error("{}: line {line}: `{key}`: found {found}, expected {expected}", file.display())]
+    Item {
+        file: PathBuf,
+        line: usize,
+        key: String,
+        found: String,
+        expected: String,
+    },
+    /// A file without a single document or item.
     #[error("{}: no text in it", file.display())]
     Empty { file: PathBuf },
 }

@@ -11,6 +11,9 @@ pub enum ModelError {
     /// A file, or Ctrl-C.
     #[error(transparent)]
     Run(#[from] cotk_run::Error),
+    /// A task file, or an item of it that this model cannot score.
+    #[error(transparent)]
+    Data(#[from] cotk_data::DataError),
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]

@@ -6,13 +6,14 @@ use std::time::Instant;
 
 use cotk_run::cancel::Cancel;
 use cotk_run::progress::Progress;
+use cotk_run::units::LayerId;
 use rayon::prelude::*;
 
 use crate::ModelError;
 use crate::generate::MoeTotals;
 use crate::layers::router::{argmax, log_sum_exp};
-use crate::model::{Model, Sequence};
-use crate::moe::Mode;
+use crate::model::{Hidden, Model, Sequence};
+use crate::moe::{Mode, MoeRecord};
 
 /// Tokens of one forward pass: windows are batched up to it, so that experts see many tokens at once.
 const BATCH_TOKENS: usize = 4096;
@@ -78,6 +79,9 @@ pub struct Divergence {
     pub top1_agreement: f64,
     /// Perplexity of the reference itself.
     pub perplexity: f64,
+    /// Share of the reference's choices of experts, over (token, layer), that the model chose too. `None`: the two
+    /// have other layers or other numbers of experts, or none.
+    pub routing_overlap: Option<f64>,
 }
 
 /// One window: positions of the tokens that go in, and of those whose next token is scored.
@@ -136,15 +140,18 @@ pub fn evaluate(
     progress.begin("evaluating", (ids.len() - 1) as u64, "tokens");
     let mut targets: Vec<Target> = Vec::with_capacity(ids.len() - 1);
     let mut totals = MoeTotals::default();
+    let mut overlap = Overlap::default();
     for batch in windows.chunks((BATCH_TOKENS / window).max(1)) {
         cancel.check()?;
-        let states = scored_states(model, &ids, batch, options.mode, &mut totals)?;
+        let Hidden { states, records } = scored_states(model, &ids, batch, options.mode)?;
+        totals.add(&records);
         let truth = match reference {
             None => None,
-            Some(reference) => Some((
-                reference,
-                scored_states(reference, &ids, batch, Mode::Exact, &mut MoeTotals::default())?,
-            )),
+            Some(reference) => {
+                let truth = scored_states(reference, &ids, batch, Mode::Exact)?;
+                overlap.add(&records, &truth.records);
+                Some((reference, truth.states))
+            }
         };
         let nexts: Vec<u32> = batch
             .iter()
@@ -160,13 +167,14 @@ pub fn evaluate(
         progress.advance(nexts.len() as u64);
     }
     progress.end();
-    Ok(summary(
-        &targets,
-        window,
-        stride,
-        &totals,
-        clock.elapsed().as_secs_f64(),
-    ))
+    let mut found = summary(&targets, window, stride, &totals, clock.elapsed().as_secs_f64());
+    if let (Some(divergence), Some(reference)) = (&mut found.reference, reference)
+        && reference.spec().moe_layers() == model.spec().moe_layers()
+        && reference.spec().routing.experts == model.spec().routing.experts
+    {
+        divergence.routing_overlap = overlap.fraction();
+    }
+    Ok(found)
 }
 
 fn check(model: &Model, options: &EvalOptions, reference: Option<&Model>) -> Result<(usize, usize), ModelError> {
@@ -201,14 +209,8 @@ fn check(model: &Model, options: &EvalOptions, reference: Option<&Model>) -> Res
     Ok((window, stride))
 }
 
-/// Hidden states of the scored positions of a batch of windows, `[scored, hidden]`.
-fn scored_states(
-    model: &Model,
-    ids: &[u32],
-    batch: &[Window],
-    mode: Mode,
-    totals: &mut MoeTotals,
-) -> Result<Vec<f32>, ModelError> {
+/// Hidden states of the scored positions of a batch of windows, `[scored, hidden]`, and what was done for them.
+fn scored_states(model: &Model, ids: &[u32], batch: &[Window], mode: Mode) -> Result<Hidden, ModelError> {
     let mut caches: Vec<_> = batch.iter().map(|_| model.new_cache()).collect();
     let mut sequences: Vec<Sequence<'_>> = batch
         .iter()
@@ -218,17 +220,59 @@ fn scored_states(
             cache,
         })
         .collect();
-    let hidden = model.hidden(&mut sequences, mode)?;
-    totals.add(&hidden.records);
+    let all = model.hidden(&mut sequences, mode)?;
     let width = model.spec().hidden;
-    let mut states = Vec::new();
+    let mut rows = Vec::with_capacity(batch.len());
     let mut row = 0;
     for Window { inputs, scored } in batch {
         let from = row + (scored.start - inputs.start);
         row += inputs.len();
-        states.extend_from_slice(&hidden.states[from * width..row * width]);
+        rows.push(from..row);
     }
-    Ok(states)
+    let states = rows.iter().flat_map(|r| &all.states[r.start * width..r.end * width]);
+    let of_scored = |record: &MoeRecord| MoeRecord {
+        slots: record.slots,
+        uses: (rows.iter())
+            .flat_map(|r| &record.uses[r.start * record.slots..r.end * record.slots])
+            .copied()
+            .collect(),
+    };
+    Ok(Hidden {
+        states: states.copied().collect(),
+        records: all
+            .records
+            .iter()
+            .map(|(layer, record)| (*layer, of_scored(record)))
+            .collect(),
+    })
+}
+
+/// Counts choices of experts that two models share, layer by layer and token by token.
+#[derive(Debug, Default)]
+struct Overlap {
+    shared: usize,
+    of: usize,
+}
+
+impl Overlap {
+    /// Records of the same tokens by both.
+    fn add(&mut self, model: &[(LayerId, MoeRecord)], truth: &[(LayerId, MoeRecord)]) {
+        for ((layer, model), (truth_layer, truth)) in model.iter().zip(truth) {
+            if layer != truth_layer || model.slots == 0 || truth.slots == 0 {
+                continue;
+            }
+            for (model, truth) in model.uses.chunks(model.slots).zip(truth.uses.chunks(truth.slots)) {
+                self.of += truth.len();
+                self.shared += (truth.iter())
+                    .filter(|t| model.iter().any(|m| m.expert == t.expert))
+                    .count();
+            }
+        }
+    }
+
+    fn fraction(&self) -> Option<f64> {
+        (self.of > 0).then(|| fraction(self.shared, self.of))
+    }
 }
 
 fn logits_of(model: &Model, states: &[f32], rows: &Range<usize>) -> Vec<f32> {
@@ -304,6 +348,7 @@ pub fn summary(targets: &[Target], window: usize, stride: usize, totals: &MoeTot
             kl_ci95: [(kl_nats - half).max(0.0), kl_nats + half],
             top1_agreement: fraction(truths.iter().filter(|t| t.is_same_top1).count(), truths.len()),
             perplexity: mean_with_ci95(truths.iter().map(|t| t.nll)).0.exp(),
+            routing_overlap: None,
         }
     });
     Evaluation {
@@ -355,10 +400,12 @@ pub fn mean_with_ci95(values: impl Iterator<Item = f64>) -> (f64, f64) {
 #[cfg(test)]
 mod tests {
     use cotk_run::seeds::Seeds;
+    use cotk_run::units::ExpertId;
     use proptest::prelude::*;
     use rand::RngExt;
 
     use super::*;
+    use crate::moe::{ExpertUse, Precision};
 
     proptest! {
         /// Law: every target is scored once, none sees more than a window, and all but the first see half or more.
@@ -386,6 +433,33 @@ mod tests {
             other[0] += 1.0;
             prop_assert!(of(&p, &other) > 0.0);
         }
+    }
+
+    #[test]
+    fn overlap_counts_the_choices_of_the_reference_that_both_made() {
+        let record = |slots: usize, experts: &[u32]| {
+            let uses = experts.iter().map(|&expert| ExpertUse {
+                expert: ExpertId(expert),
+                gate: 1.0,
+                bits: 32,
+                precision: Precision::Full,
+            });
+            vec![(
+                LayerId(0),
+                MoeRecord {
+                    slots,
+                    uses: uses.collect(),
+                },
+            )]
+        };
+        let mut overlap = Overlap::default();
+        assert_eq!(overlap.fraction(), None);
+        overlap.add(&record(2, &[0, 1, 2, 3]), &record(2, &[1, 0, 3, 4]));
+        assert_eq!(overlap.fraction(), Some(0.75));
+        // A model with one expert left can share one of two choices at most.
+        let mut fewer = Overlap::default();
+        fewer.add(&record(1, &[5, 5]), &record(2, &[5, 1, 2, 3]));
+        assert_eq!(fewer.fraction(), Some(0.25));
     }
 
     #[test]

@@ -14,6 +14,7 @@ pub mod moe;
 pub mod reference;
 pub mod sampling;
 pub mod spec;
+pub mod tasks;
 pub mod tokenizer;
 
 pub use self::error::ModelError;
