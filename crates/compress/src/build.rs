@@ -5,7 +5,7 @@ use cotk_container::manifest::{DroppedMeaning, Why};
 use cotk_container::writer::{CodedExpert, ContainerWriter, NewExpert};
 use cotk_model::layers::linear::Linear;
 use cotk_model::layers::{Layer, Mlp};
-use cotk_model::moe::{RouterScores, route};
+use cotk_model::moe::route;
 use cotk_model::reference::PlainMoe;
 use cotk_model::spec::ModelSpec;
 use cotk_run::units::{ExpertId, LayerId};

@@ -143,9 +143,8 @@ impl Job<'_> {
     fn predict(&self, manifest: &Manifest, warnings: &mut Vec<String>) -> Result<Option<f64>> {
         let Some(cost) = self.with.cost else { return Ok(None) };
         let threads = u32::try_from(self.with.threads).unwrap_or(u32::MAX);
-        let (spec, dense) = (&self.source.files.spec, self.source.dense_weights_per_token());
-        let step = decode_step(manifest, spec, dense, Mode::Exact, threads);
-        match cost.predict(&Work::DecodeStep(step)) {
+        let step = decode_step(manifest, &self.source.files.spec, Mode::Exact, threads);
+        match cost.predict(&Work::Step(&step)) {
             Ok(prediction) => Ok(Some(prediction.ms)),
             Err(error) => {
                 warnings.push(format!("the time of decoding is not predicted: {error}"));

@@ -113,15 +113,6 @@ impl Source {
             .collect()
     }
 
-    /// Weights of the dense part that one token reads: all but the rows of an embedding that is not the head.
-    pub fn dense_weights_per_token(&self) -> u64 {
-        let spec = &self.files.spec;
-        let embedding = families::of(spec).tensor_name(Tensor::Embedding);
-        let is_read = |t: &&DenseTensor| spec.tied_embeddings || t.name != embedding;
-        let weights = |t: &DenseTensor| t.shape.iter().map(|&n| n as u64).product::<u64>();
-        self.dense.iter().filter(is_read).map(weights).sum()
-    }
-
     /// Layers with experts, ascending.
     pub fn moe_layers(&self) -> Vec<LayerId> {
         self.files.spec.moe_layers()

@@ -2,7 +2,7 @@
 //! Law: one layer's weights are in memory, never two.
 
 use cotk_model::layers::{Layer, Mlp};
-use cotk_model::moe::{Alive, Mode, MoeRuntime, MoeShape, RouterScores, route};
+use cotk_model::moe::{Alive, Mode, MoeRuntime, MoeShape, route};
 use cotk_model::reference::{Absent, PlainMoe, load_expert};
 use cotk_run::units::{ExpertId, LayerId};
 use rayon::prelude::*;

@@ -4,20 +4,19 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use cotk_kernels::cpu::dispatch::Isa;
-use cotk_kernels::cpu::probes::ExpertProbe;
 use cotk_latency::identity::Identity;
 use cotk_latency::probe::disk::DiskProbe;
 use cotk_latency::probe::gather::Settings;
 use cotk_latency::probe::measure::{Plan, Wanted, measure};
 use cotk_latency::probe::memory::MemoryProbe;
-use cotk_latency::probe::{Listed, Probe};
 use cotk_latency::profile::{self, Profile, Purpose, Verdict};
 use cotk_latency::walk::operators;
-use cotk_latency::work::{Block, Context as Place, ConvKey, EdgeKey, ElementwiseKey, Heat, Key, PlaneKey, PoolKey, Tier};
+use cotk_latency::work::{Block, Context as Place, ConvKey, EdgeKey, ElementwiseKey, Key, PlaneKey, PoolKey, Tier};
 use cotk_onnx::probe::OnnxProbe;
 use cotk_run::recipe::{Source, parse};
 use cotk_run::units::significant;
+use cotk_runtime::mix::Cpu;
+use cotk_runtime::probes::EngineProbe;
 use cotk_search::SearchError;
 use cotk_search::recipe::Recipe;
 use cotk_search::space::Space;
@@ -48,9 +47,6 @@ pub struct Args {
     #[arg(long)]
     pub reference: bool,
 }
-
-/// Experts that are measured, `(hidden, inner)`: those of the models at hand, and two sizes of larger ones.
-const EXPERTS: [(u32, u32); 4] = [(64, 32), (256, 96), (768, 256), (2048, 768)];
 
 /// Measures, writes, reports.
 ///
@@ -83,7 +79,7 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
     if version.is_some() {
         wanted.push(cnn(keys, threads, identity.block(), args.quick)?);
     }
-    wanted.push(experts(threads, identity.cache_bytes, args.quick)?);
+    wanted.push(engine(threads, identity.cache_bytes, args.quick)?);
     wanted.push(Wanted {
         probe: Box::new(MemoryProbe::new(one_and(threads), identity.cache_bytes)),
         table: usize::MAX,
@@ -267,30 +263,17 @@ fn with(key: Key, threads: u32, batch: u32) -> Key {
     }
 }
 
-/// Every width of expert, one token, weights from memory; in a full profile also from cache, and draws of any size.
-fn experts(threads: u32, cache_bytes: u64, quick: bool) -> Result<Wanted, Fault> {
-    let isa = Isa::selected().map_err(|e| Fault::usage(e.to_string(), "leave COTK_ISA out"))?;
-    let probe = ExpertProbe::new(isa, one_and(threads), EXPERTS.to_vec(), cache_bytes);
-    let mut none = cotk_run::seeds::Seeds::new(0).stream("seeds draw nothing");
-    let is_cold = |key: &Key| matches!(key, Key::Expert(e) if e.heat == Heat::Cold && e.tokens == 1);
-    // Its seeds are those of the listed shapes; draws have others.
-    let seeds: Vec<Key> = probe
-        .candidates(100_000, &mut none)
-        .into_iter()
-        .take_while(|key| matches!(key, Key::Expert(e) if EXPERTS.contains(&(e.hidden, e.inner))))
-        .filter(|key| !quick || is_cold(key))
-        .collect();
-    let count = seeds.len();
-    let like: fn(&Key) -> bool = if quick {
-        is_cold
-    } else {
-        |key: &Key| matches!(key, Key::Expert(_))
-    };
+/// What our engine runs: every width of experts, dense matrices, attention; in a full profile also draws of any size, from
+/// cache and of several tokens.
+fn engine(threads: u32, cache_bytes: u64, quick: bool) -> Result<Wanted, Fault> {
+    let cpu = Cpu::selected().map_err(|e| Fault::usage(e.to_string(), "leave COTK_ISA out"))?;
+    let probe = EngineProbe::new(cpu, one_and(threads), cache_bytes).map_err(latency)?;
+    let seeds = probe.seeds().len();
     Ok(Wanted {
-        probe: Box::new(Listed::new(Box::new(probe), seeds, like)),
-        table: count + if quick { 0 } else { 120 },
-        heldout: if quick { 4 } else { 40 },
-        live: 4,
+        probe: Box::new(probe),
+        table: seeds + if quick { 0 } else { 400 },
+        heldout: if quick { 0 } else { 60 },
+        live: 3,
     })
 }
 

@@ -127,13 +127,12 @@ fn predict(opened: &Opened, cx: &Context) -> Result<Predictions, Fault> {
     let (Some(container), Some(predictor)) = (&opened.container, predictor::find(cx, None)?) else {
         return Ok((Vec::new(), Vec::new()));
     };
-    let dense_weights = cost::dense_weights_per_token(&opened.files);
     let threads = u32::try_from(cx.threads).unwrap_or(u32::MAX);
     let mut warnings = predictor.warnings;
     let mut predictions = Vec::new();
     for &mode in opened.model.runtime().modes() {
-        let step = cost::decode_step(container.manifest(), &opened.files.spec, dense_weights, mode, threads);
-        match predictor.model.predict(&Work::DecodeStep(step)) {
+        let step = cost::decode_step(container.manifest(), &opened.files.spec, mode, threads);
+        match predictor.model.predict(&Work::Step(&step)) {
             Ok(prediction) => predictions.push((mode, prediction.ms)),
             Err(error) => warnings.push(format!("the time of decoding is not predicted: {error}")),
         }

@@ -1,20 +1,34 @@
-//! What one decoding step reads and computes, in the terms of the shared hardware model. Predicts nothing itself: the
-//! answer is a `CostModel`'s. Law: compress and serve ask with the same numbers.
+//! What a step of a model runs, in the terms of the shared hardware model. Predicts nothing itself: the answer is a
+//! `cotk_latency::predict::Model`'s. Law: compress, serve and plan ask with the same numbers.
 
-use cotk_container::manifest::{Manifest, State};
-use cotk_latency::work::{DecodeStep, ExpertKey, Heat};
-use cotk_model::families::{self, Tensor};
-use cotk_model::folder::ModelFolder;
+use cotk_container::manifest::{Manifest, Record, State};
+use cotk_latency::moe::{Home, LayerStep, MoeStep, RoutedExpert};
+use cotk_latency::work::{AttentionKey, DenseKey, ExpertKey, GlueKey, Heat, Key};
+use cotk_model::families::{LayerTensor, Tensor};
+use cotk_model::inventory;
 use cotk_model::model::KvCache;
 use cotk_model::moe::Mode;
-use cotk_model::spec::ModelSpec;
+use cotk_model::spec::{AttentionKind, LayerKind, ModelSpec};
+use cotk_run::units::LayerId;
 
-/// Context of the step that is asked about, in tokens (or the model's, where that is less).
+/// Context of the step that is asked about where nobody says another, in tokens (or the model's, where that is less).
 pub const POSITIONS: usize = 512;
+
+/// One pass over all layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pass {
+    /// One new token of each of `batch` sequences, which then are `context` long.
+    Decode { context: usize, batch: usize },
+    /// A prompt of so many tokens.
+    Prefill { tokens: usize },
+}
+
+fn small(n: usize) -> u32 {
+    u32::try_from(n).expect("model sizes fit 32 bits")
+}
 
 /// One token at one expert that reads `planes` planes of a `bits`-bit prefix, its weights in memory and not in cache.
 pub fn expert_key(hidden: usize, inner: usize, bits: u32, planes: usize, group: usize, threads: u32) -> ExpertKey {
-    let small = |n: usize| u32::try_from(n).expect("model sizes fit 32 bits");
     ExpertKey {
         hidden: small(hidden),
         inner: small(inner),
@@ -29,52 +43,230 @@ pub fn expert_key(hidden: usize, inner: usize, bits: u32, planes: usize, group: 
     }
 }
 
-/// Weights of a container's dense part that one token reads: all but the rows of an embedding that is not the head.
-pub fn dense_weights_per_token(files: &ModelFolder) -> u64 {
-    let spec = &files.spec;
-    let embedding = families::of(spec).tensor_name(Tensor::Embedding);
-    let is_read = |name: &String| spec.tied_embeddings || *name != embedding;
-    let weights = |name: String| files.source.info(&name).map_or(0, |tensor| tensor.elements() as u64);
-    files.source.names().into_iter().filter(is_read).map(weights).sum()
+/// The experts of a layer of the source model that nobody has compressed, as plain codes in groups of 32 (or 16-bit
+/// floats), each used alike.
+#[expect(clippy::cast_precision_loss, reason = "counts of experts")]
+pub fn uniform_experts(spec: &ModelSpec, bits: u32, threads: u32) -> Vec<RoutedExpert> {
+    let experts = spec.routing.experts;
+    let one = RoutedExpert {
+        key: expert_key(spec.hidden, spec.moe_intermediate, bits, 1, 32, threads),
+        share: spec.routing.top_k.min(experts) as f64 / experts.max(1) as f64,
+        home: Home::Memory,
+    };
+    vec![one; experts]
 }
 
-/// One token with every weight in memory: dense weights as the engine holds them (f32), experts at full width
-/// (`exact`) or at the manifest's `little_bits`; each expert as often as calibration used it.
-#[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^53")]
-pub fn decode_step(manifest: &Manifest, spec: &ModelSpec, dense_weights: u64, mode: Mode, threads: u32) -> DecodeStep {
-    let mut experts: Vec<(ExpertKey, f64)> = Vec::new();
-    for layer in &manifest.layers {
-        let kept = layer.experts.iter().filter_map(|e| match &e.state {
-            State::Kept(record) => Some((record, e.why.tokens)),
-            State::Dropped => None,
+/// The kept experts of a container's layer: at full width (`exact`) or at the manifest's `little_bits`, each as often as
+/// calibration used it, all in memory.
+pub fn container_experts(
+    manifest: &Manifest,
+    spec: &ModelSpec,
+    layer: LayerId,
+    mode: Mode,
+    threads: u32,
+) -> Vec<RoutedExpert> {
+    let Some(layer) = manifest.layers.iter().find(|l| l.layer == layer) else {
+        return Vec::new();
+    };
+    let kept = layer.experts.iter().filter_map(|e| match &e.state {
+        State::Kept(record) => Some((record.as_ref(), e.why.tokens)),
+        State::Dropped => None,
+    });
+    let tokens: u64 = kept.clone().map(|(_, tokens)| tokens).sum();
+    let calls = spec.routing.top_k.min(layer.kept());
+    let expert = |(record, used): (&Record, u64)| RoutedExpert {
+        key: record_key(manifest, spec, record, mode, threads),
+        // Traffic of dropped experts goes to the kept ones, in proportion; each is thought used once more.
+        #[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^53")]
+        share: (calls as f64 * (used + 1) as f64 / (tokens + layer.kept() as u64) as f64).min(1.0),
+        home: Home::Memory,
+    };
+    kept.map(expert).collect()
+}
+
+fn record_key(manifest: &Manifest, spec: &ModelSpec, record: &Record, mode: Mode, threads: u32) -> ExpertKey {
+    let format = record.gate.format;
+    let bits = match (mode, manifest.little_bits) {
+        (Mode::Little, Some(bits)) => bits,
+        _ => format.code().full().get(),
+    };
+    let planes = format
+        .code()
+        .prefixes()
+        .iter()
+        .take_while(|prefix| prefix.get() <= bits)
+        .count()
+        .max(1);
+    let bits = format.code().prefixes()[planes - 1].get();
+    expert_key(spec.hidden, format.rows(), bits, planes, format.group(), threads)
+}
+
+/// One token with every weight in memory, at a context of [`POSITIONS`].
+pub fn decode_step(manifest: &Manifest, spec: &ModelSpec, mode: Mode, threads: u32) -> MoeStep {
+    let pass = Pass::Decode {
+        context: POSITIONS.min(spec.context),
+        batch: 1,
+    };
+    step(spec, pass, threads, |layer| {
+        container_experts(manifest, spec, layer, mode, threads)
+    })
+}
+
+/// A pass of a model whose routed experts are what `experts` says. The dense part is f32, as the engine holds it.
+pub fn step(spec: &ModelSpec, pass: Pass, threads: u32, experts: impl Fn(LayerId) -> Vec<RoutedExpert>) -> MoeStep {
+    let (tokens, sequences, keys) = match pass {
+        Pass::Decode { context, batch } => (batch.max(1), batch.max(1), context.max(1)),
+        Pass::Prefill { tokens } => (tokens.max(1), 1, tokens.max(1)),
+    };
+    let dense = |shape: &[usize], tokens: usize| {
+        Key::Dense(DenseKey {
+            inputs: small(shape[1]),
+            outputs: small(shape[0]),
+            tokens: small(tokens),
+            threads,
+            heat: Heat::Cold,
+        })
+    };
+    let mut layers: Vec<LayerStep> = Vec::with_capacity(spec.layers.len());
+    for (id, layer) in (0..).map(LayerId).zip(&spec.layers) {
+        let (is_moe, inner) = match layer.kind {
+            LayerKind::Dense { intermediate } => (false, intermediate),
+            LayerKind::Moe { shared } => (true, shared.map_or(0, |s| s.intermediate)),
+        };
+        let seen = layer.window.map_or(keys, |window| keys.min(window));
+        let (kv_heads, head_dim) = match spec.attention.kind {
+            AttentionKind::Grouped { .. } => (spec.attention.kv_heads, spec.attention.head_dim),
+            // One key head that all query heads share; its beginning is the value.
+            AttentionKind::Latent { kv_rank, .. } => (1, kv_rank + spec.attention.rope.dim),
+        };
+        layers.push(LayerStep {
+            keys: vec![
+                Key::Glue(GlueKey {
+                    hidden: small(spec.hidden),
+                    experts: if is_moe { small(spec.routing.experts) } else { 1 },
+                    top_k: if is_moe { small(spec.routing.top_k) } else { 1 },
+                    inner: small(inner),
+                    tokens: small(tokens),
+                    threads: 1,
+                }),
+                Key::Attention(AttentionKey {
+                    heads: small(spec.attention.heads),
+                    kv_heads: small(kv_heads),
+                    head_dim: small(head_dim),
+                    keys: small(seen),
+                    tokens: small((tokens / sequences).min(seen)),
+                    sequences: small(sequences),
+                    threads,
+                    heat: Heat::Cold,
+                }),
+            ],
+            experts: if is_moe { experts(id) } else { Vec::new() },
+            top_k: small(spec.routing.top_k),
         });
-        let tokens: u64 = kept.clone().map(|(_, tokens)| tokens).sum();
-        let calls = spec.routing.top_k.min(layer.kept()) as f64;
-        for (record, used) in kept {
-            let format = record.gate.format;
-            let bits = match (mode, manifest.little_bits) {
-                (Mode::Little, Some(bits)) => bits,
-                _ => format.code().full().get(),
-            };
-            let planes = format
-                .code()
-                .prefixes()
-                .iter()
-                .take_while(|prefix| prefix.get() <= bits)
-                .count()
-                .max(1);
-            let key = expert_key(spec.hidden, format.rows(), bits, planes, format.group(), threads);
-            // Traffic of dropped experts goes to the kept ones, in proportion; each is thought used once more.
-            let share = calls * (used + 1) as f64 / (tokens + layer.kept() as u64) as f64;
-            match experts.iter_mut().find(|(known, _)| *known == key) {
-                Some((_, count)) => *count += share,
-                None => experts.push((key, share)),
-            }
+    }
+    let mut ends = Vec::new();
+    for (tensor, shape) in inventory::tensors(spec).iter().filter(|(_, shape)| shape.len() == 2) {
+        match tensor {
+            Tensor::Layer(_, LayerTensor::Expert(..)) => {}
+            Tensor::Layer(id, _) => layers[id.index()].keys.push(dense(shape, tokens)),
+            // One row of logits per sequence. Rows of the embedding are copied, not multiplied.
+            Tensor::Head => ends.push(dense(shape, sequences)),
+            Tensor::Embedding if spec.tied_embeddings => ends.push(dense(shape, sequences)),
+            Tensor::Embedding | Tensor::FinalNorm => {}
         }
     }
-    DecodeStep {
-        dense_bytes: 4 * dense_weights + KvCache::bytes_for(spec, POSITIONS.min(spec.context)),
-        experts,
+    let mut step = MoeStep {
+        layers,
+        ends,
+        tokens: small(tokens),
         threads,
+        working_set_bytes: 0,
+    };
+    let in_memory = |expert: &&RoutedExpert| expert.home == Home::Memory;
+    let routed = step.layers.iter().flat_map(|l| &l.experts).filter(in_memory);
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "bytes of a model"
+    )]
+    let expert_bytes = routed.map(|e| e.key.weight_bytes()).sum::<f64>() as u64;
+    step.working_set_bytes = dense_bytes(&step) + expert_bytes + sequences as u64 * KvCache::bytes_for(spec, keys);
+    step
+}
+
+/// Bytes of all dense matrices of a step, as the engine holds them.
+pub fn dense_bytes(step: &MoeStep) -> u64 {
+    let keys = step.layers.iter().flat_map(|layer| &layer.keys).chain(&step.ends);
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "bytes of matrices"
+    )]
+    let bytes = |key: &Key| match key {
+        Key::Dense(dense) => dense.weight_bytes() as u64,
+        _ => 0,
+    };
+    keys.map(bytes).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::synthetic;
+
+    /// Weights that one token reads, by kind.
+    fn count(step: &MoeStep) -> (u64, f64) {
+        let experts = step.layers.iter().flat_map(|l| &l.experts);
+        (dense_bytes(step) / 4, experts.map(|e| e.share).sum())
+    }
+
+    #[test]
+    fn a_step_counts_every_weight_that_a_token_reads() {
+        for name in synthetic::names() {
+            let spec = synthetic::spec(name, None).unwrap();
+            let pass = Pass::Decode { context: 100, batch: 1 };
+            let step = step(&spec, pass, 2, |_| uniform_experts(&spec, 4, 2));
+            let (dense, shares) = count(&step);
+            let matrices = inventory::tensors(&spec).into_iter().filter(|(tensor, shape)| {
+                let is_read = match tensor {
+                    Tensor::Embedding => spec.tied_embeddings,
+                    Tensor::Layer(_, LayerTensor::Expert(..)) => false,
+                    _ => true,
+                };
+                shape.len() == 2 && is_read
+            });
+            let expected: usize = matrices.map(|(_, shape)| shape[0] * shape[1]).sum();
+            assert_eq!(dense, expected as u64, "{name}");
+            let calls = spec.moe_layers().len() * spec.routing.top_k;
+            assert!((shares - calls as f64).abs() < 1e-9 * shares, "{name}");
+            assert_eq!((step.tokens, step.layers.len()), (1, spec.layers.len()));
+        }
+    }
+
+    #[test]
+    fn a_prefill_has_all_tokens_in_layers_and_one_row_of_logits() {
+        let spec = synthetic::spec("olmoe-1b-7b", Some(1)).unwrap();
+        let step = step(&spec, Pass::Prefill { tokens: 300 }, 1, |_| {
+            uniform_experts(&spec, 4, 1)
+        });
+        let tokens: Vec<u32> = step.layers[0]
+            .keys
+            .iter()
+            .map(|key| match key {
+                Key::Dense(d) => d.tokens,
+                Key::Attention(a) => a.tokens,
+                Key::Glue(g) => g.tokens,
+                _ => 0,
+            })
+            .collect();
+        assert!(tokens.iter().all(|&t| t == 300), "{tokens:?}");
+        assert!(matches!(step.ends[..], [Key::Dense(d)] if d.tokens == 1 && d.outputs == 50304));
+        let batch = self::step(&spec, Pass::Decode { context: 9, batch: 4 }, 1, |_| Vec::new());
+        assert!(
+            batch.layers[0]
+                .keys
+                .iter()
+                .any(|k| matches!(k, Key::Attention(a) if (a.sequences, a.tokens, a.keys) == (4, 1, 9)))
+        );
     }
 }

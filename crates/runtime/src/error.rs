@@ -28,6 +28,16 @@ pub enum Error {
         found: String,
         expected: String,
     },
+    /// A shape or a width of a synthetic model that there is not.
+    #[error("{what} `{found}`, expected {expected}")]
+    Synthetic {
+        what: &'static str,
+        found: String,
+        expected: String,
+    },
+    /// What a probe or a prediction meets.
+    #[error(transparent)]
+    Latency(#[from] cotk_latency::Error),
 }
 
 /// `Result` with this crate's [`Error`].

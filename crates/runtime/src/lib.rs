@@ -2,16 +2,19 @@
 //!
 //! [`mod@open`] opens any model folder, [`resident`] serves a container that is all in memory, [`cost`] says what a step
 //! costs in the terms of the latency model; [`mix`] is the arithmetic that every runtime shares, over a
-//! [`store::ExpertStore`]; [`policy`] holds decisions only, so that engine and simulator run the same code. Law: every
+//! [`store::ExpertStore`]; [`synthetic`] makes models of noise, [`probes`] and [`figure`] let them be timed; [`policy`] holds decisions only, so that engine and simulator run the same code. Law: every
 //! runtime passes `cotk_model::laws`. Not here: attention and routers (`cotk-model`), kernels (`cotk-kernels`).
 #![forbid(unsafe_code)]
 
 pub mod cost;
+pub mod figure;
 pub mod mix;
 pub mod open;
 pub mod policy;
+pub mod probes;
 pub mod resident;
 pub mod store;
+pub mod synthetic;
 
 pub use self::error::{Error, Result};
 

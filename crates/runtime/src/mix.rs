@@ -106,7 +106,7 @@ impl Mix<'_> {
         let mut order: Vec<usize> = (0..asked.len()).filter(|&pair| asked[pair].1 > 0).collect();
         order.sort_by_key(|&pair| asked[pair]); // stable: pairs of a group stay in token order
 
-        let mut jobs = Vec::new();
+        let mut groups = Vec::new();
         let mut view_of = vec![None; asked.len()];
         for group in order.chunk_by(|&a, &b| asked[a] == asked[b]) {
             let (id, bits) = asked[group[0]];
@@ -124,40 +124,9 @@ impl Mix<'_> {
             for &pair in group {
                 view_of[pair] = Some(view);
             }
-            jobs.extend(group.chunks(JOB_ROWS).map(|rows| (kernel, rows)));
+            groups.push((kernel, group));
         }
-
-        // Quantized once for all experts of a token.
-        let acts = Activations::of(self.cpu.0, hidden, width);
-        let run = |scratch: &mut (Activations, ExpertScratch), (kernel, rows): &(Expert<'_>, &[usize])| {
-            let (gathered, scratch) = scratch;
-            gathered.gather(&acts, rows.iter().map(|pair| pair / slots));
-            let mut out = vec![0.0; rows.len() * width];
-            expert::forward(self.cpu.0, kernel, gathered, &mut out, scratch, Threads::One);
-            out
-        };
-        let work: usize = jobs
-            .iter()
-            .map(|(kernel, rows)| 3 * width * kernel.inner() * rows.len())
-            .sum();
-        let outputs: Vec<Vec<f32>> = if work >= PARALLEL_FROM && jobs.len() > 1 {
-            jobs.par_iter().map_init(Default::default, run).collect()
-        } else {
-            let mut scratch = Default::default();
-            jobs.iter().map(|job| run(&mut scratch, job)).collect()
-        };
-
-        // Each token sums its slots in order, whoever computed them.
-        let mut row_of: Vec<&[f32]> = vec![&[]; asked.len()];
-        for ((_, rows), output) in jobs.iter().zip(&outputs) {
-            for (&pair, row) in rows.iter().zip(output.chunks_exact(width)) {
-                row_of[pair] = row;
-            }
-        }
-        for (pair, (row, gate)) in row_of.iter().zip(gates).enumerate() {
-            let out = &mut out[pair / slots * width..][..width];
-            out.iter_mut().zip(*row).for_each(|(out, value)| *out += gate * value);
-        }
+        run_groups(self.cpu, &groups, hidden, slots, gates, out);
         uses.extend(experts.iter().zip(gates).zip(&view_of).map(|((&expert, &gate), view)| {
             let (bits, precision) = view.map_or((0, Precision::Skipped), |view| width_of(&view));
             ExpertUse {
@@ -168,6 +137,56 @@ impl Mix<'_> {
             }
         }));
         Ok(())
+    }
+}
+
+/// `out[t] += Σ gate · expert(hidden[t])`: each group is an expert and its pairs, a pair `t · slots + slot` of token `t` with
+/// the gate `gates[pair]`. `hidden` and `out` are `[tokens, width]`. What a layer's routed experts cost is the time of this.
+pub fn run_groups(
+    cpu: Cpu,
+    groups: &[(Expert<'_>, &[usize])],
+    hidden: &[f32],
+    slots: usize,
+    gates: &[f32],
+    out: &mut [f32],
+) {
+    let Some(width) = groups.first().map(|(expert, _)| expert.hidden()) else {
+        return;
+    };
+    let jobs: Vec<(&Expert<'_>, &[usize])> = groups
+        .iter()
+        .flat_map(|(expert, pairs)| pairs.chunks(JOB_ROWS).map(move |rows| (expert, rows)))
+        .collect();
+    // Quantized once for all experts of a token.
+    let acts = Activations::of(cpu.0, hidden, width);
+    let run = |scratch: &mut (Activations, ExpertScratch), (expert, rows): &(&Expert<'_>, &[usize])| {
+        let (gathered, scratch) = scratch;
+        gathered.gather(&acts, rows.iter().map(|pair| pair / slots));
+        let mut out = vec![0.0; rows.len() * width];
+        expert::forward(cpu.0, expert, gathered, &mut out, scratch, Threads::One);
+        out
+    };
+    let work: usize = jobs
+        .iter()
+        .map(|(expert, rows)| 3 * width * expert.inner() * rows.len())
+        .sum();
+    let outputs: Vec<Vec<f32>> = if work >= PARALLEL_FROM && jobs.len() > 1 {
+        jobs.par_iter().map_init(Default::default, run).collect()
+    } else {
+        let mut scratch = Default::default();
+        jobs.iter().map(|job| run(&mut scratch, job)).collect()
+    };
+
+    // Each token sums its slots in order, whoever computed them.
+    let mut row_of: Vec<&[f32]> = vec![&[]; gates.len()];
+    for ((_, rows), output) in jobs.iter().zip(&outputs) {
+        for (&pair, row) in rows.iter().zip(output.chunks_exact(width)) {
+            row_of[pair] = row;
+        }
+    }
+    for (pair, (row, gate)) in row_of.iter().zip(gates).enumerate() {
+        let out = &mut out[pair / slots * width..][..width];
+        out.iter_mut().zip(*row).for_each(|(out, value)| *out += gate * value);
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 use cotk_quant::coded::Prefix;
 
 use super::activations::{Activations, StepCodes};
+use super::half_matrix::HalfMatrix;
 use super::{scalar, tiles};
 use crate::KernelError;
 
@@ -24,6 +25,9 @@ pub(crate) struct Path {
     present: fn() -> bool,
     /// 16 rows × `out.len()` (8, 4, 2 or 1) tokens from `first_token`.
     pub(crate) block: unsafe fn(&Prefix<'_>, block: usize, &Activations, first_token: usize, out: &mut [BlockOut]),
+    /// The same over 16-bit weights.
+    pub(crate) half_block:
+        unsafe fn(&HalfMatrix<'_>, block: usize, &Activations, first_token: usize, out: &mut [BlockOut]),
     /// One step of 32 activations.
     pub(crate) quantize: unsafe fn(&[f32; 32]) -> StepCodes,
     /// `silu(gate) · up`, quantized, for one step of an expert's inner channels.
@@ -38,6 +42,7 @@ static PATHS: &[Path] = &[
         name: "scalar",
         present: || true,
         block: scalar::block,
+        half_block: scalar::half_block,
         quantize: scalar::quantize,
         swiglu: scalar::swiglu,
         read: scalar::read,
@@ -47,6 +52,7 @@ static PATHS: &[Path] = &[
         name: "avx2",
         present: super::x86::avx2::present,
         block: super::x86::avx2::block,
+        half_block: super::x86::avx2::half_block,
         quantize: super::x86::avx2::quantize,
         swiglu: super::x86::avx2::swiglu,
         read: super::x86::avx2::read,
@@ -56,6 +62,7 @@ static PATHS: &[Path] = &[
         name: "avx512vnni",
         present: super::x86::avx512::present,
         block: super::x86::avx512::block,
+        half_block: super::x86::avx512::half_block,
         quantize: super::x86::avx512::quantize,
         swiglu: super::x86::avx512::swiglu,
         read: super::x86::avx512::read,
@@ -113,6 +120,20 @@ impl Isa {
         tiles::check(prefix, block, acts, first_token, out.len());
         // SAFETY: `self` exists, so `present` has seen this path's features here.
         unsafe { (self.0.block)(prefix, block, acts, first_token, out) }
+    }
+
+    /// One row block of 16-bit weights for up to 8 tokens (8, 4, 2 or 1).
+    pub(crate) fn half_block(
+        self,
+        half: &HalfMatrix<'_>,
+        block: usize,
+        acts: &Activations,
+        first_token: usize,
+        out: &mut [BlockOut],
+    ) {
+        tiles::check_shape(half.cols(), half.row_blocks(), block, acts, first_token, out.len());
+        // SAFETY: `self` exists, so `present` has seen this path's features here.
+        unsafe { (self.0.half_block)(half, block, acts, first_token, out) }
     }
 
     pub(crate) fn quantize(self, x: &[f32; 32]) -> StepCodes {

@@ -4,33 +4,37 @@
 //! step of the hidden activations. Choosing experts and weighing their outputs is the runtime's.
 
 use cotk_quant::QuantError;
-use cotk_quant::coded::Prefix;
 use cotk_quant::layout::{BLOCK_ROWS, STEP};
 
 use super::activations::{Activations, StepCodes};
 use super::dispatch::{Isa, TOKENS};
 use super::gemm::{Disjoint, Threads, for_tokens, gemm, in_chunks};
+use super::weights::{Matrix, Weights};
 
 /// Three matrices that fit together: gate and up `[inner, hidden]`, down `[hidden, inner]`.
 #[derive(Debug, Clone, Copy)]
 pub struct Expert<'a> {
-    gate: Prefix<'a>,
-    up: Prefix<'a>,
-    down: Prefix<'a>,
+    gate: Matrix<'a>,
+    up: Matrix<'a>,
+    down: Matrix<'a>,
 }
 
 impl<'a> Expert<'a> {
-    /// Their widths, codes and groups may differ.
+    /// Their forms, widths, codes, groups and ranks may differ.
     ///
     /// # Errors
     /// Shapes that do not fit together.
-    pub fn try_new(gate: Prefix<'a>, up: Prefix<'a>, down: Prefix<'a>) -> Result<Self, QuantError> {
-        let (g, u, d) = (gate.format(), up.format(), down.format());
+    pub fn try_new(
+        gate: impl Into<Matrix<'a>>,
+        up: impl Into<Matrix<'a>>,
+        down: impl Into<Matrix<'a>>,
+    ) -> Result<Self, QuantError> {
+        let (gate, up, down) = (gate.into(), up.into(), down.into());
         for (what, found, expected) in [
-            ("rows of up (of gate: expected)", u.rows(), g.rows()),
-            ("columns of up (of gate: expected)", u.cols(), g.cols()),
-            ("columns of down (rows of gate: expected)", d.cols(), g.rows()),
-            ("rows of down (columns of gate: expected)", d.rows(), g.cols()),
+            ("rows of up (of gate: expected)", up.rows(), gate.rows()),
+            ("columns of up (of gate: expected)", up.cols(), gate.cols()),
+            ("columns of down (rows of gate: expected)", down.cols(), gate.rows()),
+            ("rows of down (columns of gate: expected)", down.rows(), gate.cols()),
         ] {
             if found != expected {
                 return Err(QuantError::Length { what, found, expected });
@@ -41,12 +45,12 @@ impl<'a> Expert<'a> {
 
     /// Width of input and output.
     pub fn hidden(&self) -> usize {
-        self.gate.format().cols()
+        self.gate.cols()
     }
 
     /// Width of the middle.
     pub fn inner(&self) -> usize {
-        self.gate.format().rows()
+        self.gate.rows()
     }
 }
 
@@ -54,13 +58,18 @@ impl<'a> Expert<'a> {
 #[derive(Debug, Default)]
 pub struct ExpertScratch {
     middle: Activations,
+    /// Between the factors of gate, up and down.
+    between: [Activations; 3],
+    /// The same before it is quantized.
+    floats: Vec<f32>,
 }
 
 impl ExpertScratch {
-    /// Room for `tokens` × `inner`.
+    /// Room for `tokens` × `inner`; factors are given theirs when they come.
     pub fn new(tokens: usize, inner: usize) -> Self {
         Self {
             middle: Activations::with_capacity(tokens, inner),
+            ..Self::default()
         }
     }
 }
@@ -68,6 +77,27 @@ impl ExpertScratch {
 /// Bytes that [`ExpertScratch::new`] allocates.
 pub fn expert_scratch_bytes(tokens: usize, inner: usize) -> usize {
     Activations::capacity_bytes(tokens, inner)
+}
+
+/// What is left to multiply, and with what: of two factors the right one is done here, on all threads.
+fn last_factor<'w, 'a>(
+    isa: Isa,
+    matrix: &Matrix<'w>,
+    acts: &'a Activations,
+    between: &'a mut Activations,
+    floats: &mut Vec<f32>,
+    threads: Threads,
+) -> (Weights<'w>, &'a Activations) {
+    match *matrix {
+        Matrix::Whole(weights) => (weights, acts),
+        Matrix::Product { left, right } => {
+            floats.clear();
+            floats.resize(acts.tokens() * right.rows(), 0.0);
+            gemm(isa, right, acts, floats, threads);
+            between.quantize(isa, floats, right.rows());
+            (left, between)
+        }
+    }
 }
 
 /// Inner steps of one chunk: 128 rows each of gate and up.
@@ -87,10 +117,16 @@ pub fn forward(
     scratch: &mut ExpertScratch,
     threads: Threads,
 ) {
-    let middle = &mut scratch.middle;
+    let ExpertScratch {
+        middle,
+        between: [between_gate, between_up, between_down],
+        floats,
+    } = scratch;
     middle.reset(acts.tokens(), expert.inner());
+    let gate_factor = last_factor(isa, &expert.gate, acts, between_gate, floats, threads);
+    let up_factor = last_factor(isa, &expert.up, acts, between_up, floats, threads);
     let steps = middle.steps_per_token();
-    let blocks = expert.gate.format().row_blocks();
+    let blocks = gate_factor.0.row_blocks();
     let shared = Disjoint::new(middle.steps_mut());
     in_chunks(steps, CHUNK_STEPS, threads, |range| {
         for step in range {
@@ -98,9 +134,9 @@ pub fn forward(
             for_tokens(acts.tokens(), |first, buffer| {
                 for half in 0..STEP / BLOCK_ROWS {
                     let (block, at) = (step * STEP / BLOCK_ROWS + half, half * BLOCK_ROWS);
-                    for (matrix, side) in [(&expert.gate, &mut gate), (&expert.up, &mut up)] {
+                    for ((weights, acts), side) in [(gate_factor, &mut gate), (up_factor, &mut up)] {
                         if block < blocks {
-                            isa.block(matrix, block, acts, first, buffer);
+                            weights.block(isa, block, acts, first, buffer);
                         } else {
                             buffer.fill([0.0; BLOCK_ROWS]);
                         }
@@ -117,5 +153,6 @@ pub fn forward(
             });
         }
     });
-    gemm(isa, &expert.down, middle, out, threads);
+    let (weights, acts) = last_factor(isa, &expert.down, middle, between_down, floats, threads);
+    gemm(isa, weights, acts, out, threads);
 }

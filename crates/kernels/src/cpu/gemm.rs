@@ -1,15 +1,15 @@
-//! Coded matrix × quantized tokens. One pass over the weights serves up to 8 tokens; rows are split over threads in
+//! Matrix × quantized tokens. One pass over the weights serves up to 8 tokens; rows are split over threads in
 //! fixed chunks. Law: the result depends neither on the thread count nor on which tokens stand beside a token.
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use cotk_quant::coded::Prefix;
 use cotk_quant::layout::BLOCK_ROWS;
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
 use super::activations::Activations;
 use super::dispatch::{BlockOut, Isa, TOKENS};
+use super::weights::Weights;
 
 /// Who computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,8 +29,9 @@ const CHUNK_BLOCKS: usize = 8;
 ///
 /// # Panics
 /// The matrix's columns are not the activations', or `out` has another length.
-pub fn gemm(isa: Isa, prefix: &Prefix<'_>, acts: &Activations, out: &mut [f32], threads: Threads) {
-    let rows = prefix.format().rows();
+pub fn gemm<'a>(isa: Isa, weights: impl Into<Weights<'a>>, acts: &Activations, out: &mut [f32], threads: Threads) {
+    let weights = weights.into();
+    let rows = weights.rows();
     assert_eq!(
         out.len(),
         acts.tokens() * rows,
@@ -38,12 +39,12 @@ pub fn gemm(isa: Isa, prefix: &Prefix<'_>, acts: &Activations, out: &mut [f32], 
         acts.tokens()
     );
     let shared = Disjoint::new(out);
-    in_chunks(prefix.format().row_blocks(), CHUNK_BLOCKS, threads, |blocks| {
+    in_chunks(weights.row_blocks(), CHUNK_BLOCKS, threads, |blocks| {
         for block in blocks {
             let from = block * BLOCK_ROWS;
             let width = BLOCK_ROWS.min(rows - from);
             for_tokens(acts.tokens(), |first, buffer| {
-                isa.block(prefix, block, acts, first, buffer);
+                weights.block(isa, block, acts, first, buffer);
                 for (t, values) in buffer.iter().enumerate() {
                     // SAFETY: rows `from..from + width` belong to this block alone, and a block to one chunk.
                     unsafe { shared.write((first + t) * rows + from, &values[..width]) };

@@ -12,7 +12,9 @@ use super::activations::Activations;
 use super::dispatch::Isa;
 use super::expert::{Expert, ExpertScratch, forward};
 use super::gemm::{Threads, gemm};
+use super::half_matrix::{HalfKind, HalfMatrix, lay_out};
 use super::reference;
+use super::weights::{Matrix, Weights};
 
 /// Any codes, any scales and any zero points: kernels may not rely on what an encoder would choose.
 fn random_matrix(rng: &mut SmallRng, rows: usize, cols: usize, code: Code, group: usize) -> CodedMatrix {
@@ -32,6 +34,34 @@ fn random_matrix(rng: &mut SmallRng, rows: usize, cols: usize, code: Code, group
 
 fn random_tokens(rng: &mut SmallRng, tokens: usize, cols: usize) -> Vec<f32> {
     (0..tokens * cols).map(|_| rng.random_range(-3.0f32..3.0)).collect()
+}
+
+fn random_half(rng: &mut SmallRng, rows: usize, cols: usize, kind: HalfKind) -> Vec<u8> {
+    let weights: Vec<f32> = (0..rows * cols).map(|_| rng.random_range(-0.1f32..0.1)).collect();
+    lay_out(&weights, rows, cols, kind)
+}
+
+/// Weights of any form, owned.
+enum Made {
+    Coded(CodedMatrix),
+    Half(usize, usize, Vec<u8>),
+}
+
+impl Made {
+    fn new(rng: &mut SmallRng, rows: usize, cols: usize, code: Option<Code>, group: usize) -> Self {
+        match code {
+            Some(code) => Self::Coded(random_matrix(rng, rows, cols, code, group)),
+            None => Self::Half(rows, cols, random_half(rng, rows, cols, HalfKind::F16)),
+        }
+    }
+
+    /// The narrowest prefix of a code.
+    fn weights(&self) -> Weights<'_> {
+        match self {
+            Self::Coded(m) => m.prefix(m.format.code().prefixes()[0]).unwrap().into(),
+            Self::Half(rows, cols, bytes) => HalfMatrix::try_new(*rows, *cols, HalfKind::F16, bytes).unwrap().into(),
+        }
+    }
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -67,7 +97,7 @@ proptest! {
         for width in code.prefixes() {
             let acts = Activations::of(Isa::present()[0], &x, cols);
             let mut expected = vec![0.0; tokens * rows];
-            reference::gemm(&matrix.prefix(*width).unwrap(), &acts, &mut expected);
+            reference::gemm(matrix.prefix(*width).unwrap(), &acts, &mut expected);
             let prefix = CodedView::try_new(matrix.format, &planes, &matrix.zero_points, placement).unwrap();
             let prefix = prefix.prefix(*width).unwrap();
             for isa in Isa::present() {
@@ -79,25 +109,68 @@ proptest! {
     }
 
     #[test]
-    fn expert_equals_reference_on_every_path_and_thread_count(
-        (inner, hidden, tokens) in (1usize..200, 1usize..200, 1usize..18),
-        codes in (any_code(), any_code(), any_code()), group in any_group(), seed in any::<u64>(),
+    fn half_gemm_equals_reference_on_every_path(
+        (rows, cols, tokens) in (1usize..50, 1usize..330, 1usize..18), bf16: bool, seed in any::<u64>(),
     ) {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let gate = random_matrix(&mut rng, inner, hidden, codes.0, group);
-        let up = random_matrix(&mut rng, inner, hidden, codes.1, group);
-        let down = random_matrix(&mut rng, hidden, inner, codes.2, group);
-        let narrow = |m: &CodedMatrix| m.format.code().prefixes()[0];
-        let (gate, up, down) = (gate.prefix(narrow(&gate)).unwrap(), up.prefix(narrow(&up)).unwrap(), down.prefix(narrow(&down)).unwrap());
+        let kind = if bf16 { HalfKind::Bf16 } else { HalfKind::F16 };
+        let bytes = random_half(&mut rng, rows, cols, kind);
+        let half = HalfMatrix::try_new(rows, cols, kind, &bytes).unwrap();
+        let x = random_tokens(&mut rng, tokens, cols);
+        let acts = Activations::of(Isa::present()[0], &x, cols);
+        let mut expected = vec![0.0; tokens * rows];
+        reference::gemm(half, &acts, &mut expected);
+        // Activations of 8 bits are within half a step: γ of the sums beside it is far smaller.
+        for (t, x) in x.chunks_exact(cols).enumerate() {
+            for row in 0..rows {
+                let exact: f64 = x.iter().enumerate().map(|(c, x)| f64::from(*x) * f64::from(half.at(row, c))).sum();
+                let size: f64 = (0..cols).map(|c| f64::from(half.at(row, c)).abs()).sum::<f64>() * 3.0 / 254.0;
+                prop_assert!((f64::from(expected[t * rows + row]) - exact).abs() <= 1.01 * size + 1e-6);
+            }
+        }
+        for isa in Isa::present() {
+            for threads in [Threads::One, Threads::Pool] {
+                let mut out = vec![f32::NAN; tokens * rows];
+                gemm(isa, half, &acts, &mut out, threads);
+                prop_assert_eq!(bits(&out), bits(&expected), "{:?} {:?}", isa, kind);
+            }
+        }
+    }
+
+    /// Whole and in factors, codes and 16-bit weights, mixed as they come.
+    #[test]
+    fn expert_equals_reference_on_every_path_and_thread_count(
+        (inner, hidden, tokens) in (1usize..200, 1usize..200, 1usize..18), ranks in prop::array::uniform3(0usize..40),
+        codes in prop::array::uniform6(prop::option::weighted(0.8, any_code())), group in any_group(), seed in any::<u64>(),
+    ) {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        // Left and right factor; a rank of 0: the left one is the whole matrix.
+        let shapes = [(inner, hidden), (inner, hidden), (hidden, inner)];
+        let made: Vec<(Made, Option<Made>)> = (0..3).map(|i| {
+            let ((rows, cols), rank) = (shapes[i], ranks[i].saturating_sub(10));
+            if rank == 0 {
+                (Made::new(&mut rng, rows, cols, codes[2 * i], group), None)
+            } else {
+                let left = Made::new(&mut rng, rows, rank, codes[2 * i], group);
+                (left, Some(Made::new(&mut rng, rank, cols, codes[2 * i + 1], group)))
+            }
+        }).collect();
+        let matrices: Vec<Matrix<'_>> = made.iter().map(|(left, right)| match right {
+            None => Matrix::Whole(left.weights()),
+            Some(right) => Matrix::product(left.weights(), right.weights()).unwrap(),
+        }).collect();
+        let [gate, up, down] = matrices[..] else { unreachable!("three") };
         let x = random_tokens(&mut rng, tokens, hidden);
         let acts = Activations::of(Isa::present()[0], &x, hidden);
         let mut expected = vec![0.0; tokens * hidden];
         reference::expert(&gate, &up, &down, &acts, &mut expected);
         let expert = Expert::try_new(gate, up, down).unwrap();
+        // One scratch for all: what an earlier call left must not show.
+        let mut scratch = ExpertScratch::default();
         for isa in Isa::present() {
             for threads in [Threads::One, Threads::Pool] {
                 let mut out = vec![f32::NAN; tokens * hidden];
-                forward(isa, &expert, &acts, &mut out, &mut ExpertScratch::default(), threads);
+                forward(isa, &expert, &acts, &mut out, &mut scratch, threads);
                 prop_assert_eq!(bits(&out), bits(&expected), "{:?} {:?}", isa, threads);
             }
         }
@@ -199,4 +272,6 @@ fn matrices_that_do_not_fit_are_no_expert() {
     assert!(Expert::try_new(at(&gate), at(&up), at(&down)).is_ok());
     assert!(Expert::try_new(at(&gate), at(&wrong), at(&down)).is_err());
     assert!(Expert::try_new(at(&gate), at(&up), at(&gate)).is_err());
+    assert!(Matrix::product(at(&gate), at(&down)).is_ok());
+    assert!(Matrix::product(at(&gate), at(&gate)).is_err());
 }

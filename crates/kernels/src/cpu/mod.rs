@@ -9,8 +9,10 @@ pub mod bandwidth;
 pub mod dispatch;
 pub mod expert;
 pub mod gemm;
-pub mod probes;
+pub mod half_matrix;
+pub mod noise;
 pub mod reference;
+pub mod weights;
 
 mod scalar;
 mod swiglu;

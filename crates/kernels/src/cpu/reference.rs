@@ -1,19 +1,60 @@
-//! The plain reference of every matrix kernel: the formula as loops, safe, through `code_at` and `scale_at`.
+//! The plain reference of every matrix kernel: the formula as loops, safe, weight by weight.
 
 use cotk_quant::coded::Prefix;
 use cotk_quant::layout::STEP;
 
-use super::activations::{Activations, StepCodes};
+use super::activations::{Activations, StepCodes, quantize_step};
+use super::half_matrix::HalfMatrix;
 use super::swiglu::swiglu_step;
+use super::weights::{Matrix, Weights};
 
-/// `out[t, r] = Σ_c w[r, c] · x[t, c]` with `w` at the prefix's width and `x` quantized. `out` is `[tokens, rows]`.
-pub fn gemm(prefix: &Prefix<'_>, acts: &Activations, out: &mut [f32]) {
-    let format = prefix.format();
-    assert_eq!(format.cols(), acts.cols());
-    assert_eq!(out.len(), acts.tokens() * format.rows());
+/// `out[t, r] = Σ_c w[r, c] · x[t, c]` with `x` quantized. `out` is `[tokens, rows]`.
+pub fn gemm<'a>(weights: impl Into<Weights<'a>>, acts: &Activations, out: &mut [f32]) {
+    let weights = weights.into();
+    let rows = weights.rows();
+    assert_eq!(weights.cols(), acts.cols());
+    assert_eq!(out.len(), acts.tokens() * rows);
     for token in 0..acts.tokens() {
-        for row in 0..format.rows() {
-            out[token * format.rows() + row] = dot(prefix, row, acts.token(token));
+        for row in 0..rows {
+            out[token * rows + row] = match &weights {
+                Weights::Coded(prefix) => dot(prefix, row, acts.token(token)),
+                Weights::Half(half) => half_dot(half, row, acts.token(token)),
+            };
+        }
+    }
+}
+
+fn half_dot(half: &HalfMatrix<'_>, row: usize, steps: &[StepCodes]) -> f32 {
+    let mut y = 0.0f32;
+    for (s, step) in steps.iter().enumerate() {
+        let mut chains = [0.0f32; 4];
+        for col in s * STEP..((s + 1) * STEP).min(half.cols()) {
+            let chain = &mut chains[col % 4];
+            *chain = half.at(row, col).mul_add(f32::from(step.codes[col % STEP]), *chain);
+        }
+        y = ((chains[0] + chains[1]) + (chains[2] + chains[3])).mul_add(step.scale, y);
+    }
+    y
+}
+
+/// `out[t] = matrix · x[t]`: of two factors the right one first, what it gives quantized anew.
+pub fn map(matrix: &Matrix<'_>, acts: &Activations, out: &mut [f32]) {
+    match matrix {
+        Matrix::Whole(weights) => gemm(*weights, acts, out),
+        Matrix::Product { left, right } => {
+            let mut between = vec![0.0; acts.tokens() * right.rows()];
+            gemm(*right, acts, &mut between);
+            let mut quantized = Activations::default();
+            quantized.reset(acts.tokens(), right.rows());
+            let per_token = quantized.steps_per_token();
+            for (i, step) in quantized.steps_mut().iter_mut().enumerate() {
+                let (token, from) = (i / per_token, i % per_token * STEP);
+                let range = from..(from + STEP).min(right.rows());
+                let mut padded = [0.0; STEP];
+                padded[..range.len()].copy_from_slice(&between[token * right.rows()..][range]);
+                *step = quantize_step(&padded);
+            }
+            gemm(*left, &quantized, out);
         }
     }
 }
@@ -37,12 +78,12 @@ fn dot(prefix: &Prefix<'_>, row: usize, steps: &[StepCodes]) -> f32 {
 }
 
 /// An expert for `x` `[tokens, hidden]`: `down(silu(gate x) · up x)`. `out` is `[tokens, hidden]`.
-pub fn expert(gate: &Prefix<'_>, up: &Prefix<'_>, down: &Prefix<'_>, acts: &Activations, out: &mut [f32]) {
-    let inner = gate.format().rows();
+pub fn expert(gate: &Matrix<'_>, up: &Matrix<'_>, down: &Matrix<'_>, acts: &Activations, out: &mut [f32]) {
+    let inner = gate.rows();
     let mut g = vec![0.0; acts.tokens() * inner];
     let mut u = g.clone();
-    gemm(gate, acts, &mut g);
-    gemm(up, acts, &mut u);
+    map(gate, acts, &mut g);
+    map(up, acts, &mut u);
     let mut hidden = Activations::default();
     hidden.reset(acts.tokens(), inner);
     let per_token = hidden.steps_per_token();
@@ -54,5 +95,5 @@ pub fn expert(gate: &Prefix<'_>, up: &Prefix<'_>, down: &Prefix<'_>, acts: &Acti
         u32[..range.len()].copy_from_slice(&u[range]);
         *step = swiglu_step(&g32, &u32);
     }
-    gemm(down, &hidden, out);
+    map(down, &hidden, out);
 }

@@ -5,6 +5,7 @@ use half::f16;
 
 use super::activations::{Activations, StepCodes, quantize_step};
 use super::dispatch::BlockOut;
+use super::half_matrix::HalfMatrix;
 use super::swiglu::swiglu_step;
 use super::tiles::{Tiles, by_fields};
 
@@ -62,6 +63,31 @@ fn add_lines<const BITS: usize>(lines: &[[u8; 64]; BITS], step: &StepCodes, dots
             for (dot, c) in dots.iter_mut().zip(codes.as_chunks::<4>().0) {
                 let c = c.map(i32::from);
                 *dot += c[0] * a[0] + c[1] * a[1] + c[2] * a[2] + c[3] * a[3];
+            }
+        }
+    }
+}
+
+pub(super) fn half_block(
+    half: &HalfMatrix<'_>,
+    block: usize,
+    acts: &Activations,
+    first_token: usize,
+    out: &mut [BlockOut],
+) {
+    let columns = half.block(block);
+    for (t, sums) in out.iter_mut().enumerate() {
+        *sums = [0.0; 16];
+        for (step, columns) in acts.token(first_token + t).iter().zip(columns.as_chunks::<32>().0) {
+            let mut chains = [[0.0f32; 16]; 4];
+            for (c, (column, code)) in columns.iter().zip(step.codes).enumerate() {
+                for (chain, bytes) in chains[c % 4].iter_mut().zip(column.as_chunks::<2>().0) {
+                    *chain = half.kind().widen(*bytes).mul_add(f32::from(code), *chain);
+                }
+            }
+            for (row, sum) in sums.iter_mut().enumerate() {
+                let dot = (chains[0][row] + chains[1][row]) + (chains[2][row] + chains[3][row]);
+                *sum = dot.mul_add(step.scale, *sum);
             }
         }
     }

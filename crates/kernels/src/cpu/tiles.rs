@@ -195,8 +195,21 @@ pub(crate) use by_fields;
 
 /// What every block kernel may rely on.
 pub(crate) fn check(prefix: &Prefix<'_>, block: usize, acts: &Activations, first_token: usize, tokens: usize) {
-    assert_eq!(prefix.format().cols(), acts.cols(), "matrix columns and activations");
-    assert!(block < prefix.format().row_blocks(), "row block {block}");
+    let format = prefix.format();
+    check_shape(format.cols(), format.row_blocks(), block, acts, first_token, tokens);
+}
+
+/// The same, of a matrix with so many columns and row blocks.
+pub(crate) fn check_shape(
+    cols: usize,
+    row_blocks: usize,
+    block: usize,
+    acts: &Activations,
+    first_token: usize,
+    tokens: usize,
+) {
+    assert_eq!(cols, acts.cols(), "matrix columns and activations");
+    assert!(block < row_blocks, "row block {block}");
     assert!(
         tokens.is_power_of_two() && tokens <= TOKENS && first_token + tokens <= acts.tokens(),
         "{tokens} tokens from {first_token}"

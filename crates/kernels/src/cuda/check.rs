@@ -243,7 +243,7 @@ fn run_expert(
     let x: Vec<f32> = (0..tokens * hidden).map(|i| (i as f32 * 0.37).sin() * 2.0).collect();
     let acts = Activations::of(Isa::selected()?, &x, hidden);
     let mut expected = vec![0.0; tokens * hidden];
-    reference::expert(&g, &u, &d, &acts, &mut expected);
+    reference::expert(&g.into(), &u.into(), &d.into(), &acts, &mut expected);
 
     let (g, u, d) = (Q4Matrix::try_new(&g)?, Q4Matrix::try_new(&u)?, Q4Matrix::try_new(&d)?);
     let bytes = g.plane.len() + u.plane.len() + d.plane.len();

@@ -86,7 +86,7 @@ fn check(program: &Path, order: u32, (hidden, inner, tokens): (usize, usize, usi
         up.prefix(Bits::B4).unwrap(),
         down.prefix(Bits::B4).unwrap(),
     );
-    reference::expert(&g, &u, &d, &acts, &mut expected);
+    reference::expert(&g.into(), &u.into(), &d.into(), &acts, &mut expected);
 
     // Gate and up take turns, as in a record.
     let pair = CodedMatrix::interleave(&gate, &up).unwrap();

@@ -3,16 +3,18 @@
 //! of 8 bits go as two nibbles, for the same reason.
 
 use std::arch::x86_64::{
-    __m256, __m256i, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256, _mm256_cvtepi32_ps,
-    _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps,
-    _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256,
-    _mm256_slli_epi32, _mm256_srli_epi16, _mm256_storeu_ps,
+    __m256, __m256i, _mm_loadu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256,
+    _mm256_castsi256_ps, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps,
+    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_set1_epi8, _mm256_set1_epi16,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256, _mm256_slli_epi32, _mm256_srli_epi16,
+    _mm256_storeu_ps,
 };
 
 use cotk_quant::coded::Prefix;
 
 use super::super::activations::{Activations, StepCodes, quantize_step};
 use super::super::dispatch::BlockOut;
+use super::super::half_matrix::{HalfKind, HalfMatrix};
 use super::super::scalar::sum_lanes;
 use super::super::swiglu::swiglu_step;
 use super::super::tiles::{Tiles, by_fields};
@@ -160,6 +162,68 @@ unsafe fn add_lines<const BITS: usize, const T: usize>(
             };
             _mm256_add_epi32(shifted, low)
         })
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) fn half_block(
+    half: &HalfMatrix<'_>,
+    block: usize,
+    acts: &Activations,
+    first_token: usize,
+    out: &mut [BlockOut],
+) {
+    let mut first = first_token;
+    // Four chains a token and 16 registers: more than two tokens at once would spill.
+    for two in out.chunks_mut(2) {
+        match (two.len(), half.kind()) {
+            (1, HalfKind::F16) => half_tokens::<1, false>(half, block, acts, first, two),
+            (1, HalfKind::Bf16) => half_tokens::<1, true>(half, block, acts, first, two),
+            (_, HalfKind::F16) => half_tokens::<2, false>(half, block, acts, first, two),
+            (_, HalfKind::Bf16) => half_tokens::<2, true>(half, block, acts, first, two),
+        }
+        first += 2;
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn half_tokens<const T: usize, const BF16: bool>(
+    half: &HalfMatrix<'_>,
+    block: usize,
+    acts: &Activations,
+    first_token: usize,
+    out: &mut [BlockOut],
+) {
+    let steps: [&[StepCodes]; T] = std::array::from_fn(|t| acts.token(first_token + t));
+    let mut sums = [[_mm256_setzero_ps(); 2]; T];
+    for (s, columns) in half.block(block).as_chunks::<32>().0.iter().enumerate() {
+        let codes: [[f32; 32]; T] = std::array::from_fn(|t| steps[t][s].codes.map(f32::from));
+        for side in 0..2 {
+            let mut chains = [[_mm256_setzero_ps(); 4]; T];
+            for c in 0..32 {
+                // SAFETY: half a column is 16 readable bytes; `loadu` needs no alignment.
+                let bytes = unsafe { _mm_loadu_si128(columns[c].as_chunks::<16>().0[side].as_ptr().cast()) };
+                let weights: __m256 = if BF16 {
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bytes)))
+                } else {
+                    _mm256_cvtph_ps(bytes)
+                };
+                for t in 0..T {
+                    chains[t][c % 4] = _mm256_fmadd_ps(weights, _mm256_set1_ps(codes[t][c]), chains[t][c % 4]);
+                }
+            }
+            for t in 0..T {
+                let low = _mm256_add_ps(chains[t][0], chains[t][1]);
+                let dot = _mm256_add_ps(low, _mm256_add_ps(chains[t][2], chains[t][3]));
+                sums[t][side] = _mm256_fmadd_ps(dot, _mm256_set1_ps(steps[t][s].scale), sums[t][side]);
+            }
+        }
+    }
+    for (out, sums) in out.iter_mut().zip(sums) {
+        for (out, sum) in out.as_chunks_mut::<8>().0.iter_mut().zip(sums) {
+            // SAFETY: `out` has room for 8 floats; `storeu` needs no alignment.
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr(), sum) };
+        }
     }
 }
 

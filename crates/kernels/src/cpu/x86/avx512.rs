@@ -2,16 +2,18 @@
 //! 16 exact i32 sums. Lanes are rows, so nothing is ever summed across a register.
 
 use std::arch::x86_64::{
-    __m512i, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_epi64, _mm512_and_si512, _mm512_cvtepi32_ps,
-    _mm512_cvtph_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_or_si512,
-    _mm512_reduce_add_epi64, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_setzero_si512, _mm512_slli_epi16, _mm512_srli_epi16, _mm512_storeu_ps,
+    __m512, __m512i, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_epi64, _mm512_add_ps, _mm512_and_si512,
+    _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_dpbusd_epi32,
+    _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_or_si512, _mm512_reduce_add_epi64, _mm512_set1_epi8,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_slli_epi16, _mm512_slli_epi32,
+    _mm512_srli_epi16, _mm512_storeu_ps,
 };
 
 use cotk_quant::coded::Prefix;
 
 use super::super::activations::{Activations, StepCodes, quantize_step};
 use super::super::dispatch::BlockOut;
+use super::super::half_matrix::{HalfKind, HalfMatrix};
 use super::super::scalar::sum_lanes;
 use super::super::swiglu::swiglu_step;
 use super::super::tiles::{Tiles, by_fields};
@@ -155,6 +157,66 @@ unsafe fn field<const BITS: usize>(lines: &[[u8; 64]; BITS], depth: usize, place
         #[expect(clippy::cast_possible_wrap, reason = "a mask of a byte")]
         let mask = _mm512_set1_epi8(((255u8 >> (8 - BITS)) << place) as i8);
         _mm512_and_si512(placed, mask)
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")]
+pub(in super::super) fn half_block(
+    half: &HalfMatrix<'_>,
+    block: usize,
+    acts: &Activations,
+    first_token: usize,
+    out: &mut [BlockOut],
+) {
+    let mut first = first_token;
+    // Four chains a token: more than four tokens at once would spill.
+    for four in out.chunks_mut(4) {
+        match (four.len(), half.kind()) {
+            (1, HalfKind::F16) => half_tokens::<1, false>(half, block, acts, first, four),
+            (1, HalfKind::Bf16) => half_tokens::<1, true>(half, block, acts, first, four),
+            (2, HalfKind::F16) => half_tokens::<2, false>(half, block, acts, first, four),
+            (2, HalfKind::Bf16) => half_tokens::<2, true>(half, block, acts, first, four),
+            (_, HalfKind::F16) => half_tokens::<4, false>(half, block, acts, first, four),
+            (_, HalfKind::Bf16) => half_tokens::<4, true>(half, block, acts, first, four),
+        }
+        first += 4;
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")]
+fn half_tokens<const T: usize, const BF16: bool>(
+    half: &HalfMatrix<'_>,
+    block: usize,
+    acts: &Activations,
+    first_token: usize,
+    out: &mut [BlockOut],
+) {
+    let steps: [&[StepCodes]; T] = std::array::from_fn(|t| acts.token(first_token + t));
+    let mut sums = [_mm512_setzero_ps(); T];
+    for (s, columns) in half.block(block).as_chunks::<32>().0.iter().enumerate() {
+        let codes: [[f32; 32]; T] = std::array::from_fn(|t| steps[t][s].codes.map(f32::from));
+        let mut chains = [[_mm512_setzero_ps(); 4]; T];
+        for c in 0..32 {
+            // SAFETY: a column is 32 readable bytes; `loadu` needs no alignment.
+            let bytes = unsafe { _mm256_loadu_si256(columns[c].as_ptr().cast()) };
+            let weights: __m512 = if BF16 {
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bytes)))
+            } else {
+                _mm512_cvtph_ps(bytes)
+            };
+            for t in 0..T {
+                chains[t][c % 4] = _mm512_fmadd_ps(weights, _mm512_set1_ps(codes[t][c]), chains[t][c % 4]);
+            }
+        }
+        for t in 0..T {
+            let low = _mm512_add_ps(chains[t][0], chains[t][1]);
+            let dot = _mm512_add_ps(low, _mm512_add_ps(chains[t][2], chains[t][3]));
+            sums[t] = _mm512_fmadd_ps(dot, _mm512_set1_ps(steps[t][s].scale), sums[t]);
+        }
+    }
+    for (out, sum) in out.iter_mut().zip(sums) {
+        // SAFETY: `out` has room for 16 floats; `storeu` needs no alignment.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) };
     }
 }
 
