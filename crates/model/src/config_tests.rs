@@ -154,6 +154,242 @@ fn values_that_are_not_supported_are_refused_by_key() {
     }
 }
 
+/// A golden config of `family` with `changes`, which must be refused.
+fn check_golden(family: &str, case: &str, changes: &Value, says: &[&str]) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens");
+    let file = folder.join(family).join(format!("{case}.json"));
+    let text = cotk_run::files::read_text(&file, 1 << 20).unwrap();
+    let mut config: Value = serde_json::from_str(&text).unwrap();
+    for (key, value) in changes.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    let message = match parse_config(Path::new("some/config.json"), &config.to_string()) {
+        Ok(_) => panic!("{family}: {changes} must be refused"),
+        Err(error) => error.to_string(),
+    };
+    for part in says.iter().chain(&["some/config.json"]) {
+        assert!(message.contains(part), "{family}: `{message}` does not say `{part}`");
+    }
+}
+
+#[test]
+fn each_family_refuses_what_it_does_not_do() {
+    for (family, case, changes, says) in [
+        (
+            "mixtral",
+            "published",
+            json!({ "sliding_window": 0 }),
+            ["`sliding_window`", "0"],
+        ),
+        (
+            "mixtral",
+            "published",
+            json!({ "num_local_experts": 0 }),
+            ["`num_local_experts`", "1 or more"],
+        ),
+        (
+            "mixtral",
+            "published",
+            json!({ "num_local_experts": null }),
+            ["no key `num_local_experts`", ""],
+        ),
+        (
+            "mixtral",
+            "published",
+            json!({ "num_experts": 5 }),
+            ["`num_experts`", "num_local_experts = 4"],
+        ),
+        (
+            "mixtral",
+            "published",
+            json!({ "intermediate_size": null }),
+            ["no key `intermediate_size`", ""],
+        ),
+        (
+            "mixtral",
+            "published",
+            json!({ "norm_topk_prob": false }),
+            ["unknown key `norm_topk_prob`", "false"],
+        ),
+        (
+            "mixtral",
+            "published",
+            json!({ "attention_bias": true }),
+            ["unknown key `attention_bias`", "true"],
+        ),
+        (
+            "mixtral",
+            "published",
+            json!({ "eos_token_id": 48 }),
+            ["`eos_token_id`", "vocab_size 48"],
+        ),
+        (
+            "qwen3_moe",
+            "published",
+            json!({ "use_sliding_window": true, "sliding_window": null }),
+            ["`use_sliding_window`", "without `sliding_window`"],
+        ),
+        (
+            "qwen3_moe",
+            "published",
+            json!({ "qkv_bias": true }),
+            ["unknown key `qkv_bias`", "true"],
+        ),
+        (
+            "qwen3_moe",
+            "published",
+            json!({ "clip_qkv": 8.0 }),
+            ["unknown key `clip_qkv`", "8.0"],
+        ),
+        (
+            "qwen3_moe",
+            "rope_dynamic",
+            json!({ "rope_parameters": { "rope_type": "dynamic" } }),
+            ["no key `rope_parameters.factor`", ""],
+        ),
+        (
+            "olmoe",
+            "published",
+            json!({ "head_dim": 8 }),
+            ["`head_dim`", "hidden_size / 4"],
+        ),
+        (
+            "olmoe",
+            "published",
+            json!({ "clip_qkv": -1.0 }),
+            ["`clip_qkv`", "above 0"],
+        ),
+        (
+            "olmoe",
+            "published",
+            json!({ "sliding_window": 8 }),
+            ["unknown key `sliding_window`", "8"],
+        ),
+        (
+            "deepseek_v2",
+            "lite",
+            json!({ "moe_layer_freq": 2 }),
+            ["`moe_layer_freq`", "expected 1"],
+        ),
+        (
+            "deepseek_v2",
+            "lite",
+            json!({ "num_key_value_heads": 2 }),
+            ["`num_key_value_heads`", "latent"],
+        ),
+        (
+            "deepseek_v2",
+            "lite",
+            json!({ "topk_method": "noaux_tc" }),
+            ["`topk_method`", "group_limited_greedy"],
+        ),
+        (
+            "deepseek_v2",
+            "lite",
+            json!({ "scoring_func": "sigmoid" }),
+            ["`scoring_func`", "softmax"],
+        ),
+        (
+            "deepseek_v2",
+            "lite",
+            json!({ "n_shared_experts": null }),
+            ["no key `n_shared_experts`", ""],
+        ),
+        (
+            "deepseek_v2",
+            "lite",
+            json!({ "qk_rope_head_dim": 5 }),
+            ["`qk_rope_head_dim`", "even"],
+        ),
+        (
+            "deepseek_v2",
+            "lite",
+            json!({ "kv_lora_rank": null }),
+            ["no key `kv_lora_rank`", ""],
+        ),
+        (
+            "deepseek_v2",
+            "lite",
+            json!({ "q_lora_rank": 0 }),
+            ["`q_lora_rank`", "null"],
+        ),
+        (
+            "deepseek_v2",
+            "lite",
+            json!({ "sliding_window": 8 }),
+            ["unknown key `sliding_window`", "8"],
+        ),
+        (
+            "deepseek_v2",
+            "groups",
+            json!({ "n_group": 3 }),
+            ["`n_group`", "divisor of 8"],
+        ),
+        (
+            "deepseek_v2",
+            "groups",
+            json!({ "topk_group": 1 }),
+            ["`topk_group`", "2 to 4"],
+        ),
+        (
+            "deepseek_v2",
+            "groups",
+            json!({ "topk_group": 5 }),
+            ["`topk_group`", "2 to 4"],
+        ),
+        (
+            "deepseek_v2",
+            "biases",
+            json!({ "mlp_bias": true }),
+            ["`mlp_bias`", "false"],
+        ),
+        (
+            "deepseek_v2",
+            "biases",
+            json!({ "qk_head_dim": 12 }),
+            ["`qk_head_dim`", "16"],
+        ),
+        (
+            "deepseek_v3",
+            "published",
+            json!({ "n_group": 8, "topk_group": 8 }),
+            ["`n_group`", "at most 4"],
+        ),
+        (
+            "deepseek_v3",
+            "published",
+            json!({ "topk_method": "greedy" }),
+            ["`topk_method`", "noaux_tc"],
+        ),
+        (
+            "deepseek_v3",
+            "published",
+            json!({ "scoring_func": "softmax" }),
+            ["`scoring_func`", "sigmoid"],
+        ),
+        (
+            "deepseek_v3",
+            "published",
+            json!({ "num_experts_per_tok": 1 }),
+            ["`norm_topk_prob`", "one expert"],
+        ),
+        (
+            "deepseek_v3",
+            "published",
+            json!({ "routed_scaling_factor": 0 }),
+            ["`routed_scaling_factor`", "above 0"],
+        ),
+        (
+            "deepseek_v3",
+            "published",
+            json!({ "index_topk": 2048 }),
+            ["unknown key `index_topk`", "2048"],
+        ),
+    ] {
+        check_golden(family, case, &changes, &says);
+    }
+}
+
 #[test]
 fn a_key_that_nobody_knows_is_refused_with_the_nearest() {
     check(

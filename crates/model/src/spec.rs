@@ -26,6 +26,8 @@ pub struct ModelSpec {
     pub routing: RoutingRule,
     /// Whether a learned number per expert is added to its score when experts are chosen, and to no gate.
     pub router_bias: bool,
+    /// Layers that a checkpoint holds after the decoder's to predict further tokens (DeepSeek-V3); they are left out.
+    pub further_layers: usize,
     /// Inner width of a routed expert as trained.
     pub moe_intermediate: usize,
     /// `bos_token_id`, where the config names one.

@@ -65,19 +65,16 @@ pub(super) struct Heads {
 
 impl Heads {
     /// `head_dim`^−½.
+    #[expect(clippy::cast_possible_truncation, reason = "scores are f32")]
     pub(super) fn scale(&self) -> f32 {
-        scale(self.head_dim)
+        scale(self.head_dim) as f32
     }
 }
 
-/// `width`^−½, in the steps of transformers: f64, then f32.
-#[expect(
-    clippy::cast_precision_loss,
-    clippy::cast_possible_truncation,
-    reason = "head widths are small; scores are f32"
-)]
-pub(super) fn scale(width: usize) -> f32 {
-    (width as f64).powf(-0.5) as f32
+/// `width`^−½.
+#[expect(clippy::cast_precision_loss, reason = "head widths are small")]
+pub(super) fn scale(width: usize) -> f64 {
+    (width as f64).powf(-0.5)
 }
 
 /// `num_attention_heads`, `num_key_value_heads` (as many where absent), `head_dim` (hidden / heads where absent).
@@ -118,20 +115,19 @@ pub(super) fn heads(keys: &mut Keys, hidden: usize) -> Result<Heads, ConfigError
 }
 
 /// The number of experts, by any of the names that it goes by; where several are there they must agree.
-pub(super) fn experts(keys: &mut Keys, names: [&'static str; 2]) -> Result<usize, ConfigError> {
-    let [first, second] = names;
-    let counts = (
-        keys.count_at_most(first, limits::EXPERTS)?,
-        keys.count_at_most(second, limits::EXPERTS)?,
-    );
-    match counts {
-        (Some(a), Some(b)) if a != b => Err(keys.wrong(second, b, format!("{first} = {a}"))),
-        (Some(experts), _) | (None, Some(experts)) => Ok(experts),
-        (None, None) => Err(ConfigError::Missing {
-            file: keys.file().to_owned(),
-            key: first.into(),
-        }),
+pub(super) fn experts(keys: &mut Keys, names: &[&'static str]) -> Result<usize, ConfigError> {
+    let mut found: Option<(&str, usize)> = None;
+    for &name in names {
+        match (keys.count_at_most(name, limits::EXPERTS)?, found) {
+            (Some(b), Some((first, a))) if a != b => return Err(keys.wrong(name, b, format!("{first} = {a}"))),
+            (Some(count), None) => found = Some((name, count)),
+            (Some(_), Some(_)) | (None, _) => {}
+        }
     }
+    found.map(|(_, count)| count).ok_or_else(|| ConfigError::Missing {
+        file: keys.file().to_owned(),
+        key: names[0].into(),
+    })
 }
 
 /// `num_experts_per_tok`: from 1 to the number of experts, or 0 where there are none.
@@ -148,8 +144,8 @@ pub(super) fn top_k(keys: &mut Keys, experts: usize) -> Result<usize, ConfigErro
 }
 
 /// Softmax routing; `norm_topk_prob` is false where absent.
-pub(super) fn softmax_routing(keys: &mut Keys, names: [&'static str; 2]) -> Result<RoutingRule, ConfigError> {
-    let experts = experts(keys, names)?;
+pub(super) fn softmax_routing(keys: &mut Keys) -> Result<RoutingRule, ConfigError> {
+    let experts = experts(keys, &["num_experts", "num_local_experts"])?;
     Ok(RoutingRule {
         norm_topk: keys.flag("norm_topk_prob")?.unwrap_or(false),
         ..RoutingRule::softmax(experts, top_k(keys, experts)?)

@@ -38,7 +38,7 @@ impl Family for Mixtral {
                 clip: None,
             },
         };
-        let experts = common::experts(&mut keys, ["num_local_experts", "num_experts"])?;
+        let experts = common::experts(&mut keys, &["num_local_experts", "num_experts"])?;
         let routing = RoutingRule {
             norm_topk: true,
             ..RoutingRule::softmax(experts, common::top_k(&mut keys, experts)?)
@@ -63,6 +63,7 @@ impl Family for Mixtral {
             context: basics.context,
             routing,
             router_bias: false,
+            further_layers: 0,
             moe_intermediate,
             bos: basics.bos,
             eos: basics.eos,

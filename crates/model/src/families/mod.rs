@@ -10,6 +10,9 @@ use crate::config::{ConfigError, Keys};
 use crate::spec::ModelSpec;
 
 mod common;
+mod deepseek;
+mod deepseek_v2;
+mod deepseek_v3;
 mod mixtral;
 mod olmoe;
 mod qwen2_moe;
@@ -118,7 +121,9 @@ impl Matrix {
 }
 
 /// Every family that can be run.
-pub static FAMILIES: [&dyn Family; 4] = [
+pub static FAMILIES: [&dyn Family; 6] = [
+    &deepseek_v2::DeepseekV2,
+    &deepseek_v3::DeepseekV3,
     &mixtral::Mixtral,
     &olmoe::Olmoe,
     &qwen2_moe::Qwen2Moe,

@@ -47,7 +47,7 @@ impl Family for Olmoe {
                 clip: keys.positive("clip_qkv")?.map(|clip| clip as f32),
             },
         };
-        let routing = common::softmax_routing(&mut keys, ["num_experts", "num_local_experts"])?;
+        let routing = common::softmax_routing(&mut keys)?;
         if routing.experts == 0 {
             return Err(keys.wrong("num_experts", 0, "1 or more"));
         }
@@ -68,6 +68,7 @@ impl Family for Olmoe {
             context: basics.context,
             routing,
             router_bias: false,
+            further_layers: 0,
             moe_intermediate,
             bos: basics.bos,
             eos: basics.eos,

@@ -39,7 +39,7 @@ impl Family for Qwen2Moe {
                 clip: None,
             },
         };
-        let routing = common::softmax_routing(&mut keys, ["num_experts", "num_local_experts"])?;
+        let routing = common::softmax_routing(&mut keys)?;
         let is_moe = common::sparse_layers(&mut keys, basics.layers, routing.experts)?;
         let windows = windows(&mut keys, basics.layers)?;
         let has_moe = is_moe.contains(&true);
@@ -68,6 +68,7 @@ impl Family for Qwen2Moe {
             context: basics.context,
             routing,
             router_bias: false,
+            further_layers: 0,
             moe_intermediate,
             bos: basics.bos,
             eos: basics.eos,

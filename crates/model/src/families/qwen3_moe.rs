@@ -38,7 +38,7 @@ impl Family for Qwen3Moe {
                 clip: None,
             },
         };
-        let routing = common::softmax_routing(&mut keys, ["num_experts", "num_local_experts"])?;
+        let routing = common::softmax_routing(&mut keys)?;
         let is_moe = common::sparse_layers(&mut keys, basics.layers, routing.experts)?;
         let intermediate = common::width_of(&mut keys, "intermediate_size", is_moe.contains(&false))?;
         let moe_intermediate = common::width_of(&mut keys, "moe_intermediate_size", is_moe.contains(&true))?;
@@ -75,6 +75,7 @@ impl Family for Qwen3Moe {
             context: basics.context,
             routing,
             router_bias: false,
+            further_layers: 0,
             moe_intermediate,
             bos: basics.bos,
             eos: basics.eos,

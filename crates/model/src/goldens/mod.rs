@@ -14,6 +14,8 @@ use crate::moe::Mode;
 use crate::reference::PlainMoe;
 use crate::spec::ModelSpec;
 
+mod deepseek_v2;
+mod deepseek_v3;
 mod mixtral;
 mod olmoe;
 mod qwen2_moe;
@@ -21,7 +23,9 @@ mod qwen3_moe;
 
 const TOLERANCE: f32 = 1e-4;
 /// Families and their cases.
-const CASES: [(&str, &[&str]); 4] = [
+const CASES: [(&str, &[&str]); 6] = [
+    ("deepseek_v2", &deepseek_v2::CASES),
+    ("deepseek_v3", &deepseek_v3::CASES),
     ("mixtral", &mixtral::CASES),
     ("olmoe", &olmoe::CASES),
     ("qwen2_moe", &qwen2_moe::CASES),
@@ -158,7 +162,9 @@ fn prefill_and_decode_equal_transformers() {
 }
 
 /// One case of each kind of attention.
-const BATCHED: [(&str, &str); 3] = [
+const BATCHED: [(&str, &str); 5] = [
+    ("deepseek_v2", "lite"),
+    ("deepseek_v3", "published"),
     ("qwen2_moe", "dense_between"),
     ("qwen2_moe", "window"),
     ("olmoe", "clip"),

@@ -1,7 +1,7 @@
 //! Queries, keys and values of multi-head latent attention (DeepSeek-V2, 2024, section 2.1), absorbed: the matrices
 //! that would make keys and values of every head from the cached latent vector are applied to queries and results
 //! instead, so that all heads share one key of `kv_rank` + positions and its beginning is the value.
-//! Law: equal to keys and values made per head (`tests`).
+//! Law: scores and values equal those of keys and values made per head.
 
 use rayon::prelude::*;
 
@@ -174,5 +174,52 @@ impl Latent {
             }
         }
         rows
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layers::linear::apply_reference;
+
+    fn draw(count: usize, salt: usize) -> Vec<f32> {
+        (0..count).map(|i| ((i * 7 + salt * 13) as f32 * 0.37).sin()).collect()
+    }
+
+    /// Law: (Wᵀ q) · c is q · (W c), and values of a mix of latent vectors are the mix of their values.
+    #[test]
+    fn absorbed_equals_keys_and_values_per_head() {
+        let (heads, plain, rope, rank, value_dim, tokens) = (3, 5, 4, 7, 6, 2);
+        let zeros = |outputs: usize| Linear::new(vec![0.0; outputs], outputs, 1);
+        let latent = Latent {
+            query: Query::Whole(zeros(heads * (plain + rope))),
+            key_value_down: zeros(rank + rope),
+            norm: vec![1.0; rank],
+            eps: 0.0,
+            key_up: (0..heads).map(|h| draw(plain * rank, h)).collect(),
+            value_up: (0..heads).map(|h| draw(value_dim * rank, h + 10)).collect(),
+            plain,
+            rope,
+            value_dim,
+        };
+        let (queries, key) = (draw(tokens * heads * (plain + rope), 20), draw(rank + rope, 21));
+        let absorbed = latent.absorb(&queries);
+        let mixed = draw(tokens * heads * rank, 22);
+        let values = latent.values(&mixed);
+        let dot = |a: &[f32], b: &[f64]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * b).sum::<f64>();
+        let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect::<Vec<f64>>();
+        for at in 0..tokens * heads {
+            let head = at % heads;
+            let mut whole_key = apply_reference(&latent.key_up[head], None, rank, &key[..rank]);
+            whole_key.extend(wide(&key[rank..]));
+            let truth = dot(&queries[at * (plain + rope)..][..plain + rope], &whole_key);
+            let found = dot(&absorbed[at * (rank + rope)..][..rank + rope], &wide(&key));
+            assert!((found - truth).abs() < 1e-5, "{found} {truth}");
+            let truth = apply_reference(&latent.value_up[head], None, rank, &mixed[at * rank..][..rank]);
+            for (found, truth) in values[at * value_dim..].iter().zip(truth) {
+                assert!((f64::from(*found) - truth).abs() < 1e-5);
+            }
+        }
+        assert!(latent.absorb(&[]).is_empty() && latent.values(&[]).is_empty());
     }
 }
