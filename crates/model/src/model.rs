@@ -148,6 +148,12 @@ pub struct Hidden {
     pub records: Vec<(LayerId, MoeRecord)>,
 }
 
+/// Runs on a thread of the current pool: entering it wakes a thread (15 µs and more), which parallel loops would do anew
+/// each, ten times a layer.
+fn on_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| work())
+}
+
 impl Model {
     /// Loads the dense part; `runtime` holds the experts.
     ///
@@ -211,6 +217,10 @@ impl Model {
     /// A token outside the vocabulary, a sequence longer than the context, what the runtime refuses. The caches are
     /// then as they were.
     pub fn hidden(&self, sequences: &mut [Sequence<'_>], mode: Mode) -> Result<Hidden, ModelError> {
+        on_pool(|| self.hidden_here(sequences, mode))
+    }
+
+    fn hidden_here(&self, sequences: &mut [Sequence<'_>], mode: Mode) -> Result<Hidden, ModelError> {
         let mut states = Vec::new();
         for sequence in &*sequences {
             let found = sequence.cache.positions() + sequence.tokens.len();
@@ -247,7 +257,7 @@ impl Model {
 
     /// See [`Ends::logits`].
     pub fn logits(&self, states: &[f32]) -> Vec<f32> {
-        self.ends.logits(states)
+        on_pool(|| self.ends.logits(states))
     }
 
     /// [`hidden`](Self::hidden), then [`logits`](Self::logits) of the rows asked for. A sequence without new tokens
@@ -256,7 +266,11 @@ impl Model {
     /// # Errors
     /// As [`hidden`](Self::hidden).
     pub fn forward(&self, sequences: &mut [Sequence<'_>], mode: Mode, which: Logits) -> Result<Forward, ModelError> {
-        let Hidden { mut states, records } = self.hidden(sequences, mode)?;
+        on_pool(|| self.forward_here(sequences, mode, which))
+    }
+
+    fn forward_here(&self, sequences: &mut [Sequence<'_>], mode: Mode, which: Logits) -> Result<Forward, ModelError> {
+        let Hidden { mut states, records } = self.hidden_here(sequences, mode)?;
         if which == Logits::Last {
             let width = self.spec.hidden;
             let mut last = Vec::with_capacity(sequences.len() * width);
@@ -268,7 +282,7 @@ impl Model {
             states = last;
         }
         Ok(Forward {
-            logits: self.logits(&states),
+            logits: self.ends.logits(&states),
             records,
         })
     }

@@ -36,7 +36,7 @@ pub struct LayerCache {
 impl LayerCache {
     /// Nothing cached: the next token stands at position 0.
     pub fn new(spec: &AttentionSpec) -> Self {
-        Self::of(&Heads::new(spec))
+        Self::of(&Heads::new(spec, None))
     }
 
     fn of(heads: &Heads) -> Self {
@@ -105,9 +105,10 @@ pub struct Span<'a> {
     pub cache: &'a mut LayerCache,
 }
 
-/// Widths as scores see them: latent attention has one key head that all query heads share.
+/// What stands between projections: widths as scores see them (latent attention has one key head that all query heads
+/// share), and the window.
 #[derive(Debug, Clone)]
-struct Heads {
+pub struct Heads {
     heads: usize,
     /// Divides `heads`.
     kv_heads: usize,
@@ -117,10 +118,12 @@ struct Heads {
     values_are_keys: bool,
     /// Multiplies scores.
     scale: f32,
+    window: Option<usize>,
 }
 
 impl Heads {
-    fn new(spec: &AttentionSpec) -> Self {
+    /// For layers of `spec`; `window` as in [`LayerSpec`](crate::spec::LayerSpec).
+    pub fn new(spec: &AttentionSpec, window: Option<usize>) -> Self {
         let (heads, scale) = (spec.heads, spec.scale);
         match spec.kind {
             AttentionKind::Grouped { .. } => Self {
@@ -130,6 +133,7 @@ impl Heads {
                 value_dim: spec.head_dim,
                 values_are_keys: false,
                 scale,
+                window,
             },
             AttentionKind::Latent { kv_rank, .. } => Self {
                 heads,
@@ -138,89 +142,27 @@ impl Heads {
                 value_dim: kv_rank,
                 values_are_keys: true,
                 scale,
+                window,
             },
         }
     }
-}
 
-/// What new tokens ask and leave: rows of `[tokens, heads · key_dim]`, `[tokens, kv_heads · key_dim]` and
-/// `[tokens, kv_heads · value_dim]` (empty where keys hold the values).
-pub(super) struct Rows {
-    pub(super) queries: Vec<f32>,
-    pub(super) keys: Vec<f32>,
-    pub(super) values: Vec<f32>,
-}
-
-#[derive(Debug, Clone)]
-enum Projections {
-    Grouped(Grouped),
-    Latent(Latent),
-}
-
-/// Norm, projections and heads of one layer.
-#[derive(Debug, Clone)]
-pub struct Attention {
-    heads: Heads,
-    window: Option<usize>,
-    eps: f32,
-    norm: Vec<f32>,
-    projections: Projections,
-    output: Linear,
-}
-
-impl Attention {
-    pub(super) fn load(
-        spec: &ModelSpec,
-        family: &dyn Family,
-        source: &dyn TensorSource,
-        layer: LayerId,
-    ) -> Result<Self, CheckpointError> {
-        let name = |part| family.tensor_name(Tensor::Layer(layer, part));
-        let attention = &spec.attention;
-        let (projections, value_width, has_bias) = match attention.kind {
-            AttentionKind::Grouped { output_bias, .. } => (
-                Projections::Grouped(Grouped::load(spec, source, name)?),
-                attention.heads * attention.head_dim,
-                output_bias,
-            ),
-            AttentionKind::Latent { value_dim, bias, .. } => (
-                Projections::Latent(Latent::load(spec, source, name)?),
-                attention.heads * value_dim,
-                bias,
-            ),
-        };
-        let mut output = Linear::load(source, &name(LayerTensor::Output), [spec.hidden, value_width])?;
-        if has_bias {
-            output = output.with_bias(source, &name(LayerTensor::OutputBias))?;
-        }
-        Ok(Self {
-            heads: Heads::new(attention),
-            window: spec.layers[layer.index()].window,
-            eps: spec.norm_eps,
-            norm: source.load_f32(&name(LayerTensor::AttentionNorm), &[spec.hidden])?,
-            projections,
-            output,
-        })
-    }
-
-    /// `hidden += attention(norm(hidden))` for the new tokens of all spans, whose rows follow each other in `hidden`
-    /// `[tokens, hidden]`; their keys and values go into the caches.
-    pub fn attend(&self, rope: &Rope, hidden: &mut [f32], spans: &mut [Span<'_>]) {
-        let normed = rms_norm(hidden, &self.norm, self.eps);
-        let starts: Vec<(usize, usize)> = spans.iter().map(|s| (s.cache.positions(), s.tokens)).collect();
-        let Rows { queries, keys, values } = match &self.projections {
-            Projections::Grouped(grouped) => grouped.rows(rope, &normed, &starts),
-            Projections::Latent(latent) => latent.rows(rope, &normed, &starts),
-        };
+    /// Appends the keys and values of the new tokens of all spans to their caches, and mixes values by softmax:
+    /// `[tokens, heads · value_dim]`, where latent attention's value is the latent vector.
+    ///
+    /// # Panics
+    /// When the spans do not cover the rows.
+    pub fn attend(&self, rows: &Rows, spans: &mut [Span<'_>]) -> Vec<f32> {
         let Heads {
             heads,
             kv_heads,
             key_dim,
             value_dim,
             ..
-        } = self.heads;
+        } = *self;
         let (q_width, k_width, out_width) = (heads * key_dim, kv_heads * key_dim, heads * value_dim);
-        let v_width = if values.is_empty() { 0 } else { kv_heads * value_dim };
+        let v_width = if self.values_are_keys { 0 } else { kv_heads * value_dim };
+        let Rows { queries, keys, values } = rows;
         let mut row = 0;
         for span in &mut *spans {
             let end = row + span.tokens;
@@ -251,14 +193,7 @@ impl Attention {
         }
         jobs.into_par_iter()
             .for_each(|(cache, position, q, out)| self.block(cache, position, q, out));
-
-        let mixed = match &self.projections {
-            Projections::Grouped(_) => mixed,
-            Projections::Latent(latent) => latent.values(&mixed),
-        };
-        for (hidden, add) in hidden.iter_mut().zip(self.output.apply(&mixed)) {
-            *hidden += add;
-        }
+        mixed
     }
 
     /// Attention of one block of queries, the first at `position`; `q` is `[tokens, heads · key_dim]` and `out`
@@ -271,7 +206,7 @@ impl Attention {
             value_dim,
             scale,
             ..
-        } = self.heads;
+        } = *self;
         let (q_width, out_width) = (heads * key_dim, heads * value_dim);
         let (tokens, group) = (q.len() / q_width, heads / kv_heads);
         let rows = tokens * group;
@@ -318,6 +253,84 @@ impl Attention {
                     out.iter_mut().zip(from).for_each(|(out, from)| *out = from / sum);
                 }
             }
+        }
+    }
+}
+
+/// What new tokens ask and leave, positions turned in: rows of `[tokens, heads · key_dim]`, `[tokens, kv_heads · key_dim]` and
+/// `[tokens, kv_heads · value_dim]` (empty where keys hold the values).
+pub struct Rows {
+    pub queries: Vec<f32>,
+    pub keys: Vec<f32>,
+    pub values: Vec<f32>,
+}
+
+#[derive(Debug, Clone)]
+enum Projections {
+    Grouped(Grouped),
+    Latent(Latent),
+}
+
+/// Norm, projections and heads of one layer.
+#[derive(Debug, Clone)]
+pub struct Attention {
+    heads: Heads,
+    eps: f32,
+    norm: Vec<f32>,
+    projections: Projections,
+    output: Linear,
+}
+
+impl Attention {
+    pub(super) fn load(
+        spec: &ModelSpec,
+        family: &dyn Family,
+        source: &dyn TensorSource,
+        layer: LayerId,
+    ) -> Result<Self, CheckpointError> {
+        let name = |part| family.tensor_name(Tensor::Layer(layer, part));
+        let attention = &spec.attention;
+        let (projections, value_width, has_bias) = match attention.kind {
+            AttentionKind::Grouped { output_bias, .. } => (
+                Projections::Grouped(Grouped::load(spec, source, name)?),
+                attention.heads * attention.head_dim,
+                output_bias,
+            ),
+            AttentionKind::Latent { value_dim, bias, .. } => (
+                Projections::Latent(Latent::load(spec, source, name)?),
+                attention.heads * value_dim,
+                bias,
+            ),
+        };
+        let mut output = Linear::load(source, &name(LayerTensor::Output), [spec.hidden, value_width])?;
+        if has_bias {
+            output = output.with_bias(source, &name(LayerTensor::OutputBias))?;
+        }
+        Ok(Self {
+            heads: Heads::new(attention, spec.layers[layer.index()].window),
+            eps: spec.norm_eps,
+            norm: source.load_f32(&name(LayerTensor::AttentionNorm), &[spec.hidden])?,
+            projections,
+            output,
+        })
+    }
+
+    /// `hidden += attention(norm(hidden))` for the new tokens of all spans, whose rows follow each other in `hidden`
+    /// `[tokens, hidden]`; their keys and values go into the caches.
+    pub fn attend(&self, rope: &Rope, hidden: &mut [f32], spans: &mut [Span<'_>]) {
+        let normed = rms_norm(hidden, &self.norm, self.eps);
+        let starts: Vec<(usize, usize)> = spans.iter().map(|s| (s.cache.positions(), s.tokens)).collect();
+        let rows = match &self.projections {
+            Projections::Grouped(grouped) => grouped.rows(rope, &normed, &starts),
+            Projections::Latent(latent) => latent.rows(rope, &normed, &starts),
+        };
+        let mixed = self.heads.attend(&rows, spans);
+        let mixed = match &self.projections {
+            Projections::Grouped(_) => mixed,
+            Projections::Latent(latent) => latent.values(&mixed),
+        };
+        for (hidden, add) in hidden.iter_mut().zip(self.output.apply(&mixed)) {
+            *hidden += add;
         }
     }
 }
@@ -425,28 +438,6 @@ mod tests {
 
     use super::*;
 
-    fn attention(heads: Heads, window: Option<usize>) -> Attention {
-        let hidden = 4;
-        let zeros = |outputs: usize| Linear::new(vec![0.0; outputs * hidden], outputs, hidden);
-        Attention {
-            window,
-            eps: 1e-6,
-            norm: vec![1.0; hidden],
-            projections: Projections::Grouped(Grouped::plain(
-                zeros(heads.heads * heads.key_dim),
-                zeros(heads.kv_heads * heads.key_dim),
-                zeros(heads.kv_heads * heads.value_dim),
-                heads.key_dim,
-            )),
-            output: Linear::new(
-                vec![0.0; hidden * heads.heads * heads.value_dim],
-                hidden,
-                heads.heads * heads.value_dim,
-            ),
-            heads,
-        }
-    }
-
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
 
@@ -461,8 +452,7 @@ mod tests {
             let tokens = tokens.min(QUERY_BLOCK - past % QUERY_BLOCK);
             let value_dim = if values_are_keys { value_dim.min(key_dim) } else { value_dim };
             let scale = 0.4;
-            let heads = Heads { heads: kv_heads * group, kv_heads, key_dim, value_dim, values_are_keys, scale };
-            let attention = attention(heads.clone(), window);
+            let heads = Heads { heads: kv_heads * group, kv_heads, key_dim, value_dim, values_are_keys, scale, window };
             let mut stream = Seeds::new(5).stream("attention");
             let mut draw = |count: usize, size: f32| -> Vec<f32> {
                 (0..count).map(|_| stream.random_range(-size..size)).collect()
@@ -474,7 +464,7 @@ mod tests {
             prop_assert_eq!(cache.positions(), past + tokens);
             let q = draw(tokens * heads.heads * key_dim, 2.0);
             let mut out = vec![f32::NAN; tokens * heads.heads * value_dim];
-            attention.block(&cache, past, &q, &mut out);
+            heads.block(&cache, past, &q, &mut out);
             let bound = if values_are_keys && sharp { 4e-4 } else { 2e-5 };
             for token in 0..tokens {
                 for head in 0..heads.heads {
@@ -503,6 +493,7 @@ mod tests {
                 value_dim: 2,
                 values_are_keys,
                 scale: 1.0,
+                window: None,
             };
             let keys: Vec<f32> = (0..30u8).map(f32::from).collect();
             let values = if values_are_keys { &[] } else { &keys[..20] };

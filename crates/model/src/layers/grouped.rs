@@ -74,20 +74,6 @@ impl Grouped {
         })
     }
 
-    /// Projections alone.
-    #[cfg(test)]
-    pub(super) fn plain(query: Linear, key: Linear, value: Linear, head_dim: usize) -> Self {
-        Self {
-            head_dim,
-            query,
-            key,
-            value,
-            norms: None,
-            eps: 0.0,
-            clip: None,
-        }
-    }
-
     /// Of normed hidden states `[tokens, hidden]`; `spans` are first positions and numbers of tokens.
     pub(super) fn rows(&self, rope: &Rope, normed: &[f32], spans: &[(usize, usize)]) -> Rows {
         let mut queries = self.query.apply(normed);
