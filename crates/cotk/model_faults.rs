@@ -301,6 +301,18 @@ pub(crate) fn container(error: &ContainerError) -> Report {
             help: Some(damaged.to_owned()),
             ..facts("expert-record", WRONG_USE)
         },
+        ContainerError::Gguf {
+            file,
+            what,
+            found,
+            expected,
+        } => Report {
+            file: Some(file.display().to_string()),
+            key: Some(what.clone()),
+            found: Some(found.clone()),
+            expected: Some(expected.clone()),
+            ..facts("gguf", WRONG_USE)
+        },
         ContainerError::Unwritable {
             layer,
             expert,

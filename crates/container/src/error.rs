@@ -55,6 +55,14 @@ pub enum ContainerError {
         found: u64,
         expected: u64,
     },
+    /// A GGUF file that is not whole, or cannot be written so; `what` is a key, a tensor or a field of the head.
+    #[error("{}: `{what}`: found {found}, expected {expected}", file.display())]
+    Gguf {
+        file: PathBuf,
+        what: String,
+        found: String,
+        expected: String,
+    },
     /// Matrices that cannot stand in one record.
     #[error("{layer}, {expert}: {what}: found {found}, expected {expected}")]
     Unwritable {

@@ -19,10 +19,20 @@ const SEARCH: (f32, f32) = (0.5, 0.025);
 /// Codes `weights` `[rows, cols]` (row major) to nearest, with fitted zero points for the prefixes of nested codes.
 ///
 /// # Errors
+/// As [`codes_and_scales`].
+pub fn encode(weights: &[f32], format: MatrixFormat) -> Result<CodedMatrix, QuantError> {
+    let (codes, scales) = codes_and_scales(weights, &format)?;
+    let zero_points = fit_zero_points(weights, &codes, &scales, &format);
+    assemble(format, &codes, &scales, zero_points)
+}
+
+/// What [`encode`] lays out: unsigned codes `[rows, cols]` of full width and scales `[rows, groups]`.
+///
+/// # Errors
 /// A length that is not the format's; a weight that is NaN or infinite, or so large that its scale leaves f16, by row
 /// and column.
-pub fn encode(weights: &[f32], format: MatrixFormat) -> Result<CodedMatrix, QuantError> {
-    check(weights, &format)?;
+pub fn codes_and_scales(weights: &[f32], format: &MatrixFormat) -> Result<(Vec<u8>, Vec<f16>), QuantError> {
+    check(weights, format)?;
     let mut codes = vec![0u8; weights.len()];
     let mut scales = Vec::with_capacity(format.rows() * format.groups());
     let rows = weights
@@ -38,8 +48,7 @@ pub fn encode(weights: &[f32], format: MatrixFormat) -> Result<CodedMatrix, Quan
             scales.push(scale);
         }
     }
-    let zero_points = fit_zero_points(weights, &codes, &scales, &format);
-    assemble(format, &codes, &scales, zero_points)
+    Ok((codes, scales))
 }
 
 /// Lays codes `[rows, cols]` of full width and scales `[rows, groups]` out in planes; columns past the end of a row and
