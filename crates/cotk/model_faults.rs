@@ -125,6 +125,12 @@ pub(crate) fn checkpoint(error: &CheckpointError) -> Report {
             help: Some(differ.to_owned()),
             ..facts("tensor-missing", WRONG_USE)
         },
+        CheckpointError::Unknown { file, tensor, .. } => Report {
+            file: Some(file.display().to_string()),
+            key: Some(tensor.clone()),
+            help: Some(differ.to_owned()),
+            ..facts("tensor-unknown", WRONG_USE)
+        },
         CheckpointError::Shape {
             file,
             tensor,

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use cotk_container::dense::DenseTensor;
 use cotk_container::manifest::{Checksum, SourceModel};
 use cotk_container::reader::is_container;
-use cotk_model::families::{self, LayerTensor, Matrix, Tensor};
 use cotk_model::folder::ModelFolder;
+use cotk_model::inventory;
 use cotk_run::files;
 use cotk_run::units::{ExpertId, LayerId};
 
@@ -53,28 +53,15 @@ impl Source {
                 family: spec.family,
             });
         }
-        let family = families::of(spec);
-        let experts = (0..).map(ExpertId).take(spec.routing.experts);
-        let mut expert_names: Vec<String> = Vec::new();
-        for &layer in &layers {
-            for expert in experts.clone() {
-                for matrix in Matrix::ALL {
-                    let tensor = Tensor::Layer(layer, LayerTensor::Expert(expert, matrix));
-                    expert_names.push(family.tensor_name(tensor));
-                }
-            }
-        }
         let source = files.source.as_ref();
         let mut expert_bytes = 0;
-        for (name, matrix) in expert_names.iter().zip(Matrix::ALL.into_iter().cycle()) {
-            let shape = matrix.shape(spec.hidden, spec.moe_intermediate);
-            expert_bytes += source.require(name, &shape)?.bytes();
+        for &layer in &layers {
+            for expert in (0..).map(ExpertId).take(spec.routing.experts) {
+                expert_bytes += inventory::expert_storage(spec, source, layer, expert)?.0;
+            }
         }
-        expert_names.sort_unstable();
-        let dense: Vec<DenseTensor> = source
-            .names()
+        let dense: Vec<DenseTensor> = inventory::dense_names(spec, source)
             .into_iter()
-            .filter(|name| expert_names.binary_search(name).is_err())
             .filter_map(|name| source.info(&name).map(|info| (name, info)))
             .map(|(name, info)| DenseTensor {
                 name,

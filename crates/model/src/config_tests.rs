@@ -118,8 +118,20 @@ fn values_that_are_not_supported_are_refused_by_key() {
             ["`rope_parameters.partial_rotary_factor`", "0.5", "expected 1"],
         ),
         (
+            json!({ "quantization_config": { "quant_method": "gptq", "bits": 4 } }),
+            ["`quantization_config.quant_method`", "gptq", "bf16"],
+        ),
+        (
             json!({ "quantization_config": { "quant_method": "fp8" } }),
-            ["`quantization_config`", "quantized", "bf16"],
+            ["`quantization_config.weight_block_size`", "none", "[128, 128]"],
+        ),
+        (
+            json!({ "quantization_config": { "quant_method": "fp8", "weight_block_size": [1, 128] } }),
+            ["`quantization_config.weight_block_size`", "[1, 128]", "[128, 128]"],
+        ),
+        (
+            json!({ "quantization_config": { "quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [128, 128] } }),
+            ["unknown key `quantization_config.scale_fmt`", "ue8m0", ""],
         ),
         (
             json!({ "decoder_sparse_step": 0 }),

@@ -13,6 +13,7 @@ use crate::checkpoint::TensorSource;
 use crate::checkpoint::safetensors::Safetensors;
 use crate::config::{ConfigError, Keys};
 use crate::families;
+use crate::inventory;
 use crate::spec::ModelSpec;
 use crate::tokenizer::Tokenizer;
 
@@ -38,17 +39,19 @@ impl ModelFolder {
     /// Opens a Hugging Face folder.
     ///
     /// # Errors
-    /// A missing or broken file, a config or a tokenizer that cannot be served.
+    /// A missing or broken file, a config or a tokenizer that cannot be served, tensors that are not the config's.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let config_file = path.join("config.json");
         let config_text = files::read_text(&config_file, LIMIT_BYTES)?;
         // The config first: an unknown architecture is better news than a missing shard.
         let spec = families::parse_config(&config_file, &config_text)?;
-        let source = Arc::new(Safetensors::open(path)?);
+        let source = families::unstack(&spec, Arc::new(Safetensors::open(path)?))?;
+        inventory::check(&spec, source.as_ref(), true)?;
         Self::assemble(path, config_text, spec, source)
     }
 
-    /// The same for a folder whose config and tensors come from elsewhere; `config_file` is named in errors.
+    /// The same for a folder whose config and tensors (without routed experts) come from elsewhere; `config_file` is
+    /// named in errors.
     ///
     /// # Errors
     /// As [`open`](Self::open).
@@ -59,6 +62,7 @@ impl ModelFolder {
         source: Arc<dyn TensorSource>,
     ) -> Result<Self, ModelError> {
         let spec = families::parse_config(config_file, &config_text)?;
+        inventory::check(&spec, source.as_ref(), false)?;
         Self::assemble(path, config_text, spec, source)
     }
 

@@ -1,9 +1,11 @@
 //! Every tensor that a model must have, from its spec alone: counts of parameters, and one look over a checkpoint
 //! before anything is loaded.
 
+use std::collections::HashSet;
+
 use cotk_run::units::{ExpertId, LayerId};
 
-use crate::checkpoint::{CheckpointError, TensorSource};
+use crate::checkpoint::{CheckpointError, DType, TensorSource, scale_shape, scales_of};
 use crate::families::{self, LayerTensor, Matrix, Tensor};
 use crate::spec::{AttentionKind, AttentionSpec, LayerKind, ModelSpec, QkNorm, SharedGate};
 
@@ -138,25 +140,73 @@ pub fn expert_params(spec: &ModelSpec) -> u64 {
 }
 
 /// Holds a checkpoint to its config without reading a weight: every tensor there, of its shape, of a type that holds
-/// weights. A container's dense part has no experts: `has_experts` false.
+/// weights, and no other. A container's dense part has no experts: `has_experts` false.
 ///
 /// # Errors
-/// The first tensor that is missing, ill-shaped or of another type.
+/// The first tensor that is missing, ill-shaped, of another type or not of this model.
 pub fn check(spec: &ModelSpec, source: &dyn TensorSource, has_experts: bool) -> Result<(), CheckpointError> {
-    let family = families::of(spec);
+    let mut known = HashSet::new();
     for (tensor, shape) in tensors(spec) {
         if has_experts || !is_expert(tensor) {
-            let name = family.tensor_name(tensor);
-            let info = source.require(&name, &shape)?;
-            if !info.dtype.is_weight() {
-                return Err(CheckpointError::not_a_weight(source.file(&name), &name, info.dtype));
+            for (name, shape) in stored(spec, source, tensor, &shape) {
+                let info = source.require(&name, &shape)?;
+                if !info.dtype.is_weight() {
+                    return Err(CheckpointError::not_a_weight(source.file(&name), &name, info.dtype));
+                }
+                known.insert(name);
             }
         }
     }
-    Ok(())
+    let names = source.names();
+    match names
+        .iter()
+        .find(|name| !known.contains(*name) && !is_leftover(spec, name))
+    {
+        None => Ok(()),
+        Some(name) => Err(CheckpointError::Unknown {
+            file: source.file(name).to_owned(),
+            tensor: name.clone(),
+            nearest: cotk_run::recipe::nearest_of(name, known.iter().map(String::as_str)),
+        }),
+    }
 }
 
-/// Stored bytes and bits per weight of gate, up and down of one expert in a checkpoint.
+/// What lies in checkpoints and is no part of the model: a second copy of a tied head, frequencies that follow from the
+/// config, layers that predict further tokens.
+fn is_leftover(spec: &ModelSpec, name: &str) -> bool {
+    let count = spec.layers.len();
+    let is_further = |layer: usize| (count..count + spec.further_layers).contains(&layer);
+    let layer = name
+        .strip_prefix("model.layers.")
+        .and_then(|rest| rest.split('.').next()?.parse().ok());
+    layer.is_some_and(is_further)
+        || name.ends_with("rotary_emb.inv_freq")
+        || (spec.tied_embeddings && name == families::of(spec).tensor_name(Tensor::Head))
+}
+
+/// The names under which a checkpoint holds a tensor of this shape: its own, and its scales if it is in FP8.
+fn stored(spec: &ModelSpec, source: &dyn TensorSource, tensor: Tensor, shape: &[usize]) -> Vec<(String, Vec<usize>)> {
+    let name = families::of(spec).tensor_name(tensor);
+    let scales = match (source.info(&name).map(|info| info.dtype), shape) {
+        (Some(DType::F8E4M3), &[rows, columns]) => Some((scales_of(&name), scale_shape(rows, columns).to_vec())),
+        _ => None,
+    };
+    std::iter::once((name, shape.to_vec())).chain(scales).collect()
+}
+
+/// Names of all stored tensors but those of routed experts, sorted.
+pub fn dense_names(spec: &ModelSpec, source: &dyn TensorSource) -> Vec<String> {
+    let mut names: Vec<String> = tensors(spec)
+        .iter()
+        .filter(|(tensor, _)| !is_expert(*tensor))
+        .flat_map(|(tensor, shape)| stored(spec, source, *tensor, shape))
+        .map(|(name, _)| name)
+        .collect();
+    names.sort_unstable();
+    names
+}
+
+/// Stored bytes and bits per weight of gate, up and down of one expert in a checkpoint; scales count as bytes.
 ///
 /// # Errors
 /// [`CheckpointError::Missing`], [`CheckpointError::Shape`].
@@ -169,10 +219,15 @@ pub fn expert_storage(
     let mut bytes = 0;
     let mut bits = [0; 3];
     for (slot, matrix) in bits.iter_mut().zip(Matrix::ALL) {
-        let name = families::of(spec).tensor_name(Tensor::Layer(layer, LayerTensor::Expert(expert, matrix)));
-        let info = source.require(&name, &matrix.shape(spec.hidden, spec.moe_intermediate))?;
-        bytes += info.bytes();
-        *slot = u32::try_from(8 * info.dtype.size_bytes()).expect("at most 64");
+        let tensor = Tensor::Layer(layer, LayerTensor::Expert(expert, matrix));
+        let shape = matrix.shape(spec.hidden, spec.moe_intermediate);
+        for (at, (name, shape)) in stored(spec, source, tensor, &shape).iter().enumerate() {
+            let info = source.require(name, shape)?;
+            bytes += info.bytes();
+            if at == 0 {
+                *slot = u32::try_from(8 * info.dtype.size_bytes()).expect("at most 64");
+            }
+        }
     }
     Ok((bytes, bits))
 }

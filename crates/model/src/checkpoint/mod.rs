@@ -1,12 +1,15 @@
 //! The seam [`TensorSource`]: tensors by name and shape, lazily, wherever they lie. Knows nothing of families.
-//! Law: what a source hands out has exactly the asked shape and holds no NaN or infinity.
+//! Law: what a source hands out has exactly the asked shape and holds no NaN or infinity. A matrix `X` in FP8 is read
+//! with its scales in `X_scale_inv`, one per block of [`SCALE_BLOCK`]² (DeepSeek-V3).
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use half::{bf16, f16};
+pub use self::decode::decode_f32;
 
+mod decode;
 pub mod safetensors;
+pub mod views;
 
 /// Why a checkpoint cannot be read. Every variant says where; what can be compared says found and expected.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +46,13 @@ pub enum CheckpointError {
         index: usize,
         found: f32,
     },
+    /// A tensor that no part of the model reads.
+    #[error("{}: tensor `{tensor}` is not of this model{}", file.display(), nearest.as_ref().map_or(String::new(), |n| format!(" (nearest: `{n}`)")))]
+    Unknown {
+        file: PathBuf,
+        tensor: String,
+        nearest: Option<String>,
+    },
     #[error("{}: ends after {found} bytes, its header promises {expected}", file.display())]
     Truncated { file: PathBuf, found: u64, expected: u64 },
     /// A header or index that contradicts itself or its file.
@@ -72,6 +82,8 @@ pub enum DType {
     F32,
     F16,
     BF16,
+    /// e4m3fn: a matrix in blocks with scales, see [`scales_of`].
+    F8E4M3,
     /// Bytes: codes of a quantized matrix, described elsewhere.
     U8,
     /// A type that exists but that no weight of ours has; kept so that headers can name it.
@@ -83,7 +95,6 @@ pub enum DType {
 pub enum OtherType {
     Bool,
     I8,
-    F8E4M3,
     F8E5M2,
     F8E8M0,
     I16,
@@ -103,7 +114,7 @@ impl DType {
         ("U8", Self::U8),
         ("BOOL", Self::Other(OtherType::Bool)),
         ("I8", Self::Other(OtherType::I8)),
-        ("F8_E4M3", Self::Other(OtherType::F8E4M3)),
+        ("F8_E4M3", Self::F8E4M3),
         ("F8_E5M2", Self::Other(OtherType::F8E5M2)),
         ("F8_E8M0", Self::Other(OtherType::F8E8M0)),
         ("I16", Self::Other(OtherType::I16)),
@@ -129,9 +140,9 @@ impl DType {
             .expect("every variant stands in the table")
     }
 
-    /// Whether [`decode_f32`] reads it.
+    /// Whether [`TensorSource::load_f32`] reads it.
     pub fn is_weight(self) -> bool {
-        matches!(self, Self::F32 | Self::F16 | Self::BF16)
+        matches!(self, Self::F32 | Self::F16 | Self::BF16 | Self::F8E4M3)
     }
 
     /// Bytes of one element.
@@ -139,9 +150,9 @@ impl DType {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::BF16 => 2,
-            Self::U8 => 1,
+            Self::U8 | Self::F8E4M3 => 1,
             Self::Other(other) => match other {
-                OtherType::Bool | OtherType::I8 | OtherType::F8E4M3 | OtherType::F8E5M2 | OtherType::F8E8M0 => 1,
+                OtherType::Bool | OtherType::I8 | OtherType::F8E5M2 | OtherType::F8E8M0 => 1,
                 OtherType::I16 | OtherType::U16 => 2,
                 OtherType::I32 | OtherType::U32 => 4,
                 OtherType::I64 | OtherType::U64 | OtherType::F64 => 8,
@@ -195,16 +206,22 @@ pub trait TensorSource: Send + Sync {
             .sum()
     }
 
-    /// The tensor as f32, row major, in exactly the `expected` shape.
+    /// The tensor as f32, row major, in exactly the `expected` shape. FP8 is multiplied by its scales.
     ///
     /// # Errors
-    /// Missing, another shape, a type that is not f32, f16 or bf16, or a value that is not finite.
+    /// Missing, another shape, a type that is no weight's, or a value that is not finite.
     fn load_f32(&self, name: &str, expected: &[usize]) -> Result<Vec<f32>, CheckpointError> {
         let info = self.require(name, expected)?;
         let bytes = self.raw(name)?;
-        let values = decode_f32(&bytes, info.dtype)
-            .ok_or_else(|| CheckpointError::not_a_weight(self.file(name), name, info.dtype))?;
-        match values.iter().position(|v| !v.is_finite()) {
+        let (values, not_finite) = match (info.dtype, expected) {
+            (DType::F8E4M3, &[rows, columns]) => {
+                let scales = self.load_f32(&scales_of(name), &scale_shape(rows, columns))?;
+                decode::fp8(&bytes, columns, &scales)
+            }
+            (dtype, _) => decode::checked(&bytes, dtype)
+                .ok_or_else(|| CheckpointError::not_a_weight(self.file(name), name, dtype))?,
+        };
+        match not_finite {
             None => Ok(values),
             Some(index) => Err(CheckpointError::NotFinite {
                 file: self.file(name).to_owned(),
@@ -240,20 +257,15 @@ pub trait TensorSource: Send + Sync {
     }
 }
 
-/// Little-endian weights as f32; `None` for a type that holds no weights.
-pub fn decode_f32(bytes: &[u8], dtype: DType) -> Option<Vec<f32>> {
-    let pairs = || bytes.as_chunks::<2>().0.iter();
-    match dtype {
-        DType::F32 => Some(
-            bytes
-                .as_chunks::<4>()
-                .0
-                .iter()
-                .map(|b| f32::from_le_bytes(*b))
-                .collect(),
-        ),
-        DType::F16 => Some(pairs().map(|b| f16::from_le_bytes(*b).to_f32()).collect()),
-        DType::BF16 => Some(pairs().map(|b| bf16::from_le_bytes(*b).to_f32()).collect()),
-        DType::U8 | DType::Other(_) => None,
-    }
+/// Side of the blocks of an FP8 matrix that share a scale; those at its edges may be cut.
+pub const SCALE_BLOCK: usize = 128;
+
+/// The name of an FP8 matrix's scales. Says inverse, multiplies.
+pub fn scales_of(name: &str) -> String {
+    format!("{name}_scale_inv")
+}
+
+/// The shape of an FP8 matrix's scales.
+pub fn scale_shape(rows: usize, columns: usize) -> [usize; 2] {
+    [rows.div_ceil(SCALE_BLOCK), columns.div_ceil(SCALE_BLOCK)]
 }

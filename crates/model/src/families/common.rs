@@ -1,6 +1,7 @@
 //! What configs and tensor names of several families have in common. Each function reads the keys that it names and
 //! no others; defaults that differ between families are arguments. Not here: what only one family has.
 
+use crate::checkpoint::SCALE_BLOCK;
 use crate::config::{ConfigError, Keys};
 use crate::moe::RoutingRule;
 use crate::spec::{RopeLayout, RopeScaling, RopeSpec};
@@ -27,12 +28,7 @@ pub(super) fn basics(keys: &mut Keys, default_eps: f64) -> Result<Basics, Config
         return Err(keys.wrong("hidden_act", act, "silu"));
     }
     if let Some(quantization) = keys.object("quantization_config")? {
-        drop(quantization);
-        return Err(keys.wrong(
-            "quantization_config",
-            "a quantized checkpoint",
-            "f32, f16 or bf16 weights",
-        ));
+        fp8(quantization)?;
     }
     let vocab = keys.size("vocab_size", limits::VOCAB)?;
     let bos = keys.numbers("bos_token_id")?.and_then(|ids| ids.first().copied());
@@ -54,6 +50,30 @@ pub(super) fn basics(keys: &mut Keys, default_eps: f64) -> Result<Basics, Config
         bos,
         eos,
     })
+}
+
+/// FP8 in blocks is all that is read; which tensors have it, their types tell. Activations, which the published engine
+/// rounds too, stay in f32.
+fn fp8(mut keys: Keys) -> Result<(), ConfigError> {
+    let method = keys.text("quant_method")?.unwrap_or_default();
+    if method != "fp8" {
+        return Err(keys.wrong("quant_method", method, "fp8, or a checkpoint in f32, f16 or bf16"));
+    }
+    for (key, only) in [("fmt", "e4m3"), ("activation_scheme", "dynamic")] {
+        if let Some(found) = keys.text(key)?
+            && found != only
+        {
+            return Err(keys.wrong(key, found, only));
+        }
+    }
+    let block = u32::try_from(SCALE_BLOCK).expect("small");
+    let found = keys.numbers("weight_block_size")?;
+    if found.as_deref() != Some(&[block, block]) {
+        let found = found.map_or("none".to_owned(), |size| format!("{size:?}"));
+        return Err(keys.wrong("weight_block_size", found, format!("[{block}, {block}]")));
+    }
+    keys.ignore(&["modules_to_not_convert"]);
+    keys.finish()
 }
 
 /// Heads of grouped-query attention.

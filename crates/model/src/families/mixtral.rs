@@ -89,4 +89,9 @@ impl Family for Mixtral {
             _ => common::tensor_name(tensor),
         }
     }
+
+    /// transformers 5 beside stacked experts.
+    fn other_name(&self, tensor: Tensor) -> Option<String> {
+        matches!(tensor, Tensor::Layer(_, LayerTensor::Router)).then(|| common::tensor_name(tensor))
+    }
 }

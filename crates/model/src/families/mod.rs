@@ -17,6 +17,9 @@ mod mixtral;
 mod olmoe;
 mod qwen2_moe;
 mod qwen3_moe;
+mod stacked;
+
+pub use self::stacked::unstack;
 
 /// Largest sizes that a config may ask for: far above every model, far below overflow.
 pub(crate) mod limits {
@@ -41,8 +44,19 @@ pub trait Family: Send + Sync {
     /// A missing shape key, a value that is not supported, a key that nobody knows.
     fn parse_config(&self, file: &Path, text: &str) -> Result<ModelSpec, ConfigError>;
 
-    /// The name of a tensor in a Hugging Face checkpoint.
+    /// The name of a tensor in a Hugging Face checkpoint, as published.
     fn tensor_name(&self, tensor: Tensor) -> String;
+
+    /// Another name that it has in some checkpoints.
+    fn other_name(&self, tensor: Tensor) -> Option<String> {
+        let _ = tensor;
+        None
+    }
+
+    /// Where the experts of a layer lie in stacks, without an ending: gate and up as one, down.
+    fn stacks(&self, layer: LayerId) -> [String; 2] {
+        ["gate_up_proj", "down_proj"].map(|part| format!("model.layers.{}.mlp.experts.{part}", layer.0))
+    }
 }
 
 /// The tensors of a decoder, by role.

@@ -16,6 +16,7 @@ use crate::spec::ModelSpec;
 
 mod deepseek_v2;
 mod deepseek_v3;
+mod loading;
 mod mixtral;
 mod olmoe;
 mod qwen2_moe;
