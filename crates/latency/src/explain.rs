@@ -17,7 +17,7 @@ pub mod text;
 #[cfg(test)]
 mod tests;
 
-pub use self::choices::Choice;
+pub use self::choices::{Axis, Choice};
 
 /// What to explain.
 #[derive(Debug, Clone, Copy)]
@@ -467,6 +467,7 @@ fn factorised(
             layer.choices.insert(
                 0,
                 Choice {
+                    axis: Axis::Rank,
                     what: "dense, unfactorised".into(),
                     gain_ms,
                     spread_ms: layer.spread_ms,

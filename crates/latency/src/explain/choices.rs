@@ -1,7 +1,7 @@
 //! The neighbours of a layer: one step along each axis (kernel, width, alignment, number format, rank), as edits of the
 //! network that is then walked and summed again. Says nothing; `text` does.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::{Known, Layer, Request, conv_of, with_numerics};
 use crate::Result;
@@ -9,9 +9,24 @@ use crate::graph::{Activation, Numerics, Source};
 use crate::walk::{At, Kind, Network, Node, Walk};
 use crate::work::{ConvKey, Key};
 
+/// Along which axis a choice lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Axis {
+    Kernel,
+    Width,
+    /// Channels that fit the kernels.
+    Alignment,
+    /// Number format.
+    Bits,
+    /// Factors, or a dense layer in their place.
+    Rank,
+}
+
 /// One change of one layer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Choice {
+    pub axis: Axis,
     /// In words: `16 output channels`, `rank 32`, `int8, if its neighbours are`.
     pub what: String,
     /// What the whole network would save.
@@ -26,11 +41,21 @@ pub struct Choice {
 
 /// All neighbours of a layer, best first; slower ones stand last.
 pub(super) fn of(known: &mut Known<'_>, request: &Request<'_>, walk: &Walk, layer: &Layer) -> Result<Vec<Choice>> {
-    let mut found = Vec::new();
-    for (what, network) in edits(request, walk, layer.node) {
+    let mut found: Vec<Choice> = Vec::new();
+    for (axis, what, network) in edits(request, walk, layer.node) {
         let changed = known.walk(&network);
-        let (gain_ms, spread_ms) = difference(known, walk, &changed)?;
-        found.push(choice(request, layer, what, gain_ms, spread_ms));
+        // A kernel that was never measured is no choice to offer.
+        let Ok((gain_ms, spread_ms)) = difference(known, walk, &changed) else {
+            continue;
+        };
+        let next = choice(request, layer, axis, what, gain_ms, spread_ms);
+        // The nearest rank that gains something is the neighbour; smaller ones cost more accuracy.
+        let known_rank = found.iter_mut().find(|c| axis == Axis::Rank && c.axis == Axis::Rank);
+        match known_rank {
+            Some(nearer) if nearer.gain_ms < 0.1 * layer.ms && next.gain_ms > nearer.gain_ms => *nearer = next,
+            Some(_) => {}
+            None => found.push(next),
+        }
     }
     // In another number format with neighbours that follow: the operator alone, no edges.
     let own = walk.steps.iter().find(|s| s.at == At::Node(layer.node)).map(|s| s.key);
@@ -39,8 +64,10 @@ pub(super) fn of(known: &mut Known<'_>, request: &Request<'_>, walk: &Walk, laye
         Numerics::F32 => (Numerics::Int8, "int8, if its neighbours are"),
         Numerics::Int8 => (Numerics::F32, "f32, if its neighbours are"),
     };
-    if let Some((own, key)) = own.and_then(|own| Some((own, with_numerics(own, other)?))) {
-        let (before, after) = (known.operator(own)?.clone(), known.operator(key)?.clone());
+    if let Some((own, key)) = own.and_then(|own| Some((own, with_numerics(own, other)?)))
+        && let Ok(after) = known.operator(key).cloned()
+    {
+        let before = known.operator(own)?.clone();
         let spread = between(before.spread_ms(), after.spread_ms());
         // Edges that stand there now would go with the neighbours.
         let edges_ms: f64 = layer.edges.iter().map(|e| e.ms).sum();
@@ -48,14 +75,18 @@ pub(super) fn of(known: &mut Known<'_>, request: &Request<'_>, walk: &Walk, laye
             Numerics::F32 => before.ms - after.ms,
             Numerics::Int8 => before.ms + edges_ms - after.ms,
         };
-        found.push(choice(request, layer, what.into(), gain_ms, spread));
+        found.push(choice(request, layer, Axis::Bits, what.into(), gain_ms, spread));
     }
     found.sort_by(|a, b| b.gain_ms.total_cmp(&a.gain_ms));
+    // One along each axis.
+    let mut seen = HashSet::new();
+    found.retain(|c| seen.insert(c.axis));
     Ok(found)
 }
 
-fn choice(request: &Request<'_>, layer: &Layer, what: String, gain_ms: f64, spread_ms: f64) -> Choice {
+fn choice(request: &Request<'_>, layer: &Layer, axis: Axis, what: String, gain_ms: f64, spread_ms: f64) -> Choice {
     Choice {
+        axis,
         what,
         gain_ms,
         spread_ms,
@@ -76,17 +107,18 @@ fn difference(known: &mut Known<'_>, before: &Walk, after: &Walk) -> Result<(f64
     after.keys().for_each(|key| *counts.entry(key).or_default() -= 1);
     let mut differing: Vec<(Key, i32)> = counts.into_iter().filter(|(_, n)| *n != 0).collect();
     differing.sort();
-    let (mut gain, mut removed, mut added) = (0.0, 0.0, 0.0);
+    let mut gain = 0.0;
+    // Sum and sum of squares of the spreads, of what goes and of what comes: correlated by half on each side.
+    let mut sides = [(0.0, 0.0); 2];
     for (key, count) in differing {
         let p = known.operator(key)?;
         gain += f64::from(count) * p.ms;
         let spread = f64::from(count.abs()) * p.spread_ms();
-        if count > 0 {
-            removed += spread;
-        } else {
-            added += spread;
-        }
+        let side = &mut sides[usize::from(count < 0)];
+        side.0 += spread;
+        side.1 += spread * spread;
     }
+    let [removed, added] = sides.map(|(sum, squares): (f64, f64)| (0.5 * sum * sum + 0.5 * squares).sqrt());
     Ok((gain, between(removed, added)))
 }
 
@@ -128,6 +160,7 @@ pub(super) fn int8_throughout(known: &mut Known<'_>, request: &Request<'_>, walk
         return Ok(None);
     };
     Ok(Some(Choice {
+        axis: Axis::Bits,
         what: "int8 throughout".into(),
         gain_ms,
         spread_ms,
@@ -137,13 +170,13 @@ pub(super) fn int8_throughout(known: &mut Known<'_>, request: &Request<'_>, walk
 }
 
 /// The network after one step along each axis of a layer.
-fn edits(request: &Request<'_>, walk: &Walk, node: usize) -> Vec<(String, Network)> {
+fn edits(request: &Request<'_>, walk: &Walk, node: usize) -> Vec<(Axis, String, Network)> {
     let network = request.network;
-    let mut found: Vec<(String, Network)> = Vec::new();
-    let mut edit = |what: String, change: &dyn Fn(&mut Network)| {
+    let mut found: Vec<(Axis, String, Network)> = Vec::new();
+    let mut edit = |axis: Axis, what: String, change: &dyn Fn(&mut Network)| {
         let mut copy = network.clone();
         change(&mut copy);
-        found.push((what, copy));
+        found.push((axis, what, copy));
     };
     if let Some(conv) = conv_of(walk, node) {
         let step = step(&conv, request.block.0);
@@ -153,11 +186,15 @@ fn edits(request: &Request<'_>, walk: &Walk, node: usize) -> Vec<(String, Networ
             // The next narrower step, and the multiple of four above for what fits no block.
             let narrower = (conv.cout - 1) / step * step;
             if narrower >= step {
-                edit(format!("{narrower} output channels"), &|n| output(n, node, narrower));
+                edit(Axis::Width, format!("{narrower} output channels"), &|n| {
+                    output(n, node, narrower)
+                });
             }
             if conv.cout % 4 != 0 && conv.cout > 4 {
                 let whole = conv.cout.next_multiple_of(4);
-                edit(format!("{whole} output channels"), &|n| output(n, node, whole));
+                edit(Axis::Alignment, format!("{whole} output channels"), &|n| {
+                    output(n, node, whole)
+                });
             }
         }
         if !conv.cin.is_multiple_of(4)
@@ -165,7 +202,7 @@ fn edits(request: &Request<'_>, walk: &Walk, node: usize) -> Vec<(String, Networ
             && let Some(Source::Node(from)) = from
         {
             let whole = conv.cin.next_multiple_of(4);
-            edit(format!("{whole} input channels"), &|n| {
+            edit(Axis::Alignment, format!("{whole} input channels"), &|n| {
                 output(n, from, whole);
                 if !dense {
                     output(n, node, whole);
@@ -174,14 +211,14 @@ fn edits(request: &Request<'_>, walk: &Walk, node: usize) -> Vec<(String, Networ
         }
         if conv.kernel >= 3 {
             let kernel = conv.kernel - 2;
-            edit(format!("kernel {kernel}x{kernel}"), &|n| {
+            edit(Axis::Kernel, format!("kernel {kernel}x{kernel}"), &|n| {
                 if let Kind::Conv { kernel: k, .. } = &mut n.nodes[node].kind {
                     *k = [kernel; 2];
                 }
             });
         }
         if conv.numerics == Numerics::F32 {
-            edit("int8 alone, edges included".into(), &|n| {
+            edit(Axis::Bits, "int8 alone, edges included".into(), &|n| {
                 n.nodes[node].numerics = Numerics::Int8;
                 n.nodes[node].output.is_quantized = true;
             });
@@ -189,7 +226,7 @@ fn edits(request: &Request<'_>, walk: &Walk, node: usize) -> Vec<(String, Networ
         if dense {
             for rank in ranks(conv.cin.min(conv.cout), step) {
                 if let Some(factors) = factor(network, node, rank) {
-                    found.push((format!("rank {rank}"), factors));
+                    found.push((Axis::Rank, format!("rank {rank}"), factors));
                 }
             }
         }
@@ -199,7 +236,7 @@ fn edits(request: &Request<'_>, walk: &Walk, node: usize) -> Vec<(String, Networ
             if u64::from(rank) * (u64::from(inputs) + u64::from(outputs)) < u64::from(inputs) * u64::from(outputs)
                 && let Some(factors) = factor(network, node, rank)
             {
-                found.push((format!("rank {rank}"), factors));
+                found.push((Axis::Rank, format!("rank {rank}"), factors));
             }
         }
     }

@@ -10,11 +10,23 @@ use crate::work::{Block, EdgeKind};
 
 /// A time for people: `31 µs`, `4.2 ms`.
 pub fn time(ms: f64) -> String {
-    if ms.abs() < 0.9995 {
+    if ms.abs() < 5e-6 {
+        "0 µs".into()
+    } else if ms.abs() < 0.9995 {
         format!("{} µs", significant(1e3 * ms, 3))
     } else {
         format!("{} ms", significant(ms, 3))
     }
+}
+
+/// A time with its spread in one unit: `31.2 ± 2.1 µs`.
+pub fn with_spread(ms: f64, spread_ms: f64) -> String {
+    let (factor, unit) = if ms.abs() < 0.9995 { (1e3, "µs") } else { (1.0, "ms") };
+    format!(
+        "{} ± {} {unit}",
+        significant(factor * ms, 3),
+        significant(factor * spread_ms, 2)
+    )
 }
 
 fn shape_of(network: &Network, source: Source) -> Shape {
@@ -249,10 +261,10 @@ impl Finding {
 }
 
 impl Choice {
-    /// `rank 32 −87 %`, of the layer's time.
+    /// `rank 32 −87 %` of the layer's time.
     fn short(&self, layer_ms: f64) -> String {
         let pct = 100.0 * self.gain_ms / layer_ms.max(f64::MIN_POSITIVE);
-        format!("{} −{} %", self.what, significant(pct.min(100.0), 2))
+        format!("{} −{:.0} %", self.what, pct.min(100.0))
     }
 }
 
@@ -277,41 +289,44 @@ impl Edge {
 }
 
 impl Layer {
-    /// The verdict in one line: what is the matter, and the best that can be done about it.
-    pub fn headline(&self) -> String {
-        let mut parts = Vec::new();
+    /// The verdict in one line of at most `width` characters: what is the matter, and the best that can be done about it.
+    pub fn headline(&self, width: usize) -> String {
         // What is wrong says more than what bounds it; "not measurable" says less.
         let telling = self
             .findings
             .iter()
             .find(|f| !matches!(f, Finding::NotMeasurable { .. }));
-        parts.push(match (telling, self.bound) {
+        let verdict = match (telling, self.bound) {
             (Some(finding), _) => finding.short(),
             (None, Bound::Layout) => match self.worst_edge() {
                 Some(edge) => format!("layout-bound by {}", edge.culprit),
                 None => Bound::Layout.name().into(),
             },
             (None, bound) => bound.name().into(),
-        });
-        let measurable: Vec<String> = self
+        };
+        let mut measurable: Vec<String> = self
             .choices
             .iter()
             .filter(|c| c.is_measurable)
             .map(|c| c.short(self.ms))
             .collect();
         if measurable.is_empty() {
-            parts.push("nothing nearby helps".into());
-        } else {
-            parts.push(measurable.join(", "));
+            return format!("{verdict}: nothing nearby helps");
         }
-        parts.join(": ")
+        loop {
+            let line = format!("{verdict}: {}", measurable.join(", "));
+            if line.chars().count() <= width || measurable.len() == 1 {
+                return line;
+            }
+            measurable.pop();
+        }
     }
 
     fn worst_edge(&self) -> Option<&Edge> {
         self.edges.iter().max_by(|a, b| a.ms.total_cmp(&b.ms))
     }
 
-    /// The terms in words, the two largest: `compute 71 %, layout 19 %`.
+    /// The two largest terms in percent: `macs 71, layout 19`.
     pub fn of_which(&self) -> String {
         let all = self.terms.sum_ms().max(f64::MIN_POSITIVE);
         let mut shares = [
@@ -321,7 +336,7 @@ impl Layer {
             ("macs", self.terms.compute_ms),
         ];
         shares.sort_by(|a, b| b.1.total_cmp(&a.1));
-        let share = |(name, ms): &(&str, f64)| format!("{name} {:.0} %", 100.0 * ms / all);
+        let share = |(name, ms): &(&str, f64)| format!("{name} {:.0}", 100.0 * ms / all);
         let large = shares.iter().take(2).filter(|(_, ms)| *ms >= 0.005 * all);
         large.map(share).collect::<Vec<_>>().join(", ")
     }
