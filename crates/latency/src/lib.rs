@@ -6,6 +6,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod baselines;
+pub mod correct;
 pub mod expect;
 pub mod explain;
 pub mod fit;
@@ -23,4 +25,6 @@ pub mod work;
 
 pub use self::error::{Difference, Error, Result};
 
+mod cholesky;
 mod error;
+mod scales;

@@ -74,11 +74,22 @@ pub struct Floor {
 pub struct StepPrediction {
     pub whole: Prediction,
     /// In order.
-    pub layers: Vec<Prediction>,
+    pub layers: Vec<LayerPrediction>,
     /// Final norm and head.
     pub ends: Prediction,
     pub floor: Floor,
     /// Expected experts that are touched, and of those not in memory, summed over layers.
+    pub touched: f64,
+    pub missed: f64,
+}
+
+/// One layer of a step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerPrediction {
+    pub prediction: Prediction,
+    /// Of that, its routed experts.
+    pub experts_ms: f64,
+    /// Experts that are expected to be touched, and of those not in memory.
     pub touched: f64,
     pub missed: f64,
 }
@@ -107,10 +118,13 @@ impl Model {
         for layer in &step.layers {
             let mut own = Vec::new();
             let mut parts = self.dense(&layer.keys, step.threads, cold, &mut own)?;
+            let (mut experts_ms, mut layer_touched, mut layer_missed) = (0.0, 0.0, 0.0);
             floor.memory_bytes += layer.keys.iter().map(bytes).sum::<f64>();
             if !layer.experts.is_empty() && step.tokens > 0 {
                 let routed = Routed::of(layer, step);
-                parts.extend(routed.parts(self, step.threads, cold, &mut own)?);
+                let experts = routed.parts(self, step.threads, cold, &mut own)?;
+                experts_ms = experts.iter().map(|(part, times)| part.ms * times).sum();
+                parts.extend(experts);
                 for expert in &layer.experts {
                     let p = touched(expert.share, f64::from(step.tokens));
                     match expert.home {
@@ -120,13 +134,19 @@ impl Model {
                             let bytes = bytes as f64;
                             floor.memory_bytes += p * expert.key.weight_bytes();
                             floor.disk_bytes += p * bytes;
-                            missed += p;
+                            layer_missed += p;
                         }
                     }
-                    distinct += p;
+                    layer_touched += p;
                 }
             }
-            layers.push(self.sum(&parts, own.clone()));
+            layers.push(LayerPrediction {
+                prediction: self.sum(&parts, own.clone()),
+                experts_ms,
+                touched: layer_touched,
+                missed: layer_missed,
+            });
+            (distinct, missed) = (distinct + layer_touched, missed + layer_missed);
             all.extend(parts);
             flags.extend(own);
         }

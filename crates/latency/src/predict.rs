@@ -3,11 +3,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use crate::correct::Correction;
 use crate::fit::PathFit;
+use crate::fit::joint::Calibration;
 use crate::walk::{self, Network};
-use crate::work::{
-    Block, EdgeKind, ElementwiseKind, Family, Key, LowRankKey, Path, ReadKey, TermGroup, Tier, Work,
-};
+use crate::work::{Block, EdgeKind, ElementwiseKind, Family, Key, LowRankKey, Path, ReadKey, TermGroup, Tier, Work};
 use crate::{Error, Result};
 
 /// Where a prediction comes from, strongest first; a sum is as strong as its weakest part.
@@ -136,8 +136,12 @@ pub struct Model {
     flags: Vec<Flag>,
     /// Of a profile that was carried over: nine in ten of its errors are below this.
     transfer_ln: Option<f64>,
+    /// What use has taught about sums, by number of threads.
+    corrections: Vec<Correction>,
     /// Last-level cache; 0 where it is not known.
     cache_bytes: u64,
+    /// How sure sums over networks are, by number of threads.
+    calibrations: Vec<Calibration>,
 }
 
 /// One operator's part in a sum.
@@ -170,7 +174,9 @@ impl Model {
             noise_floor,
             flags,
             transfer_ln: None,
+            corrections: Vec::new(),
             cache_bytes: 0,
+            calibrations: Vec::new(),
         }
     }
 
@@ -182,9 +188,19 @@ impl Model {
         }
     }
 
+    /// The same with what use has taught about sums over networks.
+    pub fn corrected(self, corrections: Vec<Correction>) -> Self {
+        Self { corrections, ..self }
+    }
+
     /// The same on a machine whose largest cache holds so many bytes: what fits it is not read from memory.
     pub fn with_cache(self, cache_bytes: u64) -> Self {
         Self { cache_bytes, ..self }
+    }
+
+    /// The same with what left-out networks say of the spread of sums.
+    pub fn calibrated(self, calibrations: Vec<Calibration>) -> Self {
+        Self { calibrations, ..self }
     }
 
     /// Bytes of the largest cache; 0 where it is not known.
@@ -328,20 +344,15 @@ impl Model {
     /// fifth across (reference 2.8); independence would look far too sure.
     pub(crate) fn sum(&self, parts: &[(Part, f64)], mut flags: Vec<Flag>) -> Prediction {
         let (mut ms, mut terms, mut origin) = (0.0, Terms::default(), Origin::Table);
-        let (mut squares, mut all) = (0.0, 0.0);
-        let mut by_path: BTreeMap<Path, f64> = BTreeMap::new();
         for (part, times) in parts {
             ms += times * part.ms;
             terms.add(&part.terms, *times);
             origin = origin.max(part.origin);
-            let error = part.ms * times * part.spread_ln;
-            squares += error * error;
-            all += error;
-            *by_path.entry(part.path).or_default() += error;
         }
-        let within: f64 = by_path.values().map(|e| e * e).sum();
-        let variance = 0.2 * all * all + 0.3 * within + 0.5 * squares;
-        let mut spread_ln = if ms > 0.0 { variance.sqrt() / ms } else { 0.0 };
+        let shares = parts
+            .iter()
+            .map(|(part, times)| (part.path, times * part.ms, part.spread_ln));
+        let mut spread_ln = sum_spread_ln(shares);
         if let Some(least) = self.transfer_ln {
             (spread_ln, origin) = (spread_ln.max(least), origin.max(Origin::Transfer));
         }
@@ -358,13 +369,65 @@ impl Model {
         }
     }
 
-    fn network(&self, network: &Network, threads: u32, flags: &mut Vec<Flag>) -> Result<Vec<(Part, f64)>> {
+    /// Parts of a whole network, with what use has taught about sums.
+    pub(crate) fn network(&self, network: &Network, threads: u32, flags: &mut Vec<Flag>) -> Result<Vec<(Part, f64)>> {
+        let correction = self.corrections.iter().find(|c| c.threads == threads);
+        let one = |step: &walk::Step, flags: &mut Vec<Flag>| -> Result<(Part, f64)> {
+            let part = self.part(&step.key, flags)?;
+            Ok((correction.map_or(part, |c| part.scaled(c.scales(part.path))), 1.0))
+        };
         let steps = walk::walk(network, threads, self.block).steps;
-        steps
-            .iter()
-            .map(|step| Ok((self.part(&step.key, flags)?, 1.0)))
-            .collect()
+        steps.iter().map(|step| one(step, flags)).collect()
     }
+
+    /// A network's operators in sum, with the interval that left-out networks ask for.
+    fn whole(&self, network: &Network, threads: u32) -> Result<Prediction> {
+        let mut flags = Vec::new();
+        let parts = self.network(network, threads, &mut flags)?;
+        let sum = self.sum(&parts, flags);
+        let Some(calibration) = self.calibrations.iter().find(|c| c.threads == threads) else {
+            return Ok(sum);
+        };
+        let stretched = |bound_ms: f64| sum.ms * (bound_ms / sum.ms).powf(calibration.network_factor);
+        Ok(Prediction {
+            lo_ms: stretched(sum.lo_ms),
+            hi_ms: stretched(sum.hi_ms),
+            ..sum
+        })
+    }
+}
+
+impl Part {
+    /// Calls and the rest by a scale each.
+    fn scaled(self, (calls, rest): (f64, f64)) -> Self {
+        let before = self.terms.sum_ms();
+        let mut terms = Terms::default();
+        terms.add(&self.terms, rest);
+        terms.launch_ms = calls * self.terms.launch_ms;
+        let scale = if before > 0.0 { terms.sum_ms() / before } else { calls };
+        Self {
+            ms: scale * self.ms,
+            terms,
+            ..self
+        }
+    }
+}
+
+/// Half interval of a sum, in ln, from its parts: path, time, own half interval. Errors of parts are correlated: fully with
+/// themselves, by half within a kernel path, by a fifth across (reference 2.8).
+pub(crate) fn sum_spread_ln(parts: impl Iterator<Item = (Path, f64, f64)>) -> f64 {
+    let (mut whole, mut squares, mut all) = (0.0, 0.0, 0.0);
+    let mut by_path: BTreeMap<Path, f64> = BTreeMap::new();
+    for (path, time, spread_ln) in parts {
+        let error = time * spread_ln;
+        whole += time;
+        squares += error * error;
+        all += error;
+        *by_path.entry(path).or_default() += error;
+    }
+    let within: f64 = by_path.values().map(|e| e * e).sum();
+    let variance = 0.2 * all * all + 0.3 * within + 0.5 * squares;
+    if whole > 0.0 { variance.sqrt() / whole } else { 0.0 }
 }
 
 /// Half width of a normal 90 % interval in standard deviations.
@@ -377,8 +440,8 @@ impl CostModel for Model {
         let parts = match work {
             Work::Operator(key) => vec![one(*key, &mut flags)?],
             Work::Read(key) => vec![one(Key::Read(*key), &mut flags)?],
-            Work::Graph { graph, threads } => self.network(&Network::from(*graph), *threads, &mut flags)?,
-            Work::Network { network, threads } => self.network(network, *threads, &mut flags)?,
+            Work::Graph { graph, threads } => return self.whole(&Network::from(*graph), *threads),
+            Work::Network { network, threads } => return self.whole(network, *threads),
             Work::Step(step) => return Ok(self.step(step)?.whole),
         };
         Ok(self.sum(&parts, flags))
@@ -409,7 +472,33 @@ fn stand_in(family: Family) -> Option<&'static [Family]> {
             Family::Pool(Int8),
             Family::Elementwise(ElementwiseKind::Unary, F32),
         ]),
-        _ => None,
+        // Convolutions that another kernel runs: nearest in kind.
+        Family::ConvPointwise | Family::ConvPatches | Family::ConvGrouped => Some(&[Family::ConvBlocked]),
+        Family::ConvPatchesPointwise => Some(&[Family::ConvPatches, Family::ConvPointwise, Family::ConvBlocked]),
+        Family::ConvInt8Pointwise | Family::ConvInt8Patches => Some(&[Family::ConvInt8]),
+        Family::ConvInt8 => Some(&[Family::ConvInt8Patches]),
+        Family::ConvInt8PatchesPointwise => {
+            Some(&[Family::ConvInt8Patches, Family::ConvInt8Pointwise, Family::ConvInt8])
+        }
+        Family::DepthwiseInt8 => Some(&[Family::DepthwiseInt8Plain]),
+        Family::DepthwiseInt8Plain => Some(&[Family::DepthwiseInt8]),
+        Family::PoolPlain => Some(&[Family::Pool(F32), Family::Add(F32)]),
+        Family::DepthwisePlain => Some(&[Family::DepthwiseBlocked]),
+        Family::Session
+        | Family::ConvAlone(_)
+        | Family::ConvBlocked
+        | Family::ConvFromNchw
+        | Family::DepthwiseBlocked
+        | Family::Linear(_)
+        | Family::Add(_)
+        | Family::Pool(_)
+        | Family::Entry(_)
+        | Family::LowRank(_)
+        | Family::Expert { .. }
+        | Family::Dense { .. }
+        | Family::Attention { .. }
+        | Family::Glue
+        | Family::Read(_) => None,
     }
 }
 
@@ -424,11 +513,18 @@ pub(crate) fn kind(family: Family) -> &'static str {
         | Family::DepthwiseBlocked
         | Family::DepthwisePlain
         | Family::ConvGrouped
+        | Family::ConvPointwise
+        | Family::ConvPatchesPointwise
         | Family::ConvInt8
+        | Family::ConvInt8Pointwise
+        | Family::ConvInt8Patches
+        | Family::ConvInt8PatchesPointwise
+        | Family::DepthwiseInt8Plain
         | Family::DepthwiseInt8
         | Family::Linear(_)
         | Family::Add(_)
         | Family::Pool(_)
+        | Family::PoolPlain
         | Family::Entry(_)
         | Family::Edge(_)
         | Family::Window(..)
@@ -566,12 +662,14 @@ mod tests {
 
         /// Law: a fitted prediction never falls when a size grows.
         #[test]
-        fn fitted_predictions_are_monotone(cin in 1u32..200, cout in 1u32..200, h in 1u32..40, by in 1u32..9) {
+        fn fitted_predictions_are_monotone(cin in 1u32..50, cout in 4u32..50, h in 1u32..40, by in 1u32..9) {
+            // Within one kernel's channels.
+            let (cin, cout, more) = (4 * cin, 4 * cout, 4 * by);
             let mut model = model();
             model.table.clear();
             let ms = |key| model.predict(&Work::Operator(key)).unwrap().ms;
             let base = ms(conv(cin, cout, h, 1));
-            for larger in [conv(cin + by, cout, h, 1), conv(cin, cout + by, h, 1), conv(cin, cout, h + by, 1)] {
+            for larger in [conv(cin + more, cout, h, 1), conv(cin, cout + more, h, 1), conv(cin, cout, h + by, 1)] {
                 prop_assert!(ms(larger) >= base - 1e-12);
             }
         }

@@ -11,6 +11,8 @@ use std::path::{Path as FilePath, PathBuf};
 use cotk_run::files;
 use serde::{Deserialize, Serialize};
 
+use crate::correct::Correction;
+use crate::fit::joint::{self, Calibration, Measured};
 use crate::fit::{Coefficient, PathFit, Sample};
 use crate::identity::Identity;
 use crate::predict::{Flag, Model};
@@ -31,8 +33,12 @@ pub struct Profile {
     /// In key order.
     pub rows: Vec<Row>,
     pub fits: Vec<PathFit>,
+    /// How sure sums over networks are, by number of threads.
+    pub calibrations: Vec<Calibration>,
     pub heldout: Vec<HeldOut>,
-    /// Whole networks: those behind the correction of sums, and those that use has added.
+    /// What networks from use have taught about sums, by number of threads.
+    pub corrections: Vec<Correction>,
+    /// Whole networks: those that the fit has seen, and those that use has added.
     pub networks: Vec<NetworkRow>,
 }
 
@@ -192,6 +198,10 @@ pub struct HeldOutSummary {
 struct CoeffsFile {
     #[serde(default)]
     path: Vec<CoeffsPath>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    networks: Vec<Calibration>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    correction: Vec<Correction>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -261,9 +271,21 @@ impl Profile {
             })
         };
         let fits = parsed.path.into_iter().map(fit).collect::<Result<_>>()?;
+        if let Some(detail) = parsed.correction.iter().find_map(Correction::complaint) {
+            return Err(Error::Format { file: coeffs, detail });
+        }
+        let wrong = |c: &&Calibration| !(c.network_factor.is_finite() && c.network_factor > 0.0);
+        if let Some(c) = parsed.networks.iter().find(wrong) {
+            return Err(Error::Format {
+                file: coeffs,
+                detail: format!("network_factor: found {}, expected a number above 0", c.network_factor),
+            });
+        }
         Ok(Self {
             rows,
             fits,
+            calibrations: parsed.networks,
+            corrections: parsed.correction,
             heldout,
             networks: networks::read(&folder.join("networks.jsonl"), head.files.get("networks.jsonl"))?,
             head,
@@ -293,6 +315,8 @@ impl Profile {
                     term: fit.coefficients.clone(),
                 })
                 .collect(),
+            networks: self.calibrations.clone(),
+            correction: self.corrections.clone(),
         };
         let encode = |e: toml::ser::Error| Error::Format {
             file: folder.to_owned(),
@@ -373,11 +397,33 @@ impl Profile {
             floor,
             flags,
         )
-        .with_cache(self.head.identity.cache_bytes);
+        .with_cache(self.head.identity.cache_bytes)
+        .calibrated(self.calibrations.clone())
+        .corrected(self.corrections.clone());
         match &self.head.transfer {
             Some(transfer) => model.carried_over(transfer.spread_ln),
             None => model,
         }
+    }
+
+    /// Fits every path and the spread of sums anew, from rows and networks in one system. What was carried over from another
+    /// machine keeps its fits.
+    pub fn refit(&mut self) {
+        if self.head.transfer.is_none() {
+            self.refit_operators();
+        }
+        self.corrections.clear();
+        self.corrections = Correction::fit(&self.model(&[]), &self.networks);
+    }
+
+    fn refit_operators(&mut self) {
+        let block = self.head.identity.block();
+        let rows = self.rows.iter().map(|row| Measured::operator(&row.sample()));
+        let networks = self.networks.iter().map(|network| network.measured(block));
+        let measured: Vec<Measured> = rows.chain(networks).collect();
+        let fitted = joint::fit_all(&measured, block, self.head.noise.floor_pct / 100.0);
+        self.fits = fitted.paths;
+        self.calibrations = fitted.calibrations;
     }
 
     /// Error on held-out shapes; `None` where none were measured.

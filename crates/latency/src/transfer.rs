@@ -6,6 +6,5 @@ pub mod cells;
 pub mod few_shot;
 pub mod profile;
 
-mod cholesky;
 mod gaussian;
 mod mix;

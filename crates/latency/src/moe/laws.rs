@@ -128,7 +128,7 @@ fn all_in_memory_a_step_is_the_sum_of_its_operators() {
         ms(&model, dense(256, 2048)),
     );
     assert!((found.whole.ms - layer - head).abs() < 1e-9 * layer);
-    assert!((found.layers[0].ms - layer).abs() < 1e-9 * layer && (found.ends.ms - head).abs() < 1e-9);
+    assert!((found.layers[0].prediction.ms - layer).abs() < 1e-9 * layer && (found.ends.ms - head).abs() < 1e-9);
     assert!((found.whole.terms.sum_ms() - found.whole.ms).abs() < 1e-9);
     assert_eq!(
         (found.touched, found.missed, found.whole.terms.link_ms),
@@ -187,7 +187,7 @@ proptest! {
         let sum: f64 = raw.iter().sum();
         let shares: Vec<f64> = raw.iter().map(|r| (f64::from(top_k) * r / sum).min(1.0)).collect();
         let step = step(&shares, &homes, top_k, 1);
-        let found = model.step(&step).unwrap().layers[0].ms;
+        let found = model.step(&step).unwrap().layers[0].prediction.ms;
         let total: f64 = shares.iter().sum();
         let miss: f64 = shares.iter().zip(&homes).filter(|(_, home)| !**home).map(|(s, _)| s / total).sum();
         let fetch = ms(&model, read(Tier::Disk, 60_000));
@@ -229,7 +229,7 @@ proptest! {
             let count = |in_memory: bool| (0..6).filter(|&i| is_touched(i) && homes[i] == in_memory).count() as u32;
             expected += probability * in_order(call(count(true)), (0..count(false)).map(|_| (fetch, call(1))));
         }
-        prop_assert!((found.layers[0].ms - expected).abs() < 1e-4 * expected, "{} {}", found.layers[0].ms, expected);
+        prop_assert!((found.layers[0].prediction.ms - expected).abs() < 1e-4 * expected, "{} {}", found.layers[0].prediction.ms, expected);
     }
 
     /// Law: moving an expert to disk never makes a step faster; terms still add up.

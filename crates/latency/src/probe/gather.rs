@@ -1,250 +1,306 @@
-//! The timing loop (reference section 4): keys live in batches, each round runs each piece once in fresh random order, a
-//! slice is several calls; sessions (fresh builds) lie far apart in time; medians of medians. Short slices, so that most of
-//! them fall between preemptions.
+//! Sessions: what one process measures ([`Job`]), in batches that live at once, and what all sessions of a thing say
+//! together. Rounds and slices are `rounds`'s; which jobs there are, `measure`'s.
 
 use std::time::{Duration, Instant};
 
 use cotk_run::cancel::Cancel;
-use cotk_run::journal::Journal;
-use cotk_run::progress::Progress;
-use cotk_run::seeds::Stream;
+use cotk_run::seeds::Seeds;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
-use super::{Prepared, Probe, Statistics, median, quantile};
-use crate::Result;
-use crate::profile::Row;
+use super::rounds::{self, Pace, Timed};
+use super::{NetworkProbe, Probe, median, quantile};
+use crate::graph::Graph;
+use crate::profile::{NetworkRow, Row};
 use crate::work::Key;
+use crate::{Error, Result};
 
-/// How long and how often.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// How much of everything.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
-    /// Independent builds of each key.
+    /// Independent builds of each thing, each in a process of its own.
     pub sessions: u32,
-    /// Slices of each piece in a session.
-    pub rounds: u32,
-    /// Length of a slice; a call that is longer is a slice by itself.
-    pub slice: Duration,
+    /// For operators.
+    pub pace: Pace,
+    /// For whole networks.
+    pub network_pace: Pace,
+    /// All of it together takes about this long; no limit without.
+    pub budget: Option<Duration>,
 }
 
 impl Settings {
-    /// `--quick`: two sessions.
+    /// `--quick`: fewer slices; as few sessions as a table may have.
     pub const QUICK: Self = Self {
-        sessions: 2,
-        rounds: 15,
-        slice: Duration::from_micros(300),
+        sessions: 3,
+        pace: Pace {
+            rounds: 4,
+            slice: Duration::from_micros(120),
+            patience: Duration::from_millis(12),
+        },
+        network_pace: Pace {
+            rounds: 5,
+            slice: Duration::from_micros(150),
+            patience: Duration::from_millis(60),
+        },
+        budget: Some(Duration::from_secs(52)),
     };
     /// The whole measurement.
     pub const FULL: Self = Self {
-        sessions: 4,
-        rounds: 30,
-        slice: Duration::from_micros(400),
+        sessions: 3,
+        pace: Pace {
+            rounds: 5,
+            slice: Duration::from_micros(120),
+            patience: Duration::from_millis(40),
+        },
+        network_pace: Pace {
+            rounds: 6,
+            slice: Duration::from_micros(150),
+            patience: Duration::from_millis(200),
+        },
+        budget: Some(Duration::from_secs(570)),
     };
 }
 
-/// One session of one key: a line of the journal.
+/// One thing that is measured: an operator, or a network by its place in the plan's list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Subject {
+    Key(Key),
+    Network(usize),
+}
+
+/// One session of one thing: a line of the journal.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Session {
-    pub key: Key,
+    pub subject: Subject,
     pub session: u32,
-    pub count: u32,
-    pub median_us: f64,
-    pub q10_us: f64,
-    pub mad_us: f64,
+    /// Which process of the measurement took it.
+    pub process: u32,
+    /// Seconds of measuring until then, those of earlier starts included.
+    pub at_s: f64,
+    pub timed: Timed,
 }
 
-/// Sessions that differ by more than this are measured once more.
-const APART: f64 = 0.10;
+/// A network with the threads that it runs on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Threaded {
+    pub graph: Graph,
+    pub threads: u32,
+}
 
-/// What the loop needs around it.
-pub struct Surroundings<'a> {
-    pub cancel: &'a Cancel,
-    pub progress: &'a dyn Progress,
+/// What one process measures, in this order of batches.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Job {
+    pub session: u32,
+    pub process: u32,
+    pub seed: u64,
+    pub settings: Settings,
+    /// In groups: a group is done before the next begins.
+    pub subjects: Vec<Vec<Subject>>,
+    /// The plan's list.
+    pub networks: Vec<Threaded>,
+    /// No batch begins after this much time.
+    pub limit: Option<Duration>,
+}
+
+/// What a process measures with.
+pub struct Tools<'a> {
+    pub probes: &'a [Box<dyn Probe>],
     /// Keys that are prepared at once, by probe: what they hold in memory adds up.
     pub live: &'a [usize],
-    pub journal: &'a mut Journal<Session>,
-    /// Sessions of an earlier start that are not measured again.
-    pub done: Vec<Session>,
+    pub networks: Option<&'a dyn NetworkProbe>,
 }
 
-/// Measures every key in every session. Keys are `(index into probes, key)`.
-///
-/// # Errors
-/// What a probe reports, with its key; [`cotk_run::Error::Cancelled`] between batches: what is done stays in the journal.
-pub fn gather(
-    probes: &[Box<dyn Probe>],
-    keys: &[(usize, Key)],
-    settings: &Settings,
-    order: &mut Stream,
-    around: &mut Surroundings<'_>,
-) -> Result<Vec<Session>> {
-    let mut sessions: Vec<Session> = around
-        .done
-        .iter()
-        .filter(|s| keys.iter().any(|k| k.1 == s.key))
-        .copied()
-        .collect();
-    around
-        .progress
-        .begin("measuring", keys.len() as u64 * u64::from(settings.sessions), "timings");
-    around.progress.advance(sessions.len() as u64);
-    for session in 0..settings.sessions {
-        let mut left: Vec<(usize, Key)> = keys.to_vec();
-        left.retain(|(_, key)| !sessions.iter().any(|s| s.key == *key && s.session == session));
-        measure(probes, left, session, settings, order, around, &mut sessions)?;
-    }
-    // One more session for those whose sessions disagree: an unlucky placement stays for a whole session.
-    let apart: Vec<(usize, Key)> = keys
-        .iter()
-        .filter(|(_, key)| range(&sessions, key) > APART)
-        .copied()
-        .collect();
-    around.progress.begin("measuring again", apart.len() as u64, "timings");
-    measure(probes, apart, settings.sessions, settings, order, around, &mut sessions)?;
-    around.progress.end();
-    Ok(sessions)
+/// Networks that are prepared at once.
+const LIVE_NETWORKS: usize = 16;
+
+/// Where jobs run.
+pub trait Runner {
+    /// Runs one job, handing over each session as it is done.
+    ///
+    /// # Errors
+    /// What a probe reports; what `each` returns; [`cotk_run::Error::Cancelled`] between batches.
+    fn run(
+        &self,
+        job: &Job,
+        tools: &Tools<'_>,
+        cancel: &Cancel,
+        each: &mut dyn FnMut(Session) -> Result<()>,
+    ) -> Result<()>;
 }
 
-fn measure(
-    probes: &[Box<dyn Probe>],
-    mut keys: Vec<(usize, Key)>,
-    session: u32,
-    settings: &Settings,
-    order: &mut Stream,
-    around: &mut Surroundings<'_>,
-    sessions: &mut Vec<Session>,
-) -> Result<()> {
-    keys.retain(|(_, key)| !sessions.iter().any(|s| s.key == *key && s.session == session));
-    keys.shuffle(order);
-    // Probes apart: a large cold buffer of one would evict what another keeps hot. Stable, so the order stays random.
-    keys.sort_by_key(|(probe, _)| *probe);
-    for batch in keys
-        .chunk_by(|a, b| a.0 == b.0)
-        .flat_map(|same| same.chunks(around.live[same[0].0].max(1)))
-    {
-        around.cancel.check()?;
-        let mut live = Vec::with_capacity(batch.len());
-        for (probe, key) in batch {
-            live.push((*key, Live::new(probes[*probe].prepare(key, session)?, settings)?));
-        }
-        for _ in 0..settings.rounds {
-            let mut turns: Vec<usize> = (0..live.len()).collect();
-            turns.shuffle(order);
-            for turn in turns {
-                live[turn].1.round()?;
+/// Runs jobs where it is called: for tests and for measurements of seconds.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct InProcess;
+
+impl Runner for InProcess {
+    fn run(
+        &self,
+        job: &Job,
+        tools: &Tools<'_>,
+        cancel: &Cancel,
+        each: &mut dyn FnMut(Session) -> Result<()>,
+    ) -> Result<()> {
+        let begin = Instant::now();
+        let mut order = Seeds::new(job.seed).stream(&format!("order of process {}", job.process));
+        for group in &job.subjects {
+            // Probes apart, each in batches of what may live at once: a large cold buffer of one would evict what another keeps
+            // hot. Batches in random order, so that a limit cuts all probes alike.
+            let mut of_probe: Vec<Vec<Subject>> = vec![Vec::new(); tools.probes.len() + 1];
+            for subject in group {
+                let at = match subject {
+                    Subject::Key(key) => tools.probes.iter().position(|p| p.measures(key)),
+                    Subject::Network(_) => Some(tools.probes.len()),
+                };
+                let at = at.ok_or_else(|| failed(subject, job, "nobody measures it"))?;
+                of_probe[at].push(*subject);
             }
-        }
-        for (key, live) in live {
-            let done = live.session(key, session);
-            around.journal.append(&done)?;
-            sessions.push(done);
-            around.progress.advance(1);
-        }
-    }
-    Ok(())
-}
-
-struct Live {
-    prepared: Box<dyn Prepared>,
-    weights: Vec<f64>,
-    /// Calls in a slice, per piece.
-    calls: Vec<u32>,
-    /// Slices, by piece.
-    slices_us: Vec<Vec<f64>>,
-}
-
-impl Live {
-    /// Warms up (5 calls or 5 ms of each piece, whichever is more, at most 100) and sizes the slices.
-    fn new(mut prepared: Box<dyn Prepared>, settings: &Settings) -> Result<Self> {
-        let weights = prepared.weights();
-        let mut calls = Vec::with_capacity(weights.len());
-        for piece in 0..weights.len() {
-            let begin = Instant::now();
-            let mut warm = 0u32;
-            let mut fastest = Duration::MAX;
-            while warm < 2
-                || (warm < 5 && begin.elapsed() < Duration::from_millis(50))
-                || (warm < 100 && begin.elapsed() < Duration::from_millis(5))
-            {
-                let call = Instant::now();
-                prepared.run(piece)?;
-                fastest = fastest.min(call.elapsed());
-                warm += 1;
+            let mut batches: Vec<(usize, Vec<Subject>)> = Vec::new();
+            for (at, mut subjects) in of_probe.into_iter().enumerate() {
+                let live = tools.live.get(at).copied().unwrap_or(LIVE_NETWORKS).max(1);
+                subjects.shuffle(&mut order);
+                batches.extend(subjects.chunks(live).map(|batch| (at, batch.to_vec())));
             }
-            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped")]
-            let count = (settings.slice.as_secs_f64() / fastest.as_secs_f64().max(1e-9))
-                .ceil()
-                .clamp(1.0, 1e5) as u32;
-            calls.push(count);
-        }
-        Ok(Self {
-            prepared,
-            slices_us: vec![Vec::new(); weights.len()],
-            weights,
-            calls,
-        })
-    }
-
-    /// One slice of each piece.
-    fn round(&mut self) -> Result<()> {
-        for (piece, (slices, &calls)) in self.slices_us.iter_mut().zip(&self.calls).enumerate() {
-            let begin = Instant::now();
-            for _ in 0..calls {
-                self.prepared.run(piece)?;
+            batches.shuffle(&mut order);
+            for (at, batch) in batches {
+                cancel.check()?;
+                if job.limit.is_some_and(|limit| begin.elapsed() > limit) {
+                    return Ok(());
+                }
+                let prepare = |subject: &Subject| match subject {
+                    Subject::Key(key) => tools.probes[at].prepare(key, job.session),
+                    Subject::Network(index) => {
+                        let network = job.networks.get(*index);
+                        let (network, probe) = network
+                            .zip(tools.networks)
+                            .ok_or_else(|| failed(subject, job, "nobody runs whole networks here"))?;
+                        probe.prepare(&network.graph, network.threads, job.session)
+                    }
+                };
+                let prepared = batch.iter().map(prepare).collect::<Result<Vec<_>>>()?;
+                let pace = if at == tools.probes.len() {
+                    &job.settings.network_pace
+                } else {
+                    &job.settings.pace
+                };
+                for (subject, timed) in batch.iter().zip(rounds::time(prepared, pace, &mut order)?) {
+                    each(Session {
+                        subject: *subject,
+                        session: job.session,
+                        process: job.process,
+                        at_s: begin.elapsed().as_secs_f64(),
+                        timed,
+                    })?;
+                }
             }
-            slices.push(begin.elapsed().as_secs_f64() * 1e6 / f64::from(calls));
         }
         Ok(())
     }
+}
 
-    /// Statistics of each piece first, then their sum: a preemption inside one slice of six must not spoil the other five.
-    fn session(&self, key: Key, session: u32) -> Session {
-        let (mut median_us, mut q10_us, mut variance) = (0.0, 0.0, 0.0);
-        for (slices, weight) in self.slices_us.iter().zip(&self.weights) {
-            let statistics = Statistics::of(slices);
-            median_us += weight * statistics.median;
-            q10_us += weight * statistics.q10;
-            variance += (weight * statistics.mad).powi(2);
+fn failed(subject: &Subject, job: &Job, detail: &str) -> Error {
+    let key = match subject {
+        Subject::Key(key) => key.to_string(),
+        Subject::Network(index) => {
+            let network = job.networks.get(*index);
+            network.map_or_else(|| format!("network {index}"), |n| n.graph.name().to_owned())
         }
-        Session {
-            key,
-            session,
-            count: u32::try_from(self.slices_us.first().map_or(0, Vec::len)).unwrap_or(u32::MAX),
-            // What one more copy adds may come out below zero when it is hardly anything.
-            median_us: median_us.max(0.0),
-            q10_us: q10_us.max(0.0),
-            mad_us: variance.sqrt(),
-        }
+    };
+    Error::Probe {
+        probe: "all".into(),
+        key,
+        detail: detail.into(),
     }
 }
 
-/// Largest over smallest median of a key's sessions, minus one. Times below a µs are within the timer's own noise.
-fn range(sessions: &[Session], key: &Key) -> f64 {
-    let medians = sessions.iter().filter(|s| s.key == *key).map(|s| s.median_us);
+/// Sessions of one thing that differ by more than this are measured once more.
+const APART: f64 = 0.10;
+
+/// Whether the sessions of a thing disagree. Times below a µs are within the timer's own noise.
+pub fn is_apart(sessions: &[Session], subject: Subject) -> bool {
+    let medians = sessions
+        .iter()
+        .filter(|s| s.subject == subject)
+        .map(|s| s.timed.median_us);
     let (low, high) = medians.fold((f64::INFINITY, 0.0f64), |(lo, hi), m| (lo.min(m), hi.max(m)));
-    if high < 1.0 { 0.0 } else { high / low.max(1e-3) - 1.0 }
+    high >= 1.0 && high / low.max(1e-3) - 1.0 > APART
+}
+
+/// What all sessions of a thing say together.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Together {
+    pub sessions: u32,
+    pub count: u32,
+    pub dropped: u32,
+    /// Median over sessions of the median over slices.
+    pub median_us: f64,
+    /// Tenth percentile of slices, smallest session.
+    pub q10_us: f64,
+    /// Median absolute deviation of slices, or half the range of the sessions' medians if that is larger.
+    pub mad_us: f64,
+}
+
+/// The sessions of one thing, `None` when there are none.
+pub fn together(sessions: &[Session], subject: Subject) -> Option<Together> {
+    let of: Vec<&Timed> = sessions
+        .iter()
+        .filter(|s| s.subject == subject)
+        .map(|s| &s.timed)
+        .collect();
+    let medians: Vec<f64> = of.iter().map(|t| t.median_us).collect();
+    let mads: Vec<f64> = of.iter().map(|t| t.mad_us).collect();
+    let half_range = (quantile(&medians, 1.0) - quantile(&medians, 0.0)) / 2.0;
+    (!of.is_empty()).then(|| Together {
+        sessions: u32::try_from(of.len()).unwrap_or(u32::MAX),
+        count: of.iter().map(|t| t.count).sum(),
+        dropped: of.iter().map(|t| t.dropped).sum(),
+        median_us: median(&medians),
+        q10_us: of.iter().map(|t| t.q10_us).fold(f64::INFINITY, f64::min),
+        mad_us: median(&mads).max(half_range),
+    })
 }
 
 /// One row per key, in key order.
 pub fn rows(sessions: &[Session]) -> Vec<Row> {
-    let mut keys: Vec<Key> = sessions.iter().map(|s| s.key).collect();
+    let mut keys: Vec<Key> = sessions
+        .iter()
+        .filter_map(|s| match s.subject {
+            Subject::Key(key) => Some(key),
+            Subject::Network(_) => None,
+        })
+        .collect();
     keys.sort_unstable();
     keys.dedup();
     let row = |key: Key| {
-        let of: Vec<&Session> = sessions.iter().filter(|s| s.key == key).collect();
-        let medians: Vec<f64> = of.iter().map(|s| s.median_us).collect();
-        let half_range = (quantile(&medians, 1.0) - quantile(&medians, 0.0)) / 2.0;
-        let mads: Vec<f64> = of.iter().map(|s| s.mad_us).collect();
-        Row {
+        together(sessions, Subject::Key(key)).map(|t| Row {
             key,
-            sessions: u32::try_from(of.len()).unwrap_or(u32::MAX),
-            count: of.iter().map(|s| s.count).sum(),
-            median_us: median(&medians),
-            q10_us: of.iter().map(|s| s.q10_us).fold(f64::INFINITY, f64::min),
-            mad_us: median(&mads).max(half_range),
-        }
+            sessions: t.sessions,
+            count: t.count,
+            median_us: t.median_us,
+            q10_us: t.q10_us,
+            mad_us: t.mad_us,
+        })
     };
-    keys.into_iter().map(row).collect()
+    keys.into_iter().filter_map(row).collect()
+}
+
+/// One row per network that was measured, in the plan's order.
+pub fn network_rows(sessions: &[Session], networks: &[Threaded]) -> Vec<NetworkRow> {
+    let row = |(at, network): (usize, &Threaded)| {
+        together(sessions, Subject::Network(at))
+            .filter(|t| t.median_us > 0.0)
+            .map(|t| NetworkRow {
+                graph: network.graph.clone(),
+                threads: network.threads,
+                sessions: t.sessions,
+                count: t.count,
+                median_us: t.median_us,
+                q10_us: t.q10_us,
+                mad_us: t.mad_us,
+                is_from_use: false,
+            })
+    };
+    networks.iter().enumerate().filter_map(row).collect()
 }
 
 /// Median and 90th percentile of |ln(a / b)| over all pairs of sessions of these keys, as fractions; NaN without a pair.
@@ -253,24 +309,12 @@ pub fn noise_floor(sessions: &[Session], canaries: &[Key]) -> (f64, f64) {
     for key in canaries {
         let of: Vec<f64> = sessions
             .iter()
-            .filter(|s| s.key == *key)
-            .map(|s| s.median_us.max(1e-3))
+            .filter(|s| s.subject == Subject::Key(*key))
+            .map(|s| s.timed.median_us.max(1e-3))
             .collect();
         for (i, a) in of.iter().enumerate() {
             repeats.extend(of[..i].iter().map(|b| (a / b).ln().abs()));
         }
     }
     (median(&repeats), quantile(&repeats, 0.9))
-}
-
-/// Stolen and total jiffies of all cores since boot; zeros where the system does not tell.
-pub fn stolen_and_total() -> (u64, u64) {
-    let stat = cotk_run::files::read_text("/proc/stat", 1 << 24).unwrap_or_default();
-    let numbers: Vec<u64> = stat
-        .lines()
-        .find(|line| line.starts_with("cpu "))
-        .map(|line| line.split_whitespace().skip(1).filter_map(|n| n.parse().ok()).collect())
-        .unwrap_or_default();
-    // user nice system idle iowait irq softirq steal; guest times are part of user and nice.
-    (numbers.get(7).copied().unwrap_or(0), numbers.iter().take(8).sum())
 }

@@ -1,8 +1,9 @@
-//! From probes to a profile, top to bottom: gather, noise floor, fit, freeze, held-out shapes, summary. Resumes from its
-//! journal: what is measured is not measured again.
+//! From probes to a profile, top to bottom: canaries, memory, seeds, adaptive rounds, further sessions in other processes,
+//! fit, freeze, held-out shapes in another process again. Keeps to its budget by construction: the first session takes its
+//! share of the time, and the others repeat what that one reached. Resumes from its journal.
 
 use std::path::Path;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use cotk_run::cancel::Cancel;
 use cotk_run::folder::{FolderLock, utc_rfc3339};
@@ -11,8 +12,10 @@ use cotk_run::progress::Progress;
 use cotk_run::seeds::Seeds;
 use serde::{Deserialize, Serialize};
 
-use super::Probe;
-use super::gather::{self, Session, Settings, Surroundings};
+use super::adapt;
+use super::gather::{self, Job, Runner, Session, Settings, Subject, Threaded, Tools};
+use super::rounds::stolen_and_total;
+use super::{NetworkProbe, Probe};
 use crate::Result;
 use crate::fit::fit;
 use crate::identity::Identity;
@@ -23,12 +26,14 @@ use crate::work::{Key, Work};
 /// One probe with how much of it is wanted.
 pub struct Wanted {
     pub probe: Box<dyn Probe>,
-    /// Keys for the table.
+    /// Keys for the table, the probe's own seeds first.
     pub table: usize,
     /// Keys drawn from its distribution of use, kept out of the table, measured when the fit is frozen.
     pub heldout: usize,
     /// Keys that are prepared at once.
     pub live: usize,
+    /// Whether more keys are drawn where the fit is worst, as long as there is time.
+    pub adapt: bool,
 }
 
 /// What to measure and how it is written down.
@@ -40,18 +45,33 @@ pub struct Plan {
     pub identity: Identity,
     pub cotk_version: String,
     pub commit: Option<String>,
+    /// Whole networks that are timed beside the table.
+    pub networks: Vec<Threaded>,
+}
+
+/// Where things run.
+#[derive(Clone, Copy)]
+pub struct With<'a> {
+    pub runner: &'a dyn Runner,
+    pub networks: Option<&'a dyn NetworkProbe>,
 }
 
 /// Canaries for the noise floor.
 const CANARIES: usize = 8;
+/// Share of the budget for held-out shapes, and for what is no measuring.
+const HELDOUT_SHARE: f64 = 0.10;
+const REST_SHARE: f64 = 0.05;
+/// Keys of one adaptive round.
+const ROUND: usize = 24;
 
 /// First line of a journal: what must be equal to go on with it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Begun {
     identity: Identity,
     seed: u64,
-    quick: bool,
+    settings: Settings,
     keys: usize,
+    networks: usize,
 }
 
 /// What [`measure`] did.
@@ -59,6 +79,8 @@ pub struct Measured {
     pub profile: Profile,
     /// Sessions found in the journal of an earlier start.
     pub resumed: usize,
+    /// Keys of the table that there was no time for.
+    pub left_out: usize,
 }
 
 /// Measures, fits and saves `folder`. Works in `<folder>.partial` until it is whole.
@@ -68,46 +90,56 @@ pub struct Measured {
 pub fn measure(
     wanted: Vec<Wanted>,
     plan: &Plan,
+    with: With<'_>,
     folder: &Path,
     cancel: &Cancel,
     progress: &dyn Progress,
 ) -> Result<Measured> {
     let begin = Instant::now();
-    let (stolen, total) = gather::stolen_and_total();
+    let (stolen, total) = stolen_and_total();
     let work = with_suffix(folder, ".partial");
     cotk_run::files::create_folder(&work)?;
     let lock = FolderLock::take(&work)?;
 
-    // Keys: the table's first, then held-out ones from another stream, never one that the table has.
-    let mut table: Vec<(usize, Key)> = Vec::new();
-    let mut heldout: Vec<(usize, Key)> = Vec::new();
-    for (index, wanted) in wanted.iter().enumerate() {
+    // Keys: held-out ones from a stream of their own, then the table's without them. A probe's seeds are never held out.
+    let mut table: Vec<Key> = Vec::new();
+    let mut drawn: Vec<Vec<Key>> = Vec::new();
+    for wanted in &wanted {
         let mut rng = plan.seeds.stream(&format!("profile {}", wanted.probe.name()));
-        for key in wanted.probe.candidates(wanted.table, &mut rng) {
-            if !table.contains(&(index, key)) {
-                table.push((index, key));
+        drawn.push(wanted.probe.candidates(wanted.table, &mut rng));
+    }
+    let mut heldout: Vec<Key> = Vec::new();
+    for (wanted, table) in wanted.iter().zip(&drawn).filter(|(w, _)| w.heldout > 0) {
+        let mut rng = plan.seeds.stream(&format!("held out {}", wanted.probe.name()));
+        let wishes = wanted.probe.candidates(wanted.table + 4 * wanted.heldout, &mut rng);
+        let mut taken = 0;
+        for key in wishes {
+            if taken < wanted.heldout && !table.contains(&key) && !heldout.contains(&key) {
+                heldout.push(key);
+                taken += 1;
             }
         }
     }
-    for (index, wanted) in wanted.iter().enumerate().filter(|(_, w)| w.heldout > 0) {
-        let mut rng = plan.seeds.stream(&format!("held out {}", wanted.probe.name()));
-        let drawn = wanted.probe.candidates(wanted.table + 4 * wanted.heldout, &mut rng);
-        let new = drawn
-            .into_iter()
-            .map(|key| (index, key))
-            .filter(|key| !table.contains(key));
-        let mut new: Vec<(usize, Key)> = new.take(wanted.heldout).collect();
-        new.dedup();
-        heldout.extend(new);
+    for key in drawn.into_iter().flatten() {
+        if !table.contains(&key) {
+            table.push(key);
+        }
     }
     let live: Vec<usize> = wanted.iter().map(|w| w.live).collect();
+    let adapts: Vec<bool> = wanted.iter().map(|w| w.adapt).collect();
     let probes: Vec<Box<dyn Probe>> = wanted.into_iter().map(|w| w.probe).collect();
+    let tools = Tools {
+        probes: &probes,
+        live: &live,
+        networks: with.networks,
+    };
 
     let begun = Begun {
         identity: plan.identity.clone(),
         seed: plan.seeds.seed(),
-        quick: plan.quick,
+        settings: plan.settings,
         keys: table.len() + heldout.len(),
+        networks: plan.networks.len(),
     };
     let begun_path = work.join("begun.json");
     let text = serde_json::to_string(&begun).expect("plain data");
@@ -117,36 +149,62 @@ pub fn measure(
         let _ = std::fs::remove_file(&journal_path);
         cotk_run::files::write_atomic(&begun_path, text.as_bytes())?;
     }
-    let (mut journal, done): (Journal<Session>, Vec<Session>) = Journal::open(&journal_path)?;
+    let (journal, done): (Journal<Session>, Vec<Session>) = Journal::open(&journal_path)?;
     let resumed = done.len();
-    let mut order = plan.seeds.stream("order of measuring");
-    let mut around = Surroundings {
+    let mut run = Run {
+        plan,
+        with,
+        tools,
         cancel,
         progress,
-        live: &live,
-        journal: &mut journal,
-        done,
+        begin,
+        before_s: done.iter().map(|s| s.at_s).fold(0.0, f64::max),
+        process: done.iter().map(|s| s.process + 1).max().unwrap_or(0),
+        sessions: done,
+        journal,
     };
 
-    let sessions = gather::gather(&probes, &table, &plan.settings, &mut order, &mut around)?;
-    let rows = gather::rows(&sessions);
-
-    // Canaries: evenly over the table's times, those that cost enough to be timed.
-    let mut by_time: Vec<&Row> = rows.iter().filter(|r| r.median_us >= 2.0).collect();
-    by_time.sort_by(|a, b| a.median_us.total_cmp(&b.median_us));
-    let canaries: Vec<Key> = (0..CANARIES.min(by_time.len()))
-        .map(|i| by_time[i * by_time.len() / CANARIES.min(by_time.len())].key)
+    // The first session reaches as far as its share of the time; what it reached is the table.
+    let canaries = canaries(&table);
+    let is_seed = |key: &Key| matches!(key, Key::Read(_));
+    let groups = vec![
+        canaries.iter().copied().map(Subject::Key).collect(),
+        subjects(table.iter().filter(|k| is_seed(k))),
+        subjects(table.iter().filter(|k| !is_seed(k)))
+            .into_iter()
+            .chain((0..plan.networks.len()).map(Subject::Network))
+            .collect(),
+    ];
+    let sessions = plan.settings.sessions.max(1);
+    let share = (1.0 - HELDOUT_SHARE - REST_SHARE) / f64::from(sessions);
+    run.job("measuring", 0, groups, run.until(share))?;
+    adapt_rounds(&mut run, &adapts, &table, &heldout, share)?;
+    let reached: Vec<Subject> = run.reached();
+    let left_out = table
+        .iter()
+        .filter(|key| !reached.contains(&Subject::Key(**key)))
+        .count();
+    // Again in other processes, canaries first: what one placement or one minute does shows.
+    for session in 1..sessions {
+        let canaries = canaries.iter().copied().map(Subject::Key).collect();
+        let limit = run.until(1.0 - HELDOUT_SHARE - REST_SHARE);
+        run.job("measuring again", session, vec![canaries, reached.clone()], limit)?;
+    }
+    // One more session for those whose sessions disagree: an unlucky placement stays for a whole session.
+    let apart: Vec<Subject> = { reached.iter() }
+        .filter(|s| gather::is_apart(&run.sessions, **s))
+        .copied()
         .collect();
-    let (floor, p90) = gather::noise_floor(&sessions, &canaries);
+    let limit = run.until(1.0 - HELDOUT_SHARE - REST_SHARE);
+    run.job("measuring what differs", sessions, vec![apart], limit)?;
 
-    let samples: Vec<_> = rows.iter().map(Row::sample).collect();
-    let fits = fit(
-        &samples,
-        plan.identity.block(),
-        if floor.is_finite() { floor } else { 0.05 },
-    );
-
-    let (stolen_now, total_now) = gather::stolen_and_total();
+    let of_table: Vec<Session> = { run.sessions.iter() }
+        .filter(|s| !matches!(s.subject, Subject::Key(key) if heldout.contains(&key)))
+        .copied()
+        .collect();
+    let (floor, p90) = gather::noise_floor(&of_table, &canaries);
+    let rows = gather::rows(&of_table);
+    let (stolen_now, total_now) = stolen_and_total();
     #[expect(clippy::cast_precision_loss, reason = "a share")]
     let steal_pct = 100.0 * (stolen_now - stolen) as f64 / (total_now - total).max(1) as f64;
     let mut profile = Profile {
@@ -174,28 +232,33 @@ pub fn measure(
             files: std::collections::BTreeMap::new(),
         },
         rows,
-        fits,
+        fits: Vec::new(),
+        calibrations: Vec::new(),
+        corrections: Vec::new(),
         heldout: Vec::new(),
-        networks: Vec::new(),
+        networks: gather::network_rows(&of_table, &plan.networks),
     };
+    profile.refit();
 
     // Frozen: predictions come before the measurements that judge them.
     let model = profile.model(&[]);
     // A kind that the table lacks altogether cannot be judged.
-    heldout.retain(|(_, key)| model.predict(&Work::Operator(*key)).is_ok());
+    heldout.retain(|key| model.predict(&Work::Operator(*key)).is_ok());
     let predicted: Vec<_> = heldout
         .iter()
-        .map(|(_, key)| model.predict(&Work::Operator(*key)))
+        .map(|key| model.predict(&Work::Operator(*key)))
         .collect::<Result<_>>()?;
-    let judged = gather::rows(&gather::gather(
-        &probes,
-        &heldout,
-        &plan.settings,
-        &mut order,
-        &mut around,
-    )?);
-    for ((_, key), p) in heldout.iter().zip(predicted) {
-        if let Some(row) = judged.iter().find(|r| r.key == *key) {
+    assert!(
+        !heldout.iter().any(|key| profile.rows.iter().any(|r| r.key == *key)),
+        "a held-out key was measured for the table"
+    );
+    let each = run.left(1.0) / f64::from(sessions);
+    for session in 0..sessions {
+        let limit = plan.settings.budget.map(|_| Duration::from_secs_f64(each.max(0.5)));
+        run.job("held-out shapes", session, vec![subjects(heldout.iter())], limit)?;
+    }
+    for (key, p) in heldout.iter().zip(predicted) {
+        if let Some(row) = gather::together(&run.sessions, Subject::Key(*key)) {
             profile.heldout.push(HeldOut {
                 key: *key,
                 predicted_us: p.ms * 1e3,
@@ -205,11 +268,156 @@ pub fn measure(
             });
         }
     }
-    profile.head.provenance.seconds = begin.elapsed().as_secs_f64();
+    profile.head.provenance.seconds = run.before_s + begin.elapsed().as_secs_f64();
+    progress.end();
+    drop(run);
     drop(probes);
     profile.save(folder)?;
     drop(lock);
     // Whole now: nothing of the work folder is needed.
     let _ = std::fs::remove_dir_all(&work);
-    Ok(Measured { profile, resumed })
+    Ok(Measured {
+        profile,
+        resumed,
+        left_out,
+    })
+}
+
+fn subjects<'a>(keys: impl Iterator<Item = &'a Key>) -> Vec<Subject> {
+    keys.map(|key| Subject::Key(*key)).collect()
+}
+
+/// Evenly over the table as it was asked for: every probe has some, none that reads a disk.
+fn canaries(table: &[Key]) -> Vec<Key> {
+    let fit: Vec<&Key> = table.iter().filter(|k| is_canary(k)).collect();
+    let count = CANARIES.min(fit.len());
+    (0..count).map(|i| *fit[i * fit.len() / count]).collect()
+}
+
+fn is_canary(key: &Key) -> bool {
+    match key {
+        // Whole calls whose time is far above the timer's.
+        Key::Conv(c) => c.threads == 1 && c.groups == 1 && c.height >= 8,
+        Key::Expert(e) => e.threads == 1,
+        Key::Linear(l) => l.threads == 1 && l.inputs * l.outputs > 2000,
+        _ => false,
+    }
+}
+
+/// A measurement under way.
+struct Run<'a> {
+    plan: &'a Plan,
+    with: With<'a>,
+    tools: Tools<'a>,
+    cancel: &'a Cancel,
+    progress: &'a dyn Progress,
+    begin: Instant,
+    /// Seconds of earlier starts.
+    before_s: f64,
+    /// The next process.
+    process: u32,
+    sessions: Vec<Session>,
+    journal: Journal<Session>,
+}
+
+impl Run<'_> {
+    /// Seconds of the budget until `share` of it is over; infinite without a budget.
+    fn left(&self, share: f64) -> f64 {
+        let spent = self.before_s + self.begin.elapsed().as_secs_f64();
+        let budget = self.plan.settings.budget;
+        budget.map_or(f64::INFINITY, |b| (b.as_secs_f64() * share - spent).max(0.0))
+    }
+
+    fn until(&self, share: f64) -> Option<Duration> {
+        let left = self.left(share);
+        left.is_finite().then(|| Duration::from_secs_f64(left))
+    }
+
+    /// What the first session has.
+    fn reached(&self) -> Vec<Subject> {
+        let mut reached: Vec<Subject> = { self.sessions.iter() }
+            .filter(|s| s.session == 0)
+            .map(|s| s.subject)
+            .collect();
+        reached.sort_unstable();
+        reached.dedup();
+        reached
+    }
+
+    /// One process: everything of `groups` that this session does not have yet.
+    fn job(&mut self, what: &str, session: u32, groups: Vec<Vec<Subject>>, limit: Option<Duration>) -> Result<()> {
+        let mut seen: Vec<Subject> = { self.sessions.iter() }
+            .filter(|s| s.session == session)
+            .map(|s| s.subject)
+            .collect();
+        let mut left = groups;
+        for group in &mut left {
+            group.retain(|subject| {
+                let is_new = !seen.contains(subject);
+                if is_new {
+                    seen.push(*subject);
+                }
+                is_new
+            });
+        }
+        let count: usize = left.iter().map(Vec::len).sum();
+        if count == 0 || limit.is_some_and(|l| l.is_zero()) {
+            return Ok(());
+        }
+        let job = Job {
+            session,
+            process: self.process,
+            seed: self.plan.seeds.seed(),
+            settings: self.plan.settings,
+            subjects: left,
+            networks: self.plan.networks.clone(),
+            limit,
+        };
+        self.process += 1;
+        self.progress.begin(what, count as u64, "timings");
+        let offset_s = self.before_s + self.begin.elapsed().as_secs_f64();
+        let (sessions, journal, progress) = (&mut self.sessions, &mut self.journal, self.progress);
+        let mut each = |mut done: Session| -> Result<()> {
+            done.at_s += offset_s;
+            journal.append(&done)?;
+            sessions.push(done);
+            progress.advance(1);
+            Ok(())
+        };
+        self.with.runner.run(&job, &self.tools, self.cancel, &mut each)?;
+        self.progress.end();
+        Ok(())
+    }
+}
+
+/// Keys where the fit is worst, a few at a time, until the first session's share of the time is over or they stop helping.
+fn adapt_rounds(run: &mut Run<'_>, adapts: &[bool], table: &[Key], heldout: &[Key], share: f64) -> Result<()> {
+    if run.plan.settings.budget.is_none() || !adapts.iter().any(|a| *a) {
+        return Ok(());
+    }
+    let block = run.plan.identity.block();
+    let mut progress = adapt::Stopping::default();
+    for round in 0.. {
+        let first: Vec<Session> = run.sessions.iter().filter(|s| s.session == 0).copied().collect();
+        let rows = gather::rows(&first);
+        let samples: Vec<_> = rows.iter().map(Row::sample).collect();
+        let fits = fit(&samples, block, 0.02);
+        // A round shorter than its process takes to begin is none.
+        if run.left(share) < 1.5 || progress.is_over(&fits) {
+            break;
+        }
+        let mut wishes = Vec::new();
+        for (probe, _) in run.tools.probes.iter().zip(adapts).filter(|(_, adapts)| **adapts) {
+            let mut rng = run.plan.seeds.stream(&format!("adapt {} {round}", probe.name()));
+            let seeds = table.iter().filter(|k| probe.measures(k)).count();
+            wishes.extend(probe.candidates(seeds + 20 * ROUND, &mut rng));
+        }
+        wishes.retain(|key| !heldout.contains(key) && !rows.iter().any(|r| r.key == *key));
+        let best = adapt::best(&wishes, &rows, &fits, block, ROUND);
+        if best.is_empty() {
+            break;
+        }
+        run.job("adding shapes", 0, vec![subjects(best.iter())], run.until(share))?;
+    }
+    Ok(())
 }

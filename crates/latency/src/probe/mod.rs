@@ -1,6 +1,7 @@
 //! What is timed: the [`Probe`] that kernels and runtimes register, and the loop that gathers their times. The only
 //! room with a clock.
 
+pub mod adapt;
 pub mod disk;
 pub mod gather;
 pub mod measure;
@@ -24,6 +25,15 @@ pub trait Probe {
 
     /// Whether it can measure this key.
     fn measures(&self, key: &Key) -> bool;
+
+    /// What a time of this key is the sum of, itself included: a slope whose copies bring a change of layout along holds that
+    /// too.
+    ///
+    /// # Errors
+    /// [`crate::Error::Probe`] with what failed.
+    fn parts(&self, key: &Key) -> Result<Vec<(Key, f64)>> {
+        Ok(vec![(*key, 1.0)])
+    }
 
     /// Builds what one key needs. `session` numbers independent builds of the same key: fresh allocations, fresh
     /// placement.

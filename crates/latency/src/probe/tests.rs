@@ -11,9 +11,10 @@ use cotk_run::seeds::Seeds;
 use rand::RngExt;
 
 use super::disk::DiskProbe;
-use super::gather::Settings;
-use super::measure::{Plan, Wanted, measure};
+use super::gather::{InProcess, Settings};
+use super::measure::{Plan, Wanted, With, measure};
 use super::memory::MemoryProbe;
+use super::rounds::Pace;
 use super::*;
 use crate::graph::Numerics;
 use crate::identity::Identity;
@@ -77,12 +78,24 @@ impl Prepared for Wait {
     }
 }
 
+const PACE: Pace = Pace {
+    rounds: 3,
+    slice: Duration::from_micros(50),
+    patience: Duration::ZERO,
+};
+
+const HERE: With<'static> = With {
+    runner: &InProcess,
+    networks: None,
+};
+
 fn plan() -> Plan {
     Plan {
         settings: Settings {
             sessions: 2,
-            rounds: 5,
-            slice: Duration::from_micros(50),
+            pace: PACE,
+            network_pace: PACE,
+            budget: None,
         },
         seeds: Seeds::new(7),
         quick: true,
@@ -90,6 +103,7 @@ fn plan() -> Plan {
         identity: Identity::here(BTreeMap::new()),
         cotk_version: "0".into(),
         commit: None,
+        networks: Vec::new(),
     }
 }
 
@@ -106,6 +120,7 @@ fn wanted(cancel_at: Option<(u32, Cancel)>) -> (Vec<Wanted>, Arc<AtomicU32>) {
             table: 20,
             heldout: 5,
             live: 4,
+            adapt: false,
         }],
         runs,
     )
@@ -115,7 +130,7 @@ fn wanted(cancel_at: Option<(u32, Cancel)>) -> (Vec<Wanted>, Arc<AtomicU32>) {
 fn a_machine_of_known_times_is_measured_fitted_and_judged() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path().join("machine");
-    let measured = measure(wanted(None).0, &plan(), &folder, &Cancel::new(), &Silent).unwrap();
+    let measured = measure(wanted(None).0, &plan(), HERE, &folder, &Cancel::new(), &Silent).unwrap();
     assert_eq!((measured.profile.rows.len(), measured.profile.heldout.len()), (20, 5));
     // Not that it is quiet here: only that rows are the keys' own times and not each other's.
     let ranks = |values: Vec<f64>| {
@@ -147,13 +162,13 @@ fn an_interrupted_measurement_goes_on_where_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path().join("machine");
     let cancel = Cancel::new();
-    let error = measure(wanted(Some((10, cancel.clone()))).0, &plan(), &folder, &cancel, &Silent)
+    let error = measure(wanted(Some((10, cancel.clone()))).0, &plan(), HERE, &folder, &cancel, &Silent)
         .err()
         .unwrap();
     assert!(matches!(error, Error::Run(cotk_run::Error::Cancelled)), "{error}");
     assert!(!folder.exists());
     let (again, runs) = wanted(None);
-    let measured = measure(again, &plan(), &folder, &Cancel::new(), &Silent).unwrap();
+    let measured = measure(again, &plan(), HERE, &folder, &Cancel::new(), &Silent).unwrap();
     assert!(measured.resumed >= 8, "{}", measured.resumed);
     // Two sessions a key and a third where they disagree; what the journal has is not run again.
     let most = 3 * (20 + 5) - u32::try_from(measured.resumed).unwrap();
@@ -165,7 +180,7 @@ fn an_interrupted_measurement_goes_on_where_it_was() {
         seeds: Seeds::new(8),
         ..plan()
     };
-    let measured = measure(wanted(None).0, &other, &folder, &Cancel::new(), &Silent).unwrap();
+    let measured = measure(wanted(None).0, &other, HERE, &folder, &Cancel::new(), &Silent).unwrap();
     assert_eq!(measured.resumed, 0);
 }
 

@@ -1,4 +1,4 @@
-//! `networks.jsonl`: whole networks that were timed, those behind the correction of sums and those that use has added. One
+//! `networks.jsonl`: whole networks that were timed, those that the fit has seen and those that use has added. One
 //! JSON object a line, `{"sum": checksum of the row's text, "row": …}`: an edited line is refused by its number.
 
 use std::path::Path as FilePath;
@@ -7,8 +7,13 @@ use cotk_run::files;
 use serde::{Deserialize, Serialize};
 
 use super::{FileMark, LIMIT_BYTES, Profile};
+use crate::fit::joint::Measured;
 use crate::graph::Graph;
+use crate::work::Block;
 use crate::{Error, Result};
+
+/// How much more a network counts that use has added.
+const FROM_USE: f64 = 4.0;
 
 /// One network that was timed as a whole.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -32,6 +37,19 @@ pub struct NetworkRow {
 }
 
 impl NetworkRow {
+    /// As a row of the fit; what use has added counts more, for it is what is asked for.
+    pub(crate) fn measured(&self, block: Block) -> Measured {
+        let spread = if self.median_us > 0.0 {
+            self.mad_us / self.median_us
+        } else {
+            1.0
+        };
+        Measured {
+            weight: if self.is_from_use { FROM_USE } else { 1.0 },
+            ..Measured::network(&self.graph, self.threads, block, self.median_us, spread)
+        }
+    }
+
     /// Whether both are times of the same network with the same threads, whatever its name.
     pub fn is_of(&self, graph: &Graph, threads: u32) -> bool {
         self.threads == threads
@@ -49,7 +67,7 @@ fn same_nodes(a: &Graph, b: &Graph) -> bool {
 }
 
 impl Profile {
-    /// Adds a network, in place of an older time of the same one. Fits stay as they are: see what corrects sums.
+    /// Adds a network, in place of an older time of the same one. Nothing is fitted anew: see [`Profile::refit`].
     pub fn learn(&mut self, row: NetworkRow) {
         match self
             .networks

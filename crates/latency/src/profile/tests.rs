@@ -4,7 +4,9 @@ use super::*;
 use crate::fit::fit;
 use crate::graph::Numerics;
 use crate::predict::CostModel;
-use crate::work::{AttentionKey, Context, ConvKey, DenseKey, ExpertKey, GlueKey, Heat, LinearKey, PlaneKey, ReadKey, Tier, Work};
+use crate::work::{
+    AttentionKey, Context, ConvKey, DenseKey, ExpertKey, GlueKey, Heat, LinearKey, PlaneKey, ReadKey, Tier, Work,
+};
 
 fn keys() -> Vec<Key> {
     let conv = |c, h, numerics, context| {
@@ -142,6 +144,8 @@ pub(crate) fn profile() -> Profile {
         },
         rows,
         fits,
+        calibrations: Vec::new(),
+        corrections: Vec::new(),
         heldout,
         networks: Vec::new(),
     }

@@ -1,7 +1,7 @@
 //! Cells of NAS-Bench-201 (Dong and Yang, 2020) as rows of numbers, and one source model a device: the public tables on which
 //! few-shot transfer is judged. Edges in the order 0→1, 0→2, 1→2, 0→3, 1→3, 2→3. Reads no file.
 
-use super::cholesky::{cholesky, solve};
+use crate::cholesky::{cholesky, solve};
 use crate::probe::quantile;
 
 /// Operation of each edge: 0 none, 1 identity, 2 1x1 convolution, 3 3x3 convolution, 4 3x3 average pooling.

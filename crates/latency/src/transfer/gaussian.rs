@@ -2,8 +2,8 @@
 //! kernels and noises by their marginal likelihood (Rasmussen and Williams, *Gaussian Processes for Machine Learning*,
 //! 2006, ch. 2 and 5). Knows no networks: rows of numbers.
 
-use super::cholesky::{cholesky, solve};
 use super::few_shot::Rows;
+use crate::cholesky::{cholesky, solve};
 
 /// Weights of sources and counts in the kernel.
 const KERNELS: [(f64, f64); 5] = [(1.0, 0.0), (1.0, 0.1), (1.0, 0.3), (1.0, 1.0), (0.1, 1.0)];

@@ -7,13 +7,13 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::cholesky::{cholesky, solve};
 use super::few_shot::Known;
 use crate::graph::{Graph, Numerics};
 use crate::identity::Identity;
 use crate::predict::{CostModel, Model};
 use crate::probe::{median, quantile};
 use crate::profile::Profile;
+use crate::scales::{self, Row};
 use crate::walk::operators;
 use crate::work::{Family, Key, Term, TermGroup, Work};
 use crate::{Error, Result};
@@ -62,7 +62,12 @@ impl Group {
             | Family::Read(_) => {
                 return None;
             }
-            Family::ConvInt8 | Family::DepthwiseInt8 => Numerics::Int8,
+            Family::ConvInt8
+            | Family::ConvInt8Pointwise
+            | Family::ConvInt8Patches
+            | Family::ConvInt8PatchesPointwise
+            | Family::DepthwiseInt8
+            | Family::DepthwiseInt8Plain => Numerics::Int8,
             Family::Session
             | Family::ConvBlocked
             | Family::ConvFromNchw
@@ -70,6 +75,9 @@ impl Group {
             | Family::DepthwiseBlocked
             | Family::DepthwisePlain
             | Family::ConvGrouped
+            | Family::ConvPointwise
+            | Family::ConvPatchesPointwise
+            | Family::PoolPlain
             | Family::Edge(_) => Numerics::F32,
             Family::ConvAlone(n)
             | Family::Linear(n)
@@ -83,7 +91,11 @@ impl Group {
         let is_light = term == Term::MegaMacsPointwise
             || matches!(
                 family,
-                Family::DepthwiseBlocked | Family::DepthwisePlain | Family::Linear(_)
+                Family::DepthwiseBlocked
+                    | Family::DepthwisePlain
+                    | Family::ConvPointwise
+                    | Family::ConvPatchesPointwise
+                    | Family::Linear(_)
             );
         Some(match term.group() {
             TermGroup::Launch if family == Family::Session => Self::Fixed,
@@ -160,6 +172,8 @@ impl Source {
         kept.head.identity = here.clone();
         // They correct sums of the source's.
         kept.networks.clear();
+        kept.corrections.clear();
+        kept.calibrations.clear();
         if kept.fits.is_empty() {
             return Err(Error::NotMeasured {
                 profile: from,
@@ -254,11 +268,15 @@ impl Source {
         }
         let ratios: Vec<f64> = rows.iter().map(|(parts, ms)| ms / parts.iter().sum::<f64>()).collect();
         let middle = median(&ratios);
-        let whole: Vec<([f64; GROUPS], f64)> = rows
+        let whole: Vec<Row> = rows
             .into_iter()
             .zip(&ratios)
             .filter(|(_, ratio)| (middle / BROKEN..=middle * BROKEN).contains(*ratio))
-            .map(|(row, _)| row)
+            .map(|((parts, ms), _)| Row {
+                parts: parts.to_vec(),
+                ms,
+                weight: 1.0,
+            })
             .collect();
         if whole.len() < 3 {
             return Err(Error::NotMeasured {
@@ -267,12 +285,20 @@ impl Source {
                 key: "a transfer".to_owned(),
             });
         }
+        // Near their common one: a group that none of the networks has stays there.
+        let prior = [median(
+            &whole
+                .iter()
+                .map(|row| 1.0 / row.ratio(&[1.0; GROUPS]))
+                .collect::<Vec<_>>(),
+        )
+        .ln(); GROUPS];
         let (doubt, ratios) = DOUBTS
             .iter()
-            .map(|&doubt| (doubt, left_out(&whole, doubt)))
-            .min_by(|a, b| rms(&a.1).total_cmp(&rms(&b.1)))
+            .map(|&doubt| (doubt, scales::left_out(&whole, &prior, doubt, whole.len())))
+            .min_by(|a, b| scales::misfit(&a.1).total_cmp(&scales::misfit(&b.1)))
             .expect("a list");
-        let scales = fit(&whole, doubt);
+        let scales = scales::fit(&whole, &prior, doubt);
         let mut off: Vec<f64> = ratios.iter().map(|r| r.ln().abs()).collect();
         off.sort_by(f64::total_cmp);
         #[expect(clippy::cast_precision_loss, reason = "ten or so")]
@@ -291,7 +317,7 @@ impl Source {
         Ok(self.scaled(&scales, transfer))
     }
 
-    fn scaled(&self, scales: &[f64; GROUPS], transfer: Transfer) -> Profile {
+    fn scaled(&self, scales: &[f64], transfer: Transfer) -> Profile {
         let mut profile = self.profile.clone();
         for row in &mut profile.rows {
             let key = row.key;
@@ -331,81 +357,6 @@ impl Source {
 const BROKEN: f64 = 10.0;
 /// How strongly scales are held together, tried by leave-one-out.
 const DOUBTS: [f64; 7] = [3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003];
-
-fn rms(ratios: &[f64]) -> f64 {
-    ratios.iter().map(|r| (r - 1.0).powi(2)).sum()
-}
-
-/// `predicted / measured` of each network when it is left out.
-fn left_out(rows: &[([f64; GROUPS], f64)], doubt: f64) -> Vec<f64> {
-    let ratio = |out: usize| {
-        let kept = [&rows[..out], &rows[out + 1..]].concat();
-        let (parts, ms) = &rows[out];
-        value(&fit(&kept, doubt), parts) / ms
-    };
-    (0..rows.len()).map(ratio).collect()
-}
-
-fn value(scales: &[f64; GROUPS], parts: &[f64; GROUPS]) -> f64 {
-    scales.iter().zip(parts).map(|(s, t)| s * t).sum()
-}
-
-/// `argmin Σ ((Σ_g s_g·t_g − y) / y)² + λ Σ_g (ln s_g − ln s̄)²`, s̄ the median of y / Σ t: Gauss and Newton in ln s with
-/// Levenberg's damping. A group that no network has stays at s̄.
-fn fit(rows: &[([f64; GROUPS], f64)], doubt: f64) -> [f64; GROUPS] {
-    let common = median(
-        &rows
-            .iter()
-            .map(|(parts, ms)| ms / parts.iter().sum::<f64>())
-            .collect::<Vec<_>>(),
-    )
-    .ln();
-    let cost = |logs: &[f64; GROUPS]| {
-        let scales = logs.map(f64::exp);
-        let misfit: f64 = rows
-            .iter()
-            .map(|(parts, ms)| (value(&scales, parts) / ms - 1.0).powi(2))
-            .sum();
-        misfit + doubt * logs.iter().map(|u| (u - common).powi(2)).sum::<f64>()
-    };
-    let mut logs = [common; GROUPS];
-    let mut damping = 1e-3;
-    for _ in 0..60 {
-        let scales = logs.map(f64::exp);
-        let mut gram = vec![vec![0.0; GROUPS]; GROUPS];
-        let mut down: Vec<f64> = logs.iter().map(|u| -doubt * (u - common)).collect();
-        for (parts, ms) in rows {
-            let residual = value(&scales, parts) / ms - 1.0;
-            let slopes: Vec<f64> = (0..GROUPS).map(|g| scales[g] * parts[g] / ms).collect();
-            for (i, slope) in slopes.iter().enumerate() {
-                down[i] -= slope * residual;
-                for (x, other) in gram[i].iter_mut().zip(&slopes) {
-                    *x += slope * other;
-                }
-            }
-        }
-        for (i, row) in gram.iter_mut().enumerate() {
-            row[i] += doubt + damping;
-        }
-        let Some(factor) = cholesky(&gram) else { break };
-        let step = solve(&factor, &down);
-        let mut next = logs;
-        next.iter_mut().zip(&step).for_each(|(u, s)| *u += s.clamp(-1.0, 1.0));
-        if cost(&next) < cost(&logs) {
-            logs = next;
-            damping = (damping / 4.0).max(1e-9);
-            if step.iter().all(|s| s.abs() < 1e-10) {
-                break;
-            }
-        } else {
-            damping *= 8.0;
-            if damping > 1e9 {
-                break;
-            }
-        }
-    }
-    logs.map(f64::exp)
-}
 
 /// A CNN operator with another number of threads; `None` for what is no part of a CNN.
 fn with_threads(key: &Key, threads: u32) -> Option<Key> {

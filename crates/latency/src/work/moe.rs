@@ -145,9 +145,19 @@ impl ExpertKey {
             }
         }
         let family = Family::Expert {
-            bits: self.bits,
-            planes: self.planes,
+            codes: self.bits != 16,
             heat: self.heat,
+        };
+        // What unpacking costs is each width's own; all else they share.
+        let unpacked = match (self.bits, self.planes) {
+            (2, 1) => Term::MegaWeightsB2,
+            (3, 1) => Term::MegaWeightsB3,
+            (4, 1) => Term::MegaWeightsB4,
+            (8, 1) => Term::MegaWeightsB8,
+            (4, 2) => Term::MegaWeightsB4P2,
+            (8, 2) => Term::MegaWeightsB8P2,
+            (8, 3) => Term::MegaWeightsB8P3,
+            _ => Term::MegaWeights,
         };
         Features::new(
             family,
@@ -155,7 +165,7 @@ impl ExpertKey {
             &[
                 (Term::Call, 1.0),
                 (Term::KernelCalls, rounds),
-                (Term::MegaWeights, rounds * passes * weights / 1e6),
+                (unpacked, rounds * passes * weights / 1e6),
                 (Term::MegaMacsPointwise, rounds * n * weights / 1e6),
                 (Term::KiloRows, rounds * passes * rows / 1e3),
                 (Term::KiloGroups, rounds * passes * groups / 1e3),

@@ -152,18 +152,26 @@ impl fmt::Display for Path {
             Family::DepthwiseBlocked => write!(f, "depthwise.blocked")?,
             Family::DepthwisePlain => write!(f, "depthwise.plain")?,
             Family::ConvGrouped => write!(f, "conv.grouped")?,
+            Family::ConvPointwise => write!(f, "conv.pointwise")?,
+            Family::ConvPatchesPointwise => write!(f, "conv.patches_pointwise")?,
             Family::ConvInt8 => write!(f, "conv.int8")?,
+            Family::ConvInt8Pointwise => write!(f, "conv.int8_pointwise")?,
+            Family::ConvInt8Patches => write!(f, "conv.int8_patches")?,
+            Family::ConvInt8PatchesPointwise => write!(f, "conv.int8_patches_pointwise")?,
+            Family::DepthwiseInt8Plain => write!(f, "depthwise.int8_plain")?,
             Family::DepthwiseInt8 => write!(f, "depthwise.int8")?,
             Family::Linear(n) => write!(f, "linear.{}", numerics_name(n))?,
             Family::Add(n) => write!(f, "add.{}", numerics_name(n))?,
+            Family::PoolPlain => write!(f, "pool.plain")?,
             Family::Pool(n) => write!(f, "pool.{}", numerics_name(n))?,
             Family::Entry(n) => write!(f, "entry.{}", numerics_name(n))?,
             Family::Edge(kind) => write!(f, "edge.{}", kind.name())?,
             Family::Window(kind, n) => write!(f, "pool_{}.{}", pool_name(kind), numerics_name(n))?,
             Family::Elementwise(kind, n) => write!(f, "{}.{}", kind.name(), numerics_name(n))?,
             Family::LowRank(n) => write!(f, "low_rank.{}", numerics_name(n))?,
-            Family::Expert { bits, planes, heat } => {
-                write!(f, "expert.b{bits}p{planes}.{}", heat_name(heat))?;
+            Family::Expert { codes, heat } => {
+                let weights = if codes { "codes" } else { "floats" };
+                write!(f, "expert.{weights}.{}", heat_name(heat))?;
             }
             Family::Dense { many, heat } => {
                 let shape = if many { "gemm" } else { "gemv" };
@@ -183,7 +191,7 @@ impl std::str::FromStr for Path {
     /// The inverse of `Display`.
     fn from_str(text: &str) -> Result<Self, String> {
         let fail = || format!("`{text}` is no kernel path");
-        let (family, threads) = text.rsplit_once("/t").ok_or_else(fail)?;
+        let (_, threads) = text.rsplit_once("/t").ok_or_else(fail)?;
         let threads = threads.parse().map_err(|_| fail())?;
         let simple = [
             Family::Session,
@@ -193,7 +201,14 @@ impl std::str::FromStr for Path {
             Family::DepthwiseBlocked,
             Family::DepthwisePlain,
             Family::ConvGrouped,
+            Family::PoolPlain,
+            Family::ConvPointwise,
+            Family::ConvPatchesPointwise,
             Family::ConvInt8,
+            Family::ConvInt8Pointwise,
+            Family::ConvInt8Patches,
+            Family::ConvInt8PatchesPointwise,
+            Family::DepthwiseInt8Plain,
             Family::DepthwiseInt8,
             Family::Glue,
         ];
@@ -215,6 +230,8 @@ impl std::str::FromStr for Path {
         let by_tier = [Tier::L2, Tier::L3, Tier::Memory, Tier::Disk, Tier::DiskBuffered].map(Family::Read);
         let by_heat = [Heat::Hot, Heat::Cold].into_iter().flat_map(|heat| {
             [
+                Family::Expert { codes: true, heat },
+                Family::Expert { codes: false, heat },
                 Family::Attention { heat },
                 Family::Dense { many: true, heat },
                 Family::Dense { many: false, heat },
@@ -228,19 +245,7 @@ impl std::str::FromStr for Path {
         {
             return Ok(path);
         }
-        // expert.b4p2.cold
-        let mut words = family.strip_prefix("expert.b").ok_or_else(fail)?.split(['p', '.']);
-        let mut number = || words.next().and_then(|w| w.parse().ok()).ok_or_else(fail);
-        let (bits, planes) = (number()?, number()?);
-        let heat = match words.next() {
-            Some("hot") => Heat::Hot,
-            Some("cold") => Heat::Cold,
-            _ => return Err(fail()),
-        };
-        Ok(Self {
-            family: Family::Expert { bits, planes, heat },
-            threads,
-        })
+        Err(fail())
     }
 }
 

@@ -10,6 +10,10 @@ use crate::profile::Row;
 use crate::profile::tests::profile;
 use crate::work::{ExpertKey, Heat};
 
+fn value(scales: &[f64], parts: &[f64]) -> f64 {
+    scales.iter().zip(parts).map(|(s, t)| s * t).sum()
+}
+
 /// Stem, `blocks` convolutions, mean, linear.
 fn net(width: u32, blocks: u32, kernel: u32, weights: Weights, is_depthwise: bool) -> Graph {
     let quant = (weights != Weights::F32).then_some(ActQuant {

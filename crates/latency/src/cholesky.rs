@@ -1,7 +1,7 @@
-//! The one factorisation that transfer needs: small dense positive definite systems. (`cotk-linalg` lies above this crate.)
+//! The one factorisation that this crate needs: small dense positive definite systems. (`cotk-linalg` lies above this crate.)
 
 /// Lower triangle `L` with `L·Lᵀ = K`, row by row; `None` when `K` is not positive definite.
-pub(super) fn cholesky(k: &[Vec<f64>]) -> Option<Vec<Vec<f64>>> {
+pub(crate) fn cholesky(k: &[Vec<f64>]) -> Option<Vec<Vec<f64>>> {
     let n = k.len();
     let mut l = vec![vec![0.0; n]; n];
     for i in 0..n {
@@ -22,7 +22,7 @@ pub(super) fn cholesky(k: &[Vec<f64>]) -> Option<Vec<Vec<f64>>> {
 }
 
 /// `x` with `L·Lᵀ·x = b`.
-pub(super) fn solve(l: &[Vec<f64>], b: &[f64]) -> Vec<f64> {
+pub(crate) fn solve(l: &[Vec<f64>], b: &[f64]) -> Vec<f64> {
     let n = b.len();
     let mut x = b.to_vec();
     for i in 0..n {

@@ -1,0 +1,494 @@
+//! Operators and whole networks as rows of one linear system: a network's counts are the sums of its operators' counts, so
+//! its time says what they cost *inside* a network, edges and launches included, without differences of noisy slopes. Other
+//! paths (experts, reads) are fitted one by one. Law: coefficients are never negative; what judges a row never saw it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Coefficient, PathFit, Sample, UNTESTED_LN, family, fit, nnls};
+use crate::graph::Graph;
+use crate::probe::{median, quantile};
+use crate::walk;
+use crate::work::{Block, Key, Path, Term};
+
+/// Something that was timed, as a sum of operators.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Measured {
+    /// The operator that the row is about; `None`: a whole network.
+    pub key: Option<Key>,
+    /// What the time holds, and how often.
+    pub parts: Vec<(Key, f64)>,
+    pub us: f64,
+    pub relative_spread: f64,
+    /// How much the row counts: 1, or more for what was measured because a prediction failed.
+    pub weight: f64,
+}
+
+impl Measured {
+    /// A row that is one operator and nothing else.
+    pub fn operator(sample: &Sample) -> Self {
+        Self {
+            key: Some(sample.key),
+            parts: vec![(sample.key, 1.0)],
+            us: sample.us,
+            relative_spread: sample.relative_spread,
+            weight: 1.0,
+        }
+    }
+
+    /// One inference of a network.
+    pub fn network(graph: &Graph, threads: u32, block: Block, us: f64, relative_spread: f64) -> Self {
+        Self {
+            key: None,
+            parts: walk::operators(graph, threads, block)
+                .into_iter()
+                .map(|key| (key, 1.0))
+                .collect(),
+            us,
+            relative_spread,
+            weight: 1.0,
+        }
+    }
+}
+
+/// How sure sums are for one number of threads, from networks that their own fit had not seen.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Calibration {
+    pub threads: u32,
+    /// Networks behind it.
+    pub networks: usize,
+    /// The spread of a sum is multiplied by this: nine in ten left-out networks then lie inside.
+    pub network_factor: f64,
+    /// Mean absolute percentage error on left-out networks.
+    pub network_mape_pct: f64,
+}
+
+/// All paths of a machine.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Fitted {
+    pub paths: Vec<PathFit>,
+    /// One for each number of threads that has networks enough.
+    pub calibrations: Vec<Calibration>,
+}
+
+impl Fitted {
+    /// The time of a row's own operator: what it measured less its other parts, never below a tenth of the whole. µs.
+    pub fn own_us(&self, row: &Measured, block: Block) -> f64 {
+        let Some(key) = row.key else { return row.us };
+        let us = |key: &Key| {
+            let features = key.features(block);
+            let path = self.paths.iter().find(|fit| fit.path == features.path);
+            path.map_or(0.0, |fit| fit.us(&features))
+        };
+        let (own, others): (Vec<_>, Vec<_>) = row.parts.iter().partition(|part| part.0 == key);
+        let times: f64 = own.iter().map(|part: &(Key, f64)| part.1).sum();
+        let others: f64 = others.iter().map(|(key, times)| times * us(key)).sum();
+        (row.us - others).max(0.1 * row.us) / if times > 0.0 { times } else { 1.0 }
+    }
+}
+
+/// Columns of the system, and one row of it.
+type Column = (Path, Term);
+type Row = Vec<(usize, f64)>;
+
+/// Ridge on columns of largest relative count 1: breaks ties between collinear terms.
+const RIDGE: f64 = 1e-4;
+/// Operators count less than networks: their slopes are differences, and there are more of them. Chosen by cross-validation
+/// over 160 networks and 825 operators (0.03: 4.1 %, 0.1: 3.8 %, 0.3: 3.7 %, 1: 4.1 % on left-out networks).
+const OPERATOR_WEIGHT: f64 = 0.3;
+/// What the timer and a slope cannot resolve.
+const RESOLUTION_US: f64 = 1.0;
+const FOLDS: u64 = 8;
+
+/// Fits everything that has rows.
+pub fn fit_all(measured: &[Measured], block: Block, noise_floor: f64) -> Fitted {
+    let is_cnn = |key: &Key| crate::predict::kind(key.path(block).family) == "cnn";
+    let (cnn, other): (Vec<&Measured>, Vec<&Measured>) = measured
+        .iter()
+        .filter(|m| m.us > 0.0 && m.us.is_finite())
+        .partition(|m| m.key.is_none_or(|key| is_cnn(&key)));
+    let samples = other.iter().filter_map(|m| {
+        Some(Sample {
+            key: m.key?,
+            us: m.us,
+            relative_spread: m.relative_spread,
+        })
+    });
+    let mut paths = fit(&samples.collect::<Vec<_>>(), block, noise_floor);
+    // Numbers of threads share no path: one system each.
+    let mut by_threads: BTreeMap<u32, Vec<&Measured>> = BTreeMap::new();
+    for row in cnn {
+        if let Some((key, _)) = row.parts.first() {
+            by_threads.entry(key.path(block).threads).or_default().push(row);
+        }
+    }
+    let mut calibrations = Vec::new();
+    for (threads, rows) in by_threads {
+        let (fits, judged) = fit_system(&rows, block, noise_floor);
+        paths.extend(fits);
+        calibrations.extend(calibrate(threads, &judged));
+    }
+    paths.sort_by_key(|fit| fit.path);
+    Fitted { paths, calibrations }
+}
+
+/// A left-out network: |ln(measured / predicted)| and the spread that its parts say.
+struct Judged {
+    error_ln: f64,
+    spread_ln: f64,
+}
+
+/// Nothing from fewer than ten: they say nothing about a ninth decile.
+fn calibrate(threads: u32, judged: &[Judged]) -> Option<Calibration> {
+    if judged.len() < 10 {
+        return None;
+    }
+    let ratios: Vec<f64> = judged.iter().map(|j| j.error_ln / j.spread_ln.max(1e-6)).collect();
+    let errors = judged.iter().map(|j| 1.0 - (-j.error_ln).exp());
+    #[expect(clippy::cast_precision_loss, reason = "counts of networks")]
+    let count = judged.len() as f64;
+    Some(Calibration {
+        threads,
+        networks: judged.len(),
+        // A little beyond the decile: that of a finite sample (conformal prediction).
+        network_factor: quantile(&ratios, (0.9 * (count + 1.0) / count).min(1.0)),
+        network_mape_pct: 100.0 * errors.sum::<f64>() / count,
+    })
+}
+
+struct System {
+    columns: Vec<Column>,
+    rows: Vec<Row>,
+    us: Vec<f64>,
+    weights: Vec<f64>,
+}
+
+impl System {
+    fn new(measured: &[&Measured], block: Block) -> Self {
+        let mut columns: BTreeMap<Column, usize> = BTreeMap::new();
+        let mut rows = Vec::with_capacity(measured.len());
+        for row in measured {
+            let mut sums: BTreeMap<usize, f64> = BTreeMap::new();
+            for (key, times) in &row.parts {
+                let features = key.features(block);
+                for &(term, count) in features.terms() {
+                    let next = columns.len();
+                    let at = *columns.entry((features.path, term)).or_insert(next);
+                    *sums.entry(at).or_default() += times * count;
+                }
+            }
+            rows.push(sums.into_iter().filter(|(_, count)| *count != 0.0).collect());
+        }
+        let mut in_order: Vec<(Column, usize)> = columns.into_iter().collect();
+        in_order.sort_by_key(|c| c.1);
+        let weight = |m: &&Measured| {
+            m.weight
+                * match m.key {
+                    None => 1.0,
+                    Some(_) => OPERATOR_WEIGHT * m.us / (m.us + RESOLUTION_US),
+                }
+        };
+        Self {
+            columns: in_order.into_iter().map(|c| c.0).collect(),
+            rows,
+            us: measured.iter().map(|m| m.us).collect(),
+            weights: measured.iter().map(weight).collect(),
+        }
+    }
+
+    /// µs per unit of each column from the chosen rows: relative errors, two rounds of Huber's weights, bias taken out.
+    fn solve(&self, chosen: &[usize]) -> Vec<f64> {
+        let n = self.columns.len();
+        let mut scales = vec![0.0f64; n];
+        for &row in chosen {
+            for &(column, count) in &self.rows[row] {
+                scales[column] = scales[column].max((count / self.us[row]).abs());
+            }
+        }
+        let mut weights: Vec<f64> = chosen.iter().map(|&row| self.weights[row]).collect();
+        let mut found = vec![0.0; n];
+        for round in 0..3 {
+            if round > 0 {
+                let errors: Vec<f64> = chosen
+                    .iter()
+                    .map(|&row| (self.predict(row, &found) / self.us[row] - 1.0).abs())
+                    .collect();
+                let bend = 1.5 * 1.48 * median(&errors);
+                for ((weight, &row), error) in weights.iter_mut().zip(chosen).zip(&errors) {
+                    let bent = *error > bend && bend > 0.0;
+                    *weight = self.weights[row] * if bent { (bend / error).sqrt() } else { 1.0 };
+                }
+            }
+            let mut gram = vec![vec![0.0; n]; n];
+            let mut right = vec![0.0; n];
+            for (&row, weight) in chosen.iter().zip(&weights) {
+                let square = weight * weight;
+                let scaled = |&(column, count): &(usize, f64)| (column, count / self.us[row] / scales[column]);
+                let cells: Vec<(usize, f64)> = self.rows[row].iter().map(scaled).collect();
+                for &(i, x) in &cells {
+                    right[i] += square * x;
+                    for &(j, y) in &cells {
+                        gram[i][j] += square * x * y;
+                    }
+                }
+            }
+            for (i, row) in gram.iter_mut().enumerate() {
+                row[i] += RIDGE;
+            }
+            let solved = nnls(&gram, &right);
+            let unscaled = solved.iter().zip(&scales);
+            found = unscaled.map(|(x, s)| if *s > 0.0 { x / s } else { 0.0 }).collect();
+        }
+        let ratios: Vec<f64> = chosen
+            .iter()
+            .map(|&row| (self.us[row] / self.predict(row, &found).max(1e-9)).ln())
+            .collect();
+        let bias = median(&ratios).clamp(-0.5, 0.5).exp();
+        found.iter_mut().for_each(|x| *x *= bias);
+        found
+    }
+
+    fn predict(&self, row: usize, coefficients: &[f64]) -> f64 {
+        self.rows[row]
+            .iter()
+            .map(|&(column, count)| coefficients[column] * count)
+            .sum()
+    }
+}
+
+fn fit_system(measured: &[&Measured], block: Block, noise_floor: f64) -> (Vec<PathFit>, Vec<Judged>) {
+    let system = System::new(measured, block);
+    let all: Vec<usize> = (0..measured.len()).collect();
+    let found = system.solve(&all);
+    // Families of operators and single networks leave together.
+    let fold = |index: usize| match measured[index].key {
+        Some(key) => cotk_run::files::checksum(family(&key).as_bytes()) % FOLDS,
+        None => index as u64 % FOLDS,
+    };
+    let mut left_out = vec![f64::NAN; measured.len()];
+    if measured.len() >= 3 * usize::try_from(FOLDS).expect("eight") {
+        for out in 0..FOLDS {
+            let (test, train): (Vec<usize>, Vec<usize>) = all.iter().partition(|&&i| fold(i) == out);
+            let without = system.solve(&train);
+            for row in test {
+                left_out[row] = system.predict(row, &without);
+            }
+        }
+    }
+    let error = |row: usize| (system.us[row] / left_out[row].max(1e-9)).ln().abs();
+    let mut by_path: BTreeMap<Path, Vec<f64>> = BTreeMap::new();
+    let mut rows_of: BTreeMap<Path, usize> = BTreeMap::new();
+    for &row in &all {
+        let Some(key) = measured[row].key else { continue };
+        let path = key.path(block);
+        *rows_of.entry(path).or_default() += 1;
+        if left_out[row].is_finite() {
+            by_path.entry(path).or_default().push(error(row));
+        }
+    }
+    let errors: Vec<f64> = by_path.values().flatten().copied().collect();
+    let typical = if errors.len() < 20 {
+        UNTESTED_LN
+    } else {
+        quantile(&errors, 0.9)
+    };
+    let mut paths: BTreeMap<Path, Vec<Coefficient>> = BTreeMap::new();
+    let ranges = ranges(measured, block);
+    for (&(path, term), &us_per_unit) in system.columns.iter().zip(&found) {
+        let (min, max) = ranges.get(&(path, term)).copied().unwrap_or((0.0, 0.0));
+        paths.entry(path).or_default().push(Coefficient {
+            term,
+            us_per_unit,
+            min,
+            max,
+        });
+    }
+    let fits: Vec<PathFit> = paths
+        .into_iter()
+        .map(|(path, coefficients)| {
+            let own = by_path.get(&path).map_or(&[][..], Vec::as_slice);
+            #[expect(clippy::cast_precision_loss, reason = "counts of rows")]
+            let (count, mape) = (own.len() as f64, own.iter().map(|e| 1.0 - (-e).exp()).sum::<f64>());
+            // A decile of few is no decile: what all paths say counts like ten rows of this one.
+            let decile = if own.is_empty() { typical } else { quantile(own, 0.9) };
+            let spread = (count * decile + 10.0 * typical) / (count + 10.0);
+            PathFit {
+                path,
+                coefficients,
+                rows: rows_of.get(&path).copied().unwrap_or(0),
+                cv_mape_pct: 100.0 * mape / count.max(1.0),
+                spread_ln: spread.max(noise_floor),
+            }
+        })
+        .collect();
+    let judged = all
+        .iter()
+        .filter(|&&row| measured[row].key.is_none() && left_out[row].is_finite())
+        .map(|&row| Judged {
+            error_ln: error(row),
+            spread_ln: crate::predict::sum_spread_ln(measured[row].parts.iter().filter_map(|(key, times)| {
+                let features = key.features(block);
+                let fit = fits.iter().find(|fit| fit.path == features.path)?;
+                Some((features.path, times * fit.us(&features), fit.spread_ln))
+            })),
+        })
+        .collect();
+    (fits, judged)
+}
+
+/// Smallest and largest count of one operator, by column.
+fn ranges(measured: &[&Measured], block: Block) -> BTreeMap<Column, (f64, f64)> {
+    let mut ranges: BTreeMap<Column, (f64, f64)> = BTreeMap::new();
+    for (key, _) in measured.iter().flat_map(|m| &m.parts) {
+        let features = key.features(block);
+        for &(term, count) in features.terms().iter().filter(|t| t.1 > 0.0) {
+            let range = ranges.entry((features.path, term)).or_insert((count, count));
+            *range = (range.0.min(count), range.1.max(count));
+        }
+    }
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::{Activation, Conv, Node, Op, RawGraph, Shape, Source, Weights};
+    use crate::work::Family;
+
+    const BLOCK: Block = Block(16);
+
+    /// A chain of convolutions with these widths, on `side` x `side`.
+    fn chain(widths: &[u32], side: u32) -> Graph {
+        let nodes = widths.windows(2).enumerate().map(|(index, pair)| Node {
+            name: format!("n{index}"),
+            op: Op::Conv(Conv {
+                cin: pair[0],
+                cout: pair[1],
+                kernel: 3,
+                stride: 1,
+                groups: 1,
+                activation: Activation::Relu,
+                weights: Weights::F32,
+            }),
+            inputs: vec![index.checked_sub(1).map_or(Source::Input, Source::Node)],
+            output: None,
+        });
+        let input = Shape {
+            batch: 1,
+            channels: widths[0],
+            height: side,
+            width: side,
+        };
+        Graph::new(RawGraph {
+            name: "chain".into(),
+            input,
+            input_quant: None,
+            nodes: nodes.collect(),
+        })
+        .unwrap()
+    }
+
+    /// A machine of which every count is known.
+    fn truth(key: &Key) -> f64 {
+        let features = key.features(BLOCK);
+        let cost = |term: Term| match term {
+            Term::Call => 1.0,
+            Term::MegaMacs => 25.0,
+            Term::EdgeKib => 0.02,
+            _ => 0.0,
+        };
+        features.terms().iter().map(|(term, count)| cost(*term) * count).sum()
+    }
+
+    fn networks() -> Vec<Measured> {
+        let mut rows = Vec::new();
+        for (i, c) in [16u32, 24, 32, 48, 64, 20, 36, 52, 80, 96].into_iter().enumerate() {
+            for side in [6, 8, 12, 16] {
+                let graph = chain(&[3, c, c, 8, c, 2 * c][..3 + i % 4], side);
+                let mut row = Measured::network(&graph, 1, BLOCK, 1.0, 0.01);
+                row.us = row.parts.iter().map(|(key, times)| times * truth(key)).sum();
+                rows.push(row);
+            }
+        }
+        rows
+    }
+
+    #[test]
+    fn whole_networks_say_what_their_operators_cost() {
+        let fitted = fit_all(&networks(), BLOCK, 0.01);
+        for row in [chain(&[3, 40, 40], 10), chain(&[3, 28, 28, 8, 56], 14)] {
+            let row = Measured::network(&row, 1, BLOCK, 1.0, 0.01);
+            let us = |key: &Key| {
+                let features = key.features(BLOCK);
+                let fit = fitted.paths.iter().find(|fit| fit.path == features.path).unwrap();
+                fit.us(&features)
+            };
+            let found: f64 = row.parts.iter().map(|(key, times)| times * us(key)).sum();
+            let expected: f64 = row.parts.iter().map(|(key, times)| times * truth(key)).sum();
+            assert!((found / expected).ln().abs() < 0.03, "{found} {expected}");
+        }
+        let families: Vec<Family> = fitted.paths.iter().map(|fit| fit.path.family).collect();
+        assert!(families.contains(&Family::ConvBlocked) && families.contains(&Family::Session));
+        assert!(
+            fitted
+                .paths
+                .iter()
+                .flat_map(|fit| &fit.coefficients)
+                .all(|c| c.us_per_unit >= 0.0)
+        );
+        let [calibration] = fitted.calibrations[..] else {
+            panic!("{:?}", fitted.calibrations)
+        };
+        assert_eq!((calibration.threads, calibration.networks), (1, 40));
+        assert!(calibration.network_mape_pct < 3.0, "{calibration:?}");
+    }
+
+    #[test]
+    fn a_slope_gives_back_what_is_not_its_own() {
+        let rows = networks();
+        let fitted = fit_all(&rows, BLOCK, 0.01);
+        let parts: Vec<(Key, f64)> = rows[0]
+            .parts
+            .iter()
+            .filter(|p| !matches!(p.0, Key::Session { .. }))
+            .copied()
+            .collect();
+        let us: f64 = parts.iter().map(|(key, times)| times * truth(key)).sum();
+        let key = parts
+            .iter()
+            .map(|p| p.0)
+            .find(|key| matches!(key, Key::Conv(c) if c.cin == 16))
+            .unwrap();
+        let row = Measured {
+            key: Some(key),
+            parts,
+            us,
+            relative_spread: 0.01,
+            weight: 1.0,
+        };
+        let own = fitted.own_us(&row, BLOCK);
+        assert!((own / truth(&key)).ln().abs() < 0.1, "{own} {}", truth(&key));
+    }
+
+    #[test]
+    fn what_counts_more_is_met_more_closely() {
+        let mut rows = networks();
+        let odd = rows[5].us * 1.3;
+        let error = |rows: &[Measured]| {
+            let fitted = fit_all(rows, BLOCK, 0.01);
+            let us = |key: &Key| {
+                let features = key.features(BLOCK);
+                let fit = fitted.paths.iter().find(|fit| fit.path == features.path).unwrap();
+                fit.us(&features)
+            };
+            let found: f64 = rows[5].parts.iter().map(|(key, times)| times * us(key)).sum();
+            (found / odd).ln().abs()
+        };
+        rows[5].us = odd;
+        let light = error(&rows);
+        rows[5].weight = 20.0;
+        assert!(error(&rows) < 0.8 * light);
+    }
+}
