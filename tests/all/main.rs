@@ -9,6 +9,7 @@ mod elf;
 mod gpu;
 mod interrupted;
 mod model;
+mod plan;
 mod program;
 mod recipes;
 mod search;

@@ -39,6 +39,14 @@ pub enum Error {
         found: String,
         expected: String,
     },
+    /// More of a network is unknown than was allowed: what a plan would say of it means little.
+    #[error("{file}: unknown operators are {share_pct:.0} % of it, at most {limit_pct:.0} % are allowed: {operators}")]
+    TooUnknown {
+        file: String,
+        operators: String,
+        share_pct: f64,
+        limit_pct: f64,
+    },
     /// Weights that do not fit their layer.
     #[error("weights of `{layer}`: {what}: found {found}, expected {expected}")]
     Weights {

@@ -13,6 +13,8 @@ use crate::{Error, Result};
 mod build;
 mod constant;
 mod convert;
+mod label;
+pub mod measure;
 mod moves;
 mod op;
 mod shapes;
@@ -67,6 +69,8 @@ pub struct Input {
 pub struct Node {
     /// Its name in the file; made from operator and place where it has none.
     pub name: String,
+    /// What people call it: the module that its weights belong to, else its name without what exporters put around it.
+    pub label: String,
     /// The operator in the file's words: `Conv`, `QLinearConv`, `com.example.Special`.
     pub op_type: String,
     /// What it does.

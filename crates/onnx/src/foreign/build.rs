@@ -9,7 +9,7 @@ use cotk_latency::graph::Numerics;
 use super::constant::{Constant, Element, fold, values};
 use super::shapes::{Inferred, Operand, Refusal, attribute, bounded, infer, refuse};
 use super::wire::{self, Dim};
-use super::{Edge, Input, Network, Node, Op, Options, Source};
+use super::{Edge, Input, Network, Node, Op, Options, Source, label};
 use crate::write::BITS_KEY;
 use crate::{Error, Result};
 
@@ -140,6 +140,7 @@ pub(super) fn network<'a>(file: &'a str, model: &'a wire::Model<'a>, options: Op
         return Err(wrong("nothing runs: no node depends on an input".into()));
     }
     builder.choose_numerics();
+    label::make_unique(&mut builder.nodes);
     // Files of our own say how many bits of their codes are used.
     for (key, bits) in &model.metadata {
         if let (Some(name), Ok(bits)) = (key.strip_prefix(BITS_KEY), bits.parse::<u32>())
@@ -423,6 +424,7 @@ impl<'a> Builder<'a> {
         let is_coded = is_linear_form || element.is_code() && !matches!(inferred.op, Op::Unknown | Op::Elementwise);
         self.nodes.push(Node {
             name: name.to_owned(),
+            label: label::of(node, name),
             op_type: if node.domain.is_empty() {
                 node.op.to_owned()
             } else {

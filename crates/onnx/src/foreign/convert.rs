@@ -59,7 +59,7 @@ impl Network {
 /// One node, or the two that onnxruntime makes of it.
 fn parts(node: &Node, inputs: Vec<Source>, at: usize) -> Vec<walk::Node> {
     let whole = |kind, inputs| walk::Node {
-        name: node.name.clone(),
+        name: node.label.clone(),
         kind,
         inputs,
         output: walk::Tensor {

@@ -205,3 +205,23 @@ fn the_walked_form_keeps_the_arithmetic() {
     };
     assert!((0.2..0.4).contains(&(bytes("tiny-qdq") as f64 / bytes("tiny") as f64)));
 }
+
+#[test]
+fn layers_have_the_names_of_their_modules() {
+    let labels = |name: &str| -> Vec<String> { at(name, 1).nodes.into_iter().map(|n| n.label).collect() };
+    let has = |name: &str, label: &str| {
+        let labels = labels(name);
+        assert!(labels.iter().any(|l| l == label), "{name}: {label} of {labels:?}");
+    };
+    has("resnet18", "layer4.0.conv2");
+    has("mobilenet-v3-small", "features.4.block.1.0");
+    has("tiny", "head");
+    has("tiny-qdq", "head");
+    for name in expected().as_object().unwrap().keys() {
+        let mut labels = labels(name);
+        let count = labels.len();
+        labels.sort();
+        labels.dedup();
+        assert_eq!(labels.len(), count, "{name}");
+    }
+}
