@@ -8,8 +8,8 @@ use cotk_run::files;
 
 use crate::{DataError, Result, locate};
 
-/// The archive needs about 9 MiB to unpack.
-const XZ_MEMORY_BYTES: u64 = 64 << 20;
+/// The archive needs 65 MiB to unpack.
+const XZ_MEMORY_BYTES: u64 = 256 << 20;
 /// More than four times the published table.
 const LIMIT_BYTES: u64 = 1 << 24;
 
