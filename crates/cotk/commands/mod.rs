@@ -13,11 +13,14 @@ pub mod check;
 pub mod compress;
 pub mod eval;
 mod eval_tasks;
+pub mod export;
 pub mod gpu_check;
 pub mod inspect;
 pub mod logits;
 pub mod plan;
+pub mod plan_moe;
 pub mod profile;
+mod profile_worker;
 pub mod run;
 pub mod search;
 pub mod serve;
@@ -66,6 +69,7 @@ pub enum Command {
     Eval(eval::Args),
     Logits(logits::Args),
     Compress(compress::Args),
+    Export(export::Args),
     Serve(serve::Args),
     Profile(profile::Args),
     Plan(plan::Args),
@@ -101,6 +105,7 @@ impl Command {
             Self::Eval(_) => "eval",
             Self::Logits(_) => "logits",
             Self::Compress(_) => "compress",
+            Self::Export(_) => "export",
             Self::Serve(_) => "serve",
             Self::Profile(_) => "profile",
             Self::Plan(_) => "plan",
@@ -123,6 +128,7 @@ pub fn run(command: &Command, cx: &Context) -> Result<Outcome, Fault> {
         Command::Eval(args) => eval::run(args, cx),
         Command::Logits(args) => logits::run(args, cx),
         Command::Compress(args) => compress::run(args, cx),
+        Command::Export(args) => export::run(args, cx),
         Command::Serve(args) => serve::run(args, cx),
         Command::Profile(args) => profile::run(args, cx),
         Command::Plan(args) => plan::run(args, cx),

@@ -6,13 +6,15 @@ use std::path::PathBuf;
 
 use cotk_latency::identity::Identity;
 use cotk_latency::probe::disk::DiskProbe;
-use cotk_latency::probe::gather::Settings;
-use cotk_latency::probe::measure::{Plan, Wanted, measure};
+use cotk_latency::probe::NetworkProbe;
+use cotk_latency::probe::gather::{Settings, Threaded};
+use cotk_latency::probe::measure::{Plan, Wanted, With, measure};
 use cotk_latency::probe::memory::MemoryProbe;
 use cotk_latency::profile::{self, Profile, Purpose, Verdict};
 use cotk_latency::walk::operators;
 use cotk_latency::work::{Block, Context as Place, ConvKey, EdgeKey, ElementwiseKey, Key, PlaneKey, PoolKey, Tier};
 use cotk_onnx::probe::OnnxProbe;
+use cotk_onnx::zoo::{OnnxNetworks, random_networks};
 use cotk_run::recipe::{Source, parse};
 use cotk_run::units::significant;
 use cotk_runtime::mix::Cpu;
@@ -22,6 +24,7 @@ use cotk_search::recipe::Recipe;
 use cotk_search::space::Space;
 use serde_json::json;
 
+use crate::commands::profile_worker::{Processes, worker};
 use crate::commands::search::RECIPES;
 use crate::context::{Context, Outcome};
 use crate::fault::Fault;
@@ -34,7 +37,7 @@ use crate::table::Table;
     after_help = "Examples:\n  cotk profile --quick\n  cotk profile --for recipes/quickstart.toml\n\nInterrupted at any moment, the same command goes on where it was."
 )]
 pub struct Args {
-    /// Only what the recipe's networks need, two sessions each: under a minute
+    /// Only what the recipe's networks need, three sessions each: a minute
     #[arg(long)]
     pub quick: bool,
     /// Folder to write (default: ./profiles/MACHINE in a checkout of cotk, else the user's data folder)
@@ -46,6 +49,9 @@ pub struct Args {
     /// Mark it as a reference: usable anywhere, to compare predictions between commits
     #[arg(long)]
     pub reference: bool,
+    /// One process of a measurement: `cotk profile` starts them itself
+    #[arg(long, hide = true)]
+    pub worker: bool,
 }
 
 /// Measures, writes, reports.
@@ -53,6 +59,9 @@ pub struct Args {
 /// # Errors
 /// A recipe that does not parse, a folder that cannot be written, an operator that cannot run; interrupted.
 pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
+    if args.worker {
+        return worker(cx);
+    }
     if cx.profile.is_some() {
         return Err(Fault::usage(
             "--profile names a profile to read, and this command writes one",
@@ -84,7 +93,8 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         probe: Box::new(MemoryProbe::new(one_and(threads), identity.cache_bytes)),
         table: usize::MAX,
         heldout: 0,
-        live: 1,
+        live: live("memory"),
+        adapt: false,
     });
     let parent = folder
         .parent()
@@ -106,8 +116,23 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         identity,
         cotk_version: env!("CARGO_PKG_VERSION").to_owned(),
         commit: (!commit.is_empty()).then(|| commit.to_owned()),
+        networks: networks(cx, threads, version.is_some(), args.quick),
     };
-    let measured = measure(wanted, &plan, &folder, &cx.cancel, &cx.ui).map_err(latency)?;
+    let with = With {
+        runner: &Processes {
+            threads,
+            block: plan.identity.block(),
+            cache_bytes: plan.identity.cache_bytes,
+        },
+        networks: version.is_some().then_some(&OnnxNetworks as &dyn NetworkProbe),
+    };
+    let measured = measure(wanted, &plan, with, &folder, &cx.cancel, &cx.ui).map_err(latency)?;
+    if measured.left_out > 0 {
+        warnings.push(format!(
+            "{} keys were left out: there was no time for them",
+            measured.left_out
+        ));
+    }
     let profile = measured.profile;
     if measured.resumed > 0 {
         warnings.push(format!("went on: {} timings were taken before", measured.resumed));
@@ -137,12 +162,15 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         "noise_floor_pct": noise.floor_pct,
         "timings": profile.rows.len(),
         "heldout": summary,
+        "networks": profile.networks.len(),
+        "left_out": measured.left_out,
         "seconds": profile.head.provenance.seconds,
     });
     let mut text = table(&profile, threads);
     text.push_str(&format!(
-        "\n{} timings in {} s, noise floor {} % ({:?}), written to {}\n",
+        "\n{} timings and {} networks in {} s, noise floor {} % ({:?}), written to {}\n",
         profile.rows.len(),
+        profile.networks.len(),
         significant(profile.head.provenance.seconds, 3),
         significant(noise.floor_pct, 2),
         noise.verdict,
@@ -163,8 +191,33 @@ fn latency(error: cotk_latency::Error) -> Fault {
     SearchError::Latency(error).into()
 }
 
+/// Keys of a probe that are prepared at once.
+pub(crate) fn live(probe: &str) -> usize {
+    match probe {
+        "onnx" => 12,
+        "memory" | "disk" => 1,
+        _ => 3,
+    }
+}
+
+/// Whole networks beside the table: what sums of operators are corrected by. Mostly with one thread.
+fn networks(cx: &Context, threads: u32, has_runtime: bool, quick: bool) -> Vec<Threaded> {
+    let count = match (has_runtime, quick) {
+        (false, _) => 0,
+        (true, true) => 16,
+        (true, false) => 160,
+    };
+    let drawn = random_networks(count, &[], &mut cx.seeds(0).stream("networks of a profile"));
+    let pair = |(at, (_, graph)): (usize, (_, _))| Threaded {
+        graph,
+        // Every fifth with all threads; four kinds in turn, so that each kind has some.
+        threads: if at % 5 == 4 { threads } else { 1 },
+    };
+    drawn.into_iter().enumerate().map(pair).collect()
+}
+
 /// 1 and N.
-fn one_and(threads: u32) -> Vec<u32> {
+pub(crate) fn one_and(threads: u32) -> Vec<u32> {
     if threads > 1 { vec![1, threads] } else { vec![1] }
 }
 
@@ -213,9 +266,10 @@ fn cnn(keys: Vec<Key>, threads: u32, block: Block, quick: bool) -> Result<Wanted
     let seeds = probe.seeds();
     Ok(Wanted {
         probe: Box::new(probe),
-        table: seeds + if quick { 12 } else { 160 },
+        table: seeds + if quick { 24 } else { 160 },
         heldout: if quick { 12 } else { 60 },
-        live: 12,
+        live: live("onnx"),
+        adapt: true,
     })
 }
 
@@ -271,9 +325,10 @@ fn engine(threads: u32, cache_bytes: u64, quick: bool) -> Result<Wanted, Fault> 
     let seeds = probe.seeds().len();
     Ok(Wanted {
         probe: Box::new(probe),
-        table: seeds + if quick { 0 } else { 400 },
+        table: seeds + if quick { 0 } else { 120 },
         heldout: if quick { 0 } else { 60 },
-        live: 3,
+        live: live("engine"),
+        adapt: true,
     })
 }
 
@@ -292,7 +347,8 @@ fn disk(folder: &std::path::Path, quick: bool) -> Result<Wanted, Fault> {
         probe: Box::new(probe),
         table: usize::MAX,
         heldout: 0,
-        live: 1,
+        live: live("disk"),
+        adapt: false,
     })
 }
 

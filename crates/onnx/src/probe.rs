@@ -8,25 +8,29 @@ use cotk_latency::graph::{
     Activation, Conv, Graph, Linear, Node, Numerics, Op, RawGraph, Shape, Source, WeightBits, Weights,
 };
 use cotk_latency::probe::{Prepared, Probe, refused};
-use cotk_latency::work::{Block, Context, ConvKey, EdgeKey, EdgeKind, Key, PlaneKey};
+use cotk_latency::walk;
+use cotk_latency::work::{Block, Context, ConvKey, EdgeKey, EdgeKind, ElementwiseKind, Key, LowRankKey, PlaneKey};
 use cotk_run::seeds::{Seeds, Stream};
 use ort::value::Tensor;
-use rand::RngExt;
-use rand::seq::IndexedRandom;
 
 use crate::session::Session;
 use crate::write::to_onnx_with_outputs;
 use crate::zoo::{RELU, SIGNED, random_weights, uniform};
 use crate::{Error, Result};
 
+mod draw;
+mod passes;
+
 /// Copies in the long model; the short one has 1.
 const COPIES: usize = 5;
 
-/// Times sessions, convolutions, linear layers, sums, pools and entries.
+/// Times sessions, convolutions, triples, linear layers, sums, pools, entries and edges.
 #[derive(Debug, Clone)]
 pub struct OnnxProbe {
     seeds: Vec<Key>,
     block: Block,
+    /// Numbers of threads that draws have.
+    threads: Vec<u32>,
 }
 
 impl OnnxProbe {
@@ -39,7 +43,17 @@ impl OnnxProbe {
         crate::runtime::library()?;
         let mut seen = std::collections::HashSet::new();
         seeds.retain(|key| is_ours(key) && seen.insert(*key));
-        Ok(Self { seeds, block })
+        Ok(Self {
+            seeds,
+            block,
+            threads: vec![1],
+        })
+    }
+
+    /// Draws keys with these numbers of threads, the first one mostly.
+    #[must_use]
+    pub fn with_threads(self, threads: Vec<u32>) -> Self {
+        Self { threads, ..self }
     }
 
     /// What the long model of a key has more than its short one, by operator of the optimized graph: the kernels that its
@@ -66,10 +80,33 @@ impl OnnxProbe {
 
 fn is_ours(key: &Key) -> bool {
     match key {
-        Key::Session { .. } | Key::Conv(_) | Key::Linear(_) => true,
+        Key::Session { .. } | Key::Conv(_) | Key::Linear(_) | Key::LowRank(_) => true,
         Key::Add(_) | Key::GlobalAvgPool(_) | Key::Entry(_) => true,
-        Key::Edge(e) => matches!(e.kind, EdgeKind::ReorderIn | EdgeKind::Quantize),
-        _ => false,
+        // Others stand beside an operator in whatever network they are in: whole networks say what they take.
+        Key::Edge(e) => match e.kind {
+            EdgeKind::ReorderIn | EdgeKind::Quantize => true,
+            EdgeKind::ReorderOut => e.channels.is_multiple_of(4) && e.channels >= 16,
+            EdgeKind::Dequantize | EdgeKind::TransposeInt8 | EdgeKind::TransposeF32 | EdgeKind::View => false,
+        },
+        // In a chain: a stride would change the shape.
+        Key::Pool(p) => p.numerics == Numerics::F32 && p.stride == 1,
+        Key::Elementwise(e) => e.numerics == Numerics::F32 && e.kind != ElementwiseKind::Concat,
+        Key::Expert(_) | Key::Dense(_) | Key::Attention(_) | Key::Glue(_) | Key::Read(_) => false,
+    }
+}
+
+/// Cores that a key keeps busy.
+fn threads(key: &Key) -> u32 {
+    match *key {
+        Key::Session { threads } => threads,
+        Key::Conv(c) => c.threads,
+        Key::Linear(l) => l.threads,
+        Key::Add(p) | Key::GlobalAvgPool(p) | Key::Entry(p) => p.threads,
+        Key::Edge(e) => e.threads,
+        Key::LowRank(l) => l.conv.threads,
+        Key::Pool(p) => p.threads,
+        Key::Elementwise(e) => e.threads,
+        Key::Expert(_) | Key::Dense(_) | Key::Attention(_) | Key::Glue(_) | Key::Read(_) => 1,
     }
 }
 
@@ -80,39 +117,14 @@ impl Probe for OnnxProbe {
 
     fn candidates(&self, count: usize, rng: &mut Stream) -> Vec<Key> {
         let mut keys: Vec<Key> = self.seeds.iter().copied().take(count).collect();
-        let convs: Vec<ConvKey> = self
-            .seeds
-            .iter()
-            .filter_map(|k| if let Key::Conv(c) = k { Some(*c) } else { None })
-            .collect();
-        let dense: Vec<ConvKey> = convs.into_iter().filter(|c| c.groups == 1).collect();
+        let mut draw = draw::Draw::new(&self.seeds, self.block, &self.threads, rng);
+        let mut seen: std::collections::HashSet<Key> = keys.iter().copied().collect();
         let mut tries = 0;
-        while keys.len() < count && !dense.is_empty() && tries < 100 * count {
+        while keys.len() < count && tries < 100 * count {
             tries += 1;
-            let mut key = *dense.choose(rng).expect("not empty");
-            // Image channels stay; others move by up to half, mostly to multiples of four and of the block.
-            let mut moved = |channels: u32| {
-                let wish = f64::from(channels) * rng.random_range(0.6..1.6);
-                let step = match rng.random_range(0..20) {
-                    0..9 => 4,
-                    9..17 => self.block.0,
-                    _ => 1,
-                };
-                #[expect(
-                    clippy::cast_possible_truncation,
-                    clippy::cast_sign_loss,
-                    reason = "channels are few"
-                )]
-                let rounded = (wish / f64::from(step)).round().max(1.0) as u32 * step;
-                rounded
-            };
-            let same = key.cin == key.cout && key.stride == 1;
-            if key.cin > 4 {
-                key.cin = moved(key.cin);
-            }
-            key.cout = if same { key.cin } else { moved(key.cout) };
-            if !keys.contains(&Key::Conv(key)) {
-                keys.push(Key::Conv(key));
+            let key = draw.key();
+            if is_ours(&key) && seen.insert(key) {
+                keys.push(key);
             }
         }
         keys
@@ -122,18 +134,41 @@ impl Probe for OnnxProbe {
         is_ours(key)
     }
 
+    fn parts(&self, key: &Key) -> cotk_latency::Result<Vec<(Key, f64)>> {
+        let fail = |e: Error| refused("onnx", key, &e.to_string());
+        let mut parts: BTreeMap<Key, f64> = BTreeMap::new();
+        for (weight, model) in self.models(key).map_err(fail)? {
+            // A chain of passes is passes alone; what is timed alone stands for itself, session and edges included.
+            let Model::Chain(chain) = model else {
+                return Ok(vec![(*key, 1.0)]);
+            };
+            let graph = chain.graph().map_err(fail)?;
+            let mut network = walk::Network::from(&graph);
+            network.outputs = chain.outputs.iter().map(|&at| Source::Node(at)).collect();
+            for part in walk::walk(&network, threads(key), self.block).keys() {
+                *parts.entry(part).or_default() += weight;
+            }
+        }
+        if matches!(
+            key,
+            Key::Session { .. }
+                | Key::Conv(ConvKey {
+                    context: Context::Alone,
+                    ..
+                })
+        ) {
+            return Ok(vec![(*key, 1.0)]);
+        }
+        parts.retain(|_, weight| weight.abs() > 1e-9);
+        Ok(parts.into_iter().collect())
+    }
+
     fn prepare(&self, key: &Key, session: u32) -> cotk_latency::Result<Box<dyn Prepared>> {
         let models = self.models(key).map_err(|e| refused("onnx", key, &e.to_string()))?;
-        let threads = match *key {
-            Key::Session { threads } => threads,
-            Key::Conv(c) => c.threads,
-            Key::Linear(l) => l.threads,
-            Key::Add(p) | Key::GlobalAvgPool(p) | Key::Entry(p) => p.threads,
-            Key::Edge(e) => e.threads,
-            _ => 1,
-        };
+        let threads = threads(key);
         let open = |(weight, model): (f64, Model)| -> Result<(f64, Session, Tensor<f32>)> {
-            let session = model.open(threads, u64::from(session))?;
+            let bytes = model.bytes(u64::from(session))?;
+            let session = Session::from_bytes("probe", &bytes, threads as usize)?;
             let input = uniform(session.input_len(), 1.0, &mut Seeds::new(1).stream("input"));
             let input = session.input(&input)?;
             Ok((weight, session, input))
@@ -171,8 +206,24 @@ impl Prepared for Pieces {
     }
 }
 
+/// One thing that runs as a piece of a key.
+enum Model {
+    Chain(Chain),
+    /// An ONNX file.
+    Pass(Vec<u8>),
+}
+
+impl Model {
+    fn bytes(self, seed: u64) -> Result<Vec<u8>> {
+        match self {
+            Self::Chain(chain) => chain.bytes(seed),
+            Self::Pass(bytes) => Ok(bytes),
+        }
+    }
+}
+
 /// A graph under construction whose listed nodes are outputs.
-struct Model {
+struct Chain {
     input: Shape,
     numerics: Numerics,
     nodes: Vec<Node>,
@@ -192,35 +243,45 @@ impl Line {
 }
 
 impl OnnxProbe {
+    /// Whether one more copy in a chain is one more operator and nothing else. Few f32 channels are read unblocked and
+    /// written blocked: between two such there is a reorder.
+    fn chains(&self, c: &ConvKey) -> bool {
+        let reorders = c.numerics == Numerics::F32 && c.groups == 1 && c.cin < self.block.0;
+        c.cin == c.cout && c.stride == 1 && !reorders
+    }
+
     fn models(&self, key: &Key) -> Result<Vec<(f64, Model)>> {
         Ok(match *key {
             Key::Session { .. } => vec![(1.0, empty())],
             Key::Conv(c) if c.context == Context::Alone => {
-                let mut model = Model::new(input(&c), c.numerics);
+                let mut model = Chain::new(input(&c), c.numerics);
                 let out = model.conv(Source::Input, op(&c));
                 model.outputs = vec![out];
-                vec![(1.0, model)]
+                vec![(1.0, Model::Chain(model))]
             }
-            Key::Conv(c) if c.cin == c.cout && c.stride == 1 => chain(c).slope(1.0).into(),
+            Key::Conv(c) if self.chains(&c) => chain(c).slope(1.0).into(),
             Key::Conv(c) => {
-                let out = output(&c);
-                let pool = PlaneKey {
-                    batch: c.batch,
-                    channels: c.cout,
-                    height: out.height,
-                    width: out.width,
-                    numerics: c.numerics,
-                    threads: c.threads,
-                };
-                let mut models: Vec<(f64, Model)> = fan(c, self.block).slope(1.0).into();
-                models.extend(pool_models(&pool, -1.0, self.block));
+                let mut models: Vec<(f64, Model)> = fan(vec![c], self.block).slope(1.0).into();
+                models.extend(pool_models(&pool_behind(&c), -1.0, self.block));
                 models
             }
+            Key::LowRank(l) if l.conv.cin == l.conv.cout && l.conv.stride == 1 => triples(l).slope(1.0).into(),
+            Key::LowRank(l) => {
+                let mut models: Vec<(f64, Model)> = fan(l.parts().into(), self.block).slope(1.0).into();
+                models.extend(pool_models(&pool_behind(&l.conv), -1.0, self.block));
+                models
+            }
+            Key::Pool(p) => Line(Box::new(move |copies| Model::Pass(passes::pool(&p, copies))))
+                .slope(1.0)
+                .into(),
+            Key::Elementwise(e) => Line(Box::new(move |copies| Model::Pass(passes::elementwise(&e, copies))))
+                .slope(1.0)
+                .into(),
             Key::GlobalAvgPool(p) => pool_models(&p, 1.0, self.block),
             Key::Add(p) => {
                 let carrier = pointwise(&p, p.channels);
                 let with_sums = Line(Box::new(move |copies| {
-                    let mut model = Model::new(input(&carrier), carrier.numerics);
+                    let mut model = Chain::new(input(&carrier), carrier.numerics);
                     let mut x = Source::Node(model.conv(Source::Input, op(&carrier)));
                     for _ in 0..copies {
                         let mut inner = op(&carrier);
@@ -229,7 +290,7 @@ impl OnnxProbe {
                         x = Source::Node(model.push(Op::Add(Activation::Relu), vec![Source::Node(conv), x]));
                     }
                     model.outputs = vec![model.nodes.len() - 1];
-                    model
+                    Model::Chain(model)
                 }));
                 let mut models: Vec<(f64, Model)> = with_sums.slope(1.0).into();
                 models.extend(chain(carrier).slope(-1.0));
@@ -243,7 +304,7 @@ impl OnnxProbe {
                     width: 1,
                 };
                 let line = Line(Box::new(move |copies| {
-                    let mut model = Model::new(shape, l.numerics);
+                    let mut model = Chain::new(shape, l.numerics);
                     for _ in 0..copies {
                         let linear = Linear {
                             inputs: l.inputs,
@@ -255,16 +316,22 @@ impl OnnxProbe {
                         model.nodes[at].output = None; // the last layer gives f32
                         model.outputs.push(at);
                     }
-                    model
+                    Model::Chain(model)
                 }));
                 line.slope(1.0).into()
             }
             Key::Entry(p) => {
                 // What is left of one call when its copies and its session are taken off.
-                let line = fan(pointwise(&p, self.block.0), Block(u32::MAX));
+                let line = fan(vec![pointwise(&p, self.block.0)], Block(u32::MAX));
                 let mut models: Vec<(f64, Model)> = line.slope(-1.0).into();
                 models[1].0 += 1.0;
                 models.push((-1.0, empty()));
+                models
+            }
+            Key::Edge(e) if e.kind == EdgeKind::ReorderOut => {
+                let carrier = pointwise(&edge_plane(&e, Numerics::F32), e.channels);
+                let mut models: Vec<(f64, Model)> = outputs(carrier, self.block).slope(1.0).into();
+                models.extend(chain(carrier).slope(-1.0));
                 models
             }
             Key::Edge(e) if is_ours(key) => {
@@ -306,16 +373,20 @@ fn empty() -> Model {
         height: 1,
         width: 1,
     };
-    let mut model = Model::new(shape, Numerics::F32);
+    let mut model = Chain::new(shape, Numerics::F32);
     let sum = model.push(Op::Add(Activation::None), vec![Source::Input; 2]);
     model.outputs = vec![sum];
-    model
+    Model::Chain(model)
 }
 
-/// A pool behind a 1x1 convolution, less that convolution.
+/// A pool behind a 1x1 convolution, less that convolution. Fewer f32 channels than a block are pooled as a block.
 fn pool_models(p: &PlaneKey, times: f64, block: Block) -> Vec<(f64, Model)> {
-    let carrier = pointwise(p, p.channels);
-    let mut models: Vec<(f64, Model)> = fan(carrier, block).slope(times).into();
+    let channels = match p.numerics {
+        Numerics::F32 => p.channels.max(block.0),
+        Numerics::Int8 => p.channels,
+    };
+    let carrier = pointwise(&PlaneKey { channels, ..*p }, channels);
+    let mut models: Vec<(f64, Model)> = fan(vec![carrier], block).slope(times).into();
     models.extend(chain(carrier).slope(-times));
     models
 }
@@ -340,33 +411,76 @@ fn pointwise(p: &PlaneKey, cout: u32) -> ConvKey {
 /// Copies one behind the other.
 fn chain(c: ConvKey) -> Line {
     Line(Box::new(move |copies| {
-        let mut model = Model::new(input(&c), c.numerics);
+        let mut model = Chain::new(input(&c), c.numerics);
         let mut x = Source::Input;
         for _ in 0..copies {
             x = Source::Node(model.conv(x, op(&c)));
         }
         model.outputs = vec![model.nodes.len() - 1];
-        model
+        Model::Chain(model)
     }))
 }
 
-/// Copies beside each other, each into a pool. Where the input would be blocked, a 1x1 convolution blocks it for all.
-fn fan(c: ConvKey, block: Block) -> Line {
+/// The same for triples.
+fn triples(l: LowRankKey) -> Line {
     Line(Box::new(move |copies| {
-        let mut model = Model::new(input(&c), c.numerics);
+        let mut model = Chain::new(input(&l.conv), l.conv.numerics);
         let mut x = Source::Input;
-        if c.cin >= block.0 {
-            let mut stem = op(&c);
-            (stem.cout, stem.kernel, stem.stride, stem.groups) = (c.cin, 1, 1, 1);
-            x = Source::Node(model.conv(x, stem));
-        }
         for _ in 0..copies {
-            let conv = model.conv(x, op(&c));
-            let pool = model.push(Op::GlobalAvgPool, vec![Source::Node(conv)]);
+            x = model.row(x, &l.parts());
+        }
+        model.outputs = vec![model.nodes.len() - 1];
+        Model::Chain(model)
+    }))
+}
+
+/// Copies beside each other of convolutions behind each other, each copy into a pool. Where the input would be blocked, a
+/// 1x1 convolution blocks it for all.
+fn fan(row: Vec<ConvKey>, block: Block) -> Line {
+    Line(Box::new(move |copies| {
+        let (mut model, x) = behind_stem(&row[0], block);
+        for _ in 0..copies {
+            let last = model.row(x, &row);
+            let pool = model.push(Op::GlobalAvgPool, vec![last]);
             model.outputs.push(pool);
         }
-        model
+        Model::Chain(model)
     }))
+}
+
+/// Copies beside each other, each an output of the model.
+fn outputs(c: ConvKey, block: Block) -> Line {
+    Line(Box::new(move |copies| {
+        let (mut model, x) = behind_stem(&c, block);
+        for _ in 0..copies {
+            let conv = model.conv(x, op(&c));
+            model.outputs.push(conv);
+        }
+        Model::Chain(model)
+    }))
+}
+
+fn behind_stem(c: &ConvKey, block: Block) -> (Chain, Source) {
+    let mut model = Chain::new(input(c), c.numerics);
+    let mut x = Source::Input;
+    if c.cin >= block.0 {
+        let mut stem = op(c);
+        (stem.cout, stem.kernel, stem.stride, stem.groups) = (c.cin, 1, 1, 1);
+        x = Source::Node(model.conv(x, stem));
+    }
+    (model, x)
+}
+
+/// The pool that a fan puts behind a convolution.
+fn pool_behind(c: &ConvKey) -> PlaneKey {
+    PlaneKey {
+        batch: c.batch,
+        channels: c.cout,
+        height: c.height.div_ceil(c.stride),
+        width: c.width.div_ceil(c.stride),
+        numerics: c.numerics,
+        threads: c.threads,
+    }
 }
 
 fn op(c: &ConvKey) -> Conv {
@@ -390,15 +504,6 @@ fn input(c: &ConvKey) -> Shape {
     }
 }
 
-fn output(c: &ConvKey) -> Shape {
-    Shape {
-        batch: c.batch,
-        channels: c.cout,
-        height: c.height.div_ceil(c.stride),
-        width: c.width.div_ceil(c.stride),
-    }
-}
-
 fn weights(numerics: Numerics) -> Weights {
     match numerics {
         Numerics::F32 => Weights::F32,
@@ -406,7 +511,7 @@ fn weights(numerics: Numerics) -> Weights {
     }
 }
 
-impl Model {
+impl Chain {
     fn new(input: Shape, numerics: Numerics) -> Self {
         Self {
             input,
@@ -418,6 +523,19 @@ impl Model {
 
     fn conv(&mut self, from: Source, op: Conv) -> usize {
         self.push(Op::Conv(op), vec![from])
+    }
+
+    /// Convolutions behind each other; those before the last one without an activation, as in a triple.
+    fn row(&mut self, from: Source, row: &[ConvKey]) -> Source {
+        let mut x = from;
+        for (at, key) in row.iter().enumerate() {
+            let mut conv = op(key);
+            if at + 1 < row.len() {
+                conv.activation = Activation::None;
+            }
+            x = Source::Node(self.conv(x, conv));
+        }
+        x
     }
 
     fn push(&mut self, op: Op, inputs: Vec<Source>) -> usize {
@@ -432,25 +550,28 @@ impl Model {
         self.nodes.len() - 1
     }
 
-    /// With random weights: other ones in each copy, or copies would be merged.
-    fn bytes(self, seed: u64) -> Result<Vec<u8>> {
+    fn graph(&self) -> Result<Graph> {
         let graph = Graph::new(RawGraph {
             name: "probe".into(),
             input: self.input,
             input_quant: (self.numerics == Numerics::Int8).then_some(SIGNED),
-            nodes: self.nodes,
+            nodes: self.nodes.clone(),
         })?;
-        Ok(to_onnx_with_outputs(&random_weights(graph, seed)?, &self.outputs))
+        Ok(graph)
     }
 
-    fn open(self, threads: u32, seed: u64) -> Result<Session> {
-        Session::from_bytes("probe", &self.bytes(seed)?, threads as usize)
+    /// With random weights: other ones in each copy, or copies would be merged.
+    fn bytes(&self, seed: u64) -> Result<Vec<u8>> {
+        let network = random_weights(self.graph()?, seed)?;
+        Ok(to_onnx_with_outputs(&network, &self.outputs))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cotk_latency::work::PoolKind;
+
     use crate::weights::{Layer, Matrix, Network, quantize};
 
     fn conv(cin: u32, cout: u32, stride: u32, numerics: Numerics) -> ConvKey {
@@ -506,6 +627,50 @@ mod tests {
                 numerics,
                 threads: 1,
             }));
+            keys.extend([16, 8].map(|cout| {
+                Key::LowRank(LowRankKey {
+                    conv: conv(16, cout, 1, numerics),
+                    rank_in: 4,
+                    rank_out: 8,
+                })
+            }));
+        }
+        let p = plane(Numerics::F32);
+        keys.push(Key::Edge(EdgeKey {
+            kind: EdgeKind::ReorderOut,
+            batch: 1,
+            channels: 16,
+            height: 8,
+            width: 8,
+            threads: 1,
+        }));
+        for (kind, channels) in [(PoolKind::Max, 16), (PoolKind::Mean, 6)] {
+            keys.push(Key::Pool(cotk_latency::work::PoolKey {
+                kind,
+                batch: p.batch,
+                channels,
+                kernel: 3,
+                stride: 1,
+                height: 8,
+                width: 8,
+                numerics: Numerics::F32,
+                threads: 1,
+            }));
+        }
+        for kind in [
+            ElementwiseKind::Unary,
+            ElementwiseKind::Transcendental,
+            ElementwiseKind::Binary,
+        ] {
+            keys.push(Key::Elementwise(cotk_latency::work::ElementwiseKey {
+                kind,
+                batch: 1,
+                channels: 16,
+                height: 8,
+                width: 8,
+                numerics: Numerics::F32,
+                threads: 1,
+            }));
         }
         let probe = OnnxProbe::new(keys.clone(), block).unwrap();
         assert_eq!(probe.seeds(), keys.len());
@@ -530,21 +695,45 @@ mod tests {
         }
     }
 
+    /// Law: a time holds its own key once, and what else it holds the walk knows.
     #[test]
-    fn draws_are_like_the_seeds_and_repeat_by_seed() {
+    fn parts_of_a_slope_are_its_key_and_what_comes_along() {
+        let probe = OnnxProbe::new(Vec::new(), Block(16)).unwrap();
+        let parts = |key: Key| probe.parts(&key).unwrap();
+        let blocked = Key::Conv(conv(16, 16, 1, Numerics::F32));
+        assert_eq!(parts(blocked), [(blocked, 1.0)]);
+        let narrow = Key::Conv(conv(16, 32, 2, Numerics::F32));
+        let own = parts(narrow);
+        let once = own.iter().find(|p| p.0 == narrow).expect("itself").1;
+        assert!((once - 1.0).abs() < 1e-9, "{own:?}");
+        let triple = Key::LowRank(LowRankKey {
+            conv: conv(16, 16, 1, Numerics::F32),
+            rank_in: 4,
+            rank_out: 8,
+        });
+        assert!(parts(triple).iter().any(|p| matches!(p.0, Key::Conv(c) if c.cout == 4)));
+    }
+
+    #[test]
+    fn draws_come_after_the_seeds_and_repeat_by_seed() {
         let seeds: Vec<Key> = [conv(16, 16, 1, Numerics::Int8), conv(1, 16, 1, Numerics::Int8)]
             .map(Key::Conv)
             .into();
-        let probe = OnnxProbe::new(seeds.clone(), Block(16)).unwrap();
-        let draw = |seed: u64| probe.candidates(20, &mut Seeds::new(seed).stream("draw"));
+        let probe = OnnxProbe::new(seeds.clone(), Block(16))
+            .unwrap()
+            .with_threads(vec![1, 2]);
+        let draw = |seed: u64| probe.candidates(200, &mut Seeds::new(seed).stream("draw"));
         let keys = draw(1);
-        assert_eq!((keys.len(), &keys[..2]), (20, &seeds[..]));
+        assert_eq!((keys.len(), &keys[..2]), (200, &seeds[..]));
         assert_eq!(keys, draw(1));
         assert_ne!(keys, draw(2));
-        for key in &keys[2..] {
-            let Key::Conv(c) = key else { panic!("{key}") };
-            assert!(c.cin == 1 || c.cin == c.cout, "{key}");
-            assert!((1..=32).contains(&c.cout), "{key}");
+        let unique: std::collections::HashSet<&Key> = keys.iter().collect();
+        assert_eq!(unique.len(), keys.len());
+        // Every kernel path that a network can meet.
+        let paths: std::collections::HashSet<_> = keys.iter().map(|k| k.path(Block(16)).family).collect();
+        assert!(paths.len() >= 12, "{paths:?}");
+        for key in &keys {
+            assert!(probe.measures(key), "{key}");
         }
     }
 
@@ -552,7 +741,9 @@ mod tests {
     #[test]
     fn one_more_copy_adds_one_kernel() {
         let operators = |line: &Line, copies: usize| {
-            let model = (line.0)(copies);
+            let Model::Chain(model) = (line.0)(copies) else {
+                panic!("a chain")
+            };
             let numerics = model.numerics;
             let graph = Graph::new(RawGraph {
                 name: "probe".into(),
@@ -608,8 +799,14 @@ mod tests {
             "Transpose",
         ]);
         for c in [(16, 32, 2), (1, 16, 1)] {
-            assert_eq!(added(&fan(conv(c.0, c.1, c.2, Numerics::F32), Block(16))), f32_pool);
-            assert_eq!(added(&fan(conv(c.0, c.1, c.2, Numerics::Int8), Block(16))), int8_pool);
+            assert_eq!(
+                added(&fan(vec![conv(c.0, c.1, c.2, Numerics::F32)], Block(16))),
+                f32_pool
+            );
+            assert_eq!(
+                added(&fan(vec![conv(c.0, c.1, c.2, Numerics::Int8)], Block(16))),
+                int8_pool
+            );
         }
     }
 }

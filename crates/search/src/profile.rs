@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use cotk_latency::identity::Identity;
 use cotk_latency::predict::{CostModel, Model, Prediction};
-use cotk_latency::probe::gather::Settings;
-use cotk_latency::probe::measure::{Plan, Wanted};
+use cotk_latency::probe::gather::{InProcess, Settings};
+use cotk_latency::probe::measure::{Plan, Wanted, With};
 use cotk_latency::profile::{Profile, Purpose};
 use cotk_latency::walk::operators;
 use cotk_latency::work::{Key, Work};
@@ -82,6 +82,7 @@ pub fn measure(space: &Space, folder: &Path, request: &Request<'_>) -> Result<(P
         probe: Box::new(probe),
         heldout: 0,
         live: 16,
+        adapt: false,
     };
     let plan = Plan {
         settings: Settings::QUICK,
@@ -91,9 +92,14 @@ pub fn measure(space: &Space, folder: &Path, request: &Request<'_>) -> Result<(P
         identity,
         cotk_version: request.cotk_version.clone(),
         commit: Some(request.commit.clone()),
+        networks: Vec::new(),
+    };
+    let with = With {
+        runner: &InProcess,
+        networks: None,
     };
     let measured =
-        cotk_latency::probe::measure::measure(vec![wanted], &plan, folder, request.cancel, request.progress)?;
+        cotk_latency::probe::measure::measure(vec![wanted], &plan, with, folder, request.cancel, request.progress)?;
     let profiled = Profiled {
         folder: folder.to_owned(),
         warnings: vec!["no profile of this machine was there: a small one was measured for this run".to_owned()],
