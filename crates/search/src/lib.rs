@@ -2,7 +2,7 @@
 //!
 //! `recipe` (what is asked) · `space` (what may be chosen) · `cost` (expected ms and bytes) · `gates` and `constraint`
 //! (how the choice is pulled) · `method` · `repair` · `pipeline` (the whole way, read it first) · `export`, `measure`,
-//! `report`. No autograd: that is `supernet`'s.
+//! `report`, `refit` (a wrong prediction joins the profile). No autograd: that is `supernet`'s.
 
 #![forbid(unsafe_code)]
 
@@ -17,6 +17,7 @@ pub mod pipeline;
 pub mod plan;
 pub mod profile;
 pub mod recipe;
+pub mod refit;
 pub mod repair;
 pub mod report;
 pub mod result;

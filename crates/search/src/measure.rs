@@ -12,6 +12,8 @@ use cotk_onnx::write::to_onnx;
 use crate::Result;
 use crate::trainable::Score;
 
+/// Slices of a session in [`latencies`].
+pub const SLICES: usize = 25;
 /// Images a call when only verdicts matter.
 const BATCH: usize = 50;
 
@@ -51,7 +53,7 @@ pub fn latencies(networks: &[&Network], rounds: usize) -> Result<Vec<Timing>> {
     for _ in 0..rounds {
         for (network, timings) in networks.iter().zip(&mut timings) {
             // A fresh session each round: placement in memory is fixed per session.
-            timings.push(latency(network, 25)?);
+            timings.push(latency(network, SLICES)?);
         }
     }
     let middle = |timings: &Vec<Timing>| {

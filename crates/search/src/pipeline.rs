@@ -29,6 +29,7 @@ use crate::method::{Drive, Found, Limit, Method};
 use crate::plan::{Halves, Plan, time_steps};
 use crate::profile::{self, Profiled};
 use crate::recipe::{MethodName, Recipe};
+use crate::refit::{self, Judged, Refit, refit};
 use crate::repair::{reachable, repair};
 use crate::result::{Baseline, Exports, Finished, LayerResult, NetworkResult, SearchResult};
 use crate::space::{Form, Point, Space};
@@ -291,6 +292,7 @@ impl Run<'_> {
         let predicted = self.predict(&space, &point, &costs, &profiled)?;
         let measured = self.measure(&network, &baseline)?;
         let accuracy_val = measure::accuracy(&network, &halves.val, task.normalisation, 1)?.accuracy();
+        let latency_refit = self.learn(&profiled, &network, predicted.0, &measured)?;
         let tested = self.test(&task, &network, &baseline)?;
         self.worked()?;
 
@@ -309,6 +311,7 @@ impl Run<'_> {
         result.accuracy_val = accuracy_val;
         result.baseline.bytes = baseline.graph().bytes();
         result.profile = profiled.folder.display().to_string();
+        result.latency_refit = latency_refit;
         self.judge(&result);
         report::write(&self.folder, &result, &found.history, &limits, &space)?;
         let facts = report::facts(&result, recipe, &request.name, &tested_images(&self.entries));
@@ -528,14 +531,15 @@ impl Run<'_> {
         Ok((ms, spread_ms))
     }
 
-    fn measure(&mut self, network: &Network, baseline: &Network) -> Result<[f64; 4]> {
+    fn measure(&mut self, network: &Network, baseline: &Network) -> Result<[f64; 5]> {
         if let Some(known) = self.find(|e| match e {
             Entry::Measured {
                 ms,
                 spread_ms,
                 baseline_ms,
                 baseline_spread_ms,
-            } => Some([*ms, *spread_ms, *baseline_ms, *baseline_spread_ms]),
+                q10_ms,
+            } => Some([*ms, *spread_ms, *baseline_ms, *baseline_spread_ms, *q10_ms]),
             _ => None,
         }) {
             return Ok(known);
@@ -547,8 +551,40 @@ impl Run<'_> {
             spread_ms: ours.spread_ms,
             baseline_ms: theirs.ms,
             baseline_spread_ms: theirs.spread_ms,
+            q10_ms: ours.q10_ms,
         })?;
-        Ok([ours.ms, ours.spread_ms, theirs.ms, theirs.spread_ms])
+        Ok([ours.ms, ours.spread_ms, theirs.ms, theirs.spread_ms, ours.q10_ms])
+    }
+
+    /// A prediction that was wrong makes the profile better.
+    fn learn(
+        &mut self,
+        profiled: &Profiled,
+        network: &Network,
+        predicted_ms: f64,
+        &[measured_ms, spread_ms, _, _, q10_ms]: &[f64; 5],
+    ) -> Result<Option<Refit>> {
+        if let Some(known) = self.find(|e| match e {
+            Entry::Refitted { refit } => Some(refit.clone()),
+            _ => None,
+        }) {
+            return Ok(Some(known));
+        }
+        let judged = Judged {
+            predicted_ms,
+            measured_ms,
+            spread_ms,
+            q10_ms,
+            sessions: TIMING_ROUNDS as u32,
+            count: (TIMING_ROUNDS * measure::SLICES) as u32,
+        };
+        if !judged.disagrees() {
+            return Ok(None);
+        }
+        let copy = self.folder.join("profile-refitted");
+        let refit = refit(&profiled.folder, &copy, &profile::here()?, network.graph(), &judged)?;
+        self.append(Entry::Refitted { refit: refit.clone() })?;
+        Ok(Some(refit))
     }
 
     /// Reads the test images, once.
@@ -594,7 +630,7 @@ impl Run<'_> {
         network: &Network,
         exports: Exports,
         predicted: (f64, f64),
-        [measured_ms, measured_spread_ms, baseline_ms, baseline_spread_ms]: [f64; 4],
+        [measured_ms, measured_spread_ms, baseline_ms, baseline_spread_ms, _]: [f64; 5],
         [accuracy_test, baseline_test]: [f64; 2],
     ) -> SearchResult {
         let target = |quantity| limits.iter().find(|l| l.quantity == quantity).map(|l| l.target);
@@ -641,6 +677,7 @@ impl Run<'_> {
             },
             exports,
             profile: String::new(),
+            latency_refit: None,
             seconds: self.seconds(),
         }
     }
@@ -655,9 +692,17 @@ impl Run<'_> {
             ));
         }
         let off = result.measured_ms / result.predicted_ms - 1.0;
-        if off.abs() > 0.10 {
+        if off.abs() > refit::DISAGREEMENT {
+            let learnt = match &result.latency_refit {
+                Some(refit) => format!(
+                    "; added to {}, which is {:+.0} % off now",
+                    refit.profile.display(),
+                    refit.after_pct
+                ),
+                None => "; the measurement itself spreads too far to learn from".to_owned(),
+            };
             self.warnings.push(format!(
-                "measured {:.4} ms is {:+.0} % off the predicted {:.4} ms",
+                "measured {:.4} ms is {:+.0} % off the predicted {:.4} ms{learnt}",
                 result.measured_ms,
                 100.0 * off,
                 result.predicted_ms

@@ -84,6 +84,14 @@ fn text(result: &SearchResult) -> String {
         100.0 * result.accuracy_val,
         result.seconds
     ));
+    if let Some(refit) = &result.latency_refit {
+        line(format!(
+            "Measured {:+.1} % off the prediction: the network was added to `{}`, which is {:+.1} % off now.\n",
+            refit.before_pct,
+            refit.profile.display(),
+            refit.after_pct
+        ));
+    }
     line("| layer | kernel | weight bits | channels | stride |".into());
     line("|---|--:|--:|--:|--:|".into());
     for layer in &result.network.layers {

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use cotk_run::facts::Fact;
 use serde::Serialize;
 
+use crate::refit::Refit;
+
 /// One convolution as chosen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LayerResult {
@@ -66,6 +68,8 @@ pub struct SearchResult {
     pub exports: Exports,
     /// Folder of the profile that predicted.
     pub profile: String,
+    /// The prediction was more than a tenth off, and the profile has learnt from it.
+    pub latency_refit: Option<Refit>,
     pub seconds: f64,
 }
 

@@ -7,6 +7,7 @@ use crate::cost::Tables;
 use crate::method::Limit;
 use crate::plan::Plan;
 use crate::profile::Profiled;
+use crate::refit::Refit;
 
 /// A line of the journal.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -51,6 +52,13 @@ pub(super) enum Entry {
         spread_ms: f64,
         baseline_ms: f64,
         baseline_spread_ms: f64,
+        /// Tenth percentile of the network's own slices.
+        #[serde(default)]
+        q10_ms: f64,
+    },
+    /// The prediction was wrong, and the profile has learnt from it.
+    Refitted {
+        refit: Refit,
     },
     /// The test images were read: once.
     Tested {

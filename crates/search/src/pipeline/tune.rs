@@ -16,7 +16,13 @@ use crate::{Result, SearchError, checkpoint};
 pub(super) const SETTLE: usize = 16;
 
 /// Steps `done..total`, then the final statistics. A checkpoint of step `total + 1` is the settled network.
-pub(super) fn fine_tune(drive: &Drive<'_>, which: Which, subnet: &mut dyn Subnet, done: u64, path: &Path) -> Result<()> {
+pub(super) fn fine_tune(
+    drive: &Drive<'_>,
+    which: Which,
+    subnet: &mut dyn Subnet,
+    done: u64,
+    path: &Path,
+) -> Result<()> {
     let total = drive.plan.fine_tune;
     let batches = Source::shuffled(
         Arc::clone(&drive.halves.all),
