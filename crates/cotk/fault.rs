@@ -32,6 +32,9 @@ pub enum Fault {
     /// The compression pipeline.
     #[error(transparent)]
     Compress(#[from] cotk_compress::CompressError),
+    /// Writing a model for another program.
+    #[error(transparent)]
+    Export(#[from] cotk_model::export::ExportError),
     /// Profiles and predictions.
     #[error(transparent)]
     Latency(#[from] cotk_latency::Error),
@@ -95,6 +98,7 @@ impl Fault {
             Self::Kernels(error) => kernels(error),
             Self::Search(error) => search_faults::search(error),
             Self::Compress(error) => commands::compress::failure(error),
+            Self::Export(error) => commands::export::failure(error),
             Self::Arguments { help, key, .. } => Report {
                 kind: "usage",
                 exit_code: WRONG_USE,

@@ -51,6 +51,15 @@ pub struct ExpertView<'a> {
 }
 
 impl ExpertView<'_> {
+    /// One matrix decoded, row major: what every kernel computes with, up to rounding.
+    pub fn weights(&self, part: Part) -> Vec<f32> {
+        cotk_quant::decode::decode(match part {
+            Part::Gate => &self.gate,
+            Part::Up => &self.up,
+            Part::Down => &self.down,
+        })
+    }
+
     /// Rows of gate and up.
     pub fn inner(&self) -> usize {
         self.gate.format().rows()

@@ -20,6 +20,7 @@ pub mod logits;
 pub mod plan;
 pub mod plan_moe;
 pub mod profile;
+mod profile_transfer;
 mod profile_worker;
 pub mod run;
 pub mod search;

@@ -3,6 +3,7 @@
 pub mod checkpoint;
 pub mod config;
 pub mod eval;
+pub mod export;
 pub mod families;
 pub mod folder;
 pub mod generate;
@@ -25,5 +26,7 @@ mod error;
 mod config_tests;
 #[cfg(test)]
 mod goldens;
+#[cfg(test)]
+mod released_tests;
 #[cfg(test)]
 mod trained_tests;

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use super::{Family, LayerTensor, Matrix, Tensor, common};
+use super::{Family, LayerTensor, Matrix, Tensor, common, gguf};
 use crate::config::{ConfigError, Keys};
 use crate::moe::RoutingRule;
 use crate::spec::{AttentionKind, AttentionSpec, LayerKind, LayerSpec, ModelSpec, QkNorm, RopeLayout};
@@ -88,6 +88,17 @@ impl Family for Mixtral {
             }
             _ => common::tensor_name(tensor),
         }
+    }
+
+    /// `llama`, which divides gates by their sum and turns neighbours.
+    fn gguf(&self, spec: &ModelSpec) -> Result<gguf::Arch, gguf::Refusal> {
+        gguf::check("llama", spec, true)?;
+        gguf::check_attention("llama", spec, false)?;
+        Ok(gguf::Arch {
+            name: "llama",
+            pairs_rope: true,
+            keys: vec![("feed_forward_length", gguf::width(spec.moe_intermediate))],
+        })
     }
 
     /// transformers 5 beside stacked experts.

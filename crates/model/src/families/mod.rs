@@ -13,6 +13,7 @@ mod common;
 mod deepseek;
 mod deepseek_v2;
 mod deepseek_v3;
+pub mod gguf;
 mod mixtral;
 mod olmoe;
 mod qwen2_moe;
@@ -46,6 +47,18 @@ pub trait Family: Send + Sync {
 
     /// The name of a tensor in a Hugging Face checkpoint, as published.
     fn tensor_name(&self, tensor: Tensor) -> String;
+
+    /// The architecture that runs this model in llama.cpp.
+    ///
+    /// # Errors
+    /// What llama.cpp cannot run: its code takes some values for granted.
+    fn gguf(&self, spec: &ModelSpec) -> Result<gguf::Arch, gguf::Refusal> {
+        Err(gguf::Refusal {
+            what: "model_type".to_owned(),
+            found: spec.family.to_owned(),
+            expected: "mixtral, olmoe, qwen2_moe or qwen3_moe".to_owned(),
+        })
+    }
 
     /// Another name that it has in some checkpoints.
     fn other_name(&self, tensor: Tensor) -> Option<String> {

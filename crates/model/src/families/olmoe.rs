@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use super::{Family, Tensor, common};
+use super::{Family, Tensor, common, gguf};
 use crate::config::{ConfigError, Keys};
 use crate::spec::{AttentionKind, AttentionSpec, LayerKind, LayerSpec, ModelSpec, QkNorm, RopeLayout};
 
@@ -79,5 +79,19 @@ impl Family for Olmoe {
 
     fn tensor_name(&self, tensor: Tensor) -> String {
         common::tensor_name(tensor)
+    }
+
+    fn gguf(&self, spec: &ModelSpec) -> Result<gguf::Arch, gguf::Refusal> {
+        gguf::check("olmoe", spec, false)?;
+        gguf::check_head_dim("olmoe", spec)?;
+        gguf::check_attention("olmoe", spec, false)?;
+        // The norm of keys has the width of queries there.
+        let (kv_heads, heads) = (spec.attention.kv_heads, spec.attention.heads);
+        gguf::require(kv_heads == heads, "num_key_value_heads", kv_heads, format!("{heads}, as many as heads"))?;
+        Ok(gguf::Arch {
+            name: "olmoe",
+            pairs_rope: false,
+            keys: vec![("feed_forward_length", gguf::width(spec.moe_intermediate))],
+        })
     }
 }

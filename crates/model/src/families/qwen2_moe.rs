@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use super::{Family, Tensor, common};
+use super::{Family, Tensor, common, gguf};
 use crate::config::{ConfigError, Keys};
 use crate::spec::{
     AttentionKind, AttentionSpec, LayerKind, LayerSpec, ModelSpec, QkNorm, RopeLayout, SharedGate, SharedSpec,
@@ -79,6 +79,26 @@ impl Family for Qwen2Moe {
 
     fn tensor_name(&self, tensor: Tensor) -> String {
         common::tensor_name(tensor)
+    }
+
+    fn gguf(&self, spec: &ModelSpec) -> Result<gguf::Arch, gguf::Refusal> {
+        gguf::check("qwen2moe", spec, false)?;
+        gguf::check_head_dim("qwen2moe", spec)?;
+        gguf::check_attention("qwen2moe", spec, true)?;
+        let shared = spec.layers.iter().find_map(|layer| match layer.kind {
+            LayerKind::Moe { shared } => shared,
+            LayerKind::Dense { .. } => None,
+        });
+        let shared = shared.map_or(0, |shared| shared.intermediate);
+        Ok(gguf::Arch {
+            name: "qwen2moe",
+            pairs_rope: false,
+            keys: vec![
+                ("feed_forward_length", gguf::width(shared)),
+                ("expert_feed_forward_length", gguf::width(spec.moe_intermediate)),
+                ("expert_shared_feed_forward_length", gguf::width(shared)),
+            ],
+        })
     }
 }
 

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use super::{Family, Tensor, common};
+use super::{Family, Tensor, common, gguf};
 use crate::config::{ConfigError, Keys};
 use crate::spec::{AttentionKind, AttentionSpec, LayerKind, LayerSpec, ModelSpec, QkNorm, RopeLayout};
 
@@ -86,5 +86,16 @@ impl Family for Qwen3Moe {
 
     fn tensor_name(&self, tensor: Tensor) -> String {
         common::tensor_name(tensor)
+    }
+
+    fn gguf(&self, spec: &ModelSpec) -> Result<gguf::Arch, gguf::Refusal> {
+        gguf::check("qwen3moe", spec, true)?;
+        gguf::check_attention("qwen3moe", spec, false)?;
+        let width = gguf::width(spec.moe_intermediate);
+        Ok(gguf::Arch {
+            name: "qwen3moe",
+            pairs_rope: false,
+            keys: vec![("feed_forward_length", width.clone()), ("expert_feed_forward_length", width)],
+        })
     }
 }

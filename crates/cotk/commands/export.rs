@@ -1,0 +1,172 @@
+//! `cotk export`: a model in the files of llama.cpp or transformers. What they cannot carry is refused with the reason.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use cotk_model::export::gguf::GgufOptions;
+use cotk_model::export::hf::HfType;
+use cotk_model::export::{ExportError, Exported, Projected, gguf, hf};
+use cotk_run::units::{Bytes, significant};
+use cotk_runtime::open::{Folder, open_folder};
+use serde_json::json;
+
+use crate::context::{Context, Outcome};
+use crate::fault::{FAILED, Fault, Report, WRONG_USE};
+use crate::model_faults;
+use crate::table::Table;
+
+/// Write a model as GGUF (for llama.cpp) or as a Hugging Face folder (for transformers)
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  cotk export ../shared/models/ref-qwen2moe --gguf model.gguf --bits 8\n  cotk export out --gguf out.gguf --project\n  cotk export out --hf out-hf --dtype bf16\n\nCodes of groups keep every value in Q8_0 and Q4_0; what has no codes becomes F16 in GGUF, norms and routers F32."
+)]
+pub struct Args {
+    /// Hugging Face folder, or output of `cotk compress`
+    pub model: PathBuf,
+    #[command(flatten)]
+    pub output: Output,
+    /// Experts of a Hugging Face folder: code them on the way, in 8 bits (Q8_0) or 4 (Q4_0); of a container: take
+    /// this prefix of its codes (default: F16, or all of the codes)
+    #[arg(long, value_name = "N")]
+    pub bits: Option<u32>,
+    /// All other matrices: code them on the way, in 8 bits (Q8_0) or 4 (Q4_0) (default: F16)
+    #[arg(long, value_name = "N", requires = "gguf")]
+    pub dense_bits: Option<u32>,
+    /// Round what GGUF cannot carry to what it can, and print the loss
+    #[arg(long, requires = "gguf")]
+    pub project: bool,
+    /// Element type of a Hugging Face folder
+    #[arg(long, value_enum, default_value_t = TypeArg::F32, conflicts_with = "gguf")]
+    pub dtype: TypeArg,
+}
+
+/// Where to.
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+pub struct Output {
+    /// Write this file for llama.cpp
+    #[arg(long, value_name = "F.gguf")]
+    pub gguf: Option<PathBuf>,
+    /// Write this new folder for transformers
+    #[arg(long, value_name = "DIR")]
+    pub hf: Option<PathBuf>,
+}
+
+/// `--dtype`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum TypeArg {
+    /// Keeps every value
+    F32,
+    F16,
+    Bf16,
+}
+
+/// # Errors
+/// What the folder's files refuse, what the format cannot carry, Ctrl-C.
+pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
+    let Folder { files, container } = open_folder(&args.model)?;
+    let container = container.as_deref();
+    if container.is_none() && args.output.hf.is_some() && args.bits.is_some() {
+        return Err(Fault::usage(
+            "--bits with --hf: a Hugging Face folder has no codes to take a prefix of",
+            "leave it out, or compress the model first",
+        ));
+    }
+    let (output, format, written) = match (&args.output.gguf, &args.output.hf) {
+        (Some(out), _) => {
+            let options = GgufOptions {
+                name: (args.model.file_name()).map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
+                bits: args.bits,
+                dense_bits: args.dense_bits,
+                project: args.project,
+            };
+            let written = gguf::export(&files, container, out, &options, &cx.ui, &cx.cancel)?;
+            (out, "gguf", written)
+        }
+        (None, Some(out)) => {
+            let kind = match args.dtype {
+                TypeArg::F32 => HfType::F32,
+                TypeArg::F16 => HfType::F16,
+                TypeArg::Bf16 => HfType::BF16,
+            };
+            let written = hf::export(&files, container, out, (args.bits, kind), &cx.ui, &cx.cancel)?;
+            (out, "hf", written)
+        }
+        (None, None) => unreachable!("clap asks for one of them"),
+    };
+    let result = json!({
+        "output": output,
+        "format": format,
+        "bytes": written.bytes,
+        "tensors": written.tensors,
+        "projected": written.projected.iter().map(|p| json!({
+            "tensor": p.tensor,
+            "reason": p.reason,
+            "loss": p.loss,
+        })).collect::<Vec<_>>(),
+    });
+    let mut text = format!(
+        "{}: {}, {} tensors\n",
+        output.display(),
+        Bytes(written.bytes),
+        written.tensors
+    );
+    if !written.projected.is_empty() {
+        text.push('\n');
+        text += &table(&written);
+    }
+    Ok(Outcome::new(result, text))
+}
+
+/// One row a reason: how many tensors, and the one that lost most. (`--json` has them all.)
+fn table(written: &Exported) -> String {
+    let mut reasons: BTreeMap<&str, (usize, &Projected)> = BTreeMap::new();
+    for projected in &written.projected {
+        let (count, worst) = reasons.entry(&projected.reason).or_insert((0, projected));
+        *count += 1;
+        if projected.loss > worst.loss {
+            *worst = projected;
+        }
+    }
+    let mut table = Table::new(&["held as", "tensors", "worst loss", "of"]);
+    for (reason, (count, worst)) in reasons {
+        let of = if worst.loss > 0.0 { worst.tensor.as_str() } else { "" };
+        table.row([
+            reason.to_owned(),
+            count.to_string(),
+            significant(worst.loss, 3),
+            of.to_owned(),
+        ]);
+    }
+    format!("{}\nloss = ‖written − ours‖ / ‖ours‖\n", table.render())
+}
+
+/// What an export's failure means to a user.
+pub(crate) fn failure(error: &ExportError) -> Report {
+    match error {
+        ExportError::Model(error) => model_faults::model(error),
+        ExportError::Container(error) => model_faults::container(error),
+        ExportError::Refused {
+            what,
+            found,
+            expected,
+            help,
+            ..
+        } => Report {
+            kind: "export",
+            exit_code: WRONG_USE,
+            key: Some(what.trim_matches('`').to_owned()),
+            found: Some(found.clone()),
+            expected: Some(expected.clone()),
+            help: Some(help.clone()),
+            ..Report::default()
+        },
+        ExportError::Weight { tensor, .. } => Report {
+            kind: "tensor-value",
+            exit_code: FAILED,
+            key: Some(tensor.clone()),
+            help: Some("export it as f32 with --hf, or serve it with `cotk serve`".to_owned()),
+            ..Report::default()
+        },
+    }
+}
