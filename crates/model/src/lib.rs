@@ -27,6 +27,4 @@ mod config_tests;
 #[cfg(test)]
 mod goldens;
 #[cfg(test)]
-mod released_tests;
-#[cfg(test)]
 mod trained_tests;
