@@ -56,13 +56,58 @@ const BENCHES: &[Bench] = &[
     },
 ];
 
+/// Figures of a program in `benches/`, which writes its own result files: name, what, target, its parts.
+const TARGETS: &[(&str, &str, &str, &[&str])] = &[
+    (
+        "latency",
+        "every figure of the latency model (15 minutes, a profile first)",
+        "latency",
+        &[],
+    ),
+    (
+        "latency-operators",
+        "the profile's held-out operators",
+        "latency",
+        &["operators"],
+    ),
+    (
+        "latency-networks",
+        "100 random networks that the profile has not seen",
+        "latency",
+        &["networks"],
+    ),
+    (
+        "latency-decode",
+        "decode steps of mixtures of experts",
+        "latency",
+        &["decode"],
+    ),
+    (
+        "latency-transfer",
+        "few-shot transfer, on HELP's tables and from 1 thread to 2",
+        "latency",
+        &["help", "threads"],
+    ),
+    ("latency-costs", "what a prediction costs", "latency", &["costs"]),
+];
+
 pub(crate) fn command(args: &[String]) -> Result<()> {
     let Some(name) = args.first() else {
         for bench in BENCHES {
-            shell::print(&format!("{:10} {}", bench.name, bench.what));
+            shell::print(&format!("{:18} {}", bench.name, bench.what));
+        }
+        for (name, what, ..) in TARGETS {
+            shell::print(&format!("{name:18} {what}"));
         }
         return Ok(());
     };
+    if let Some((.., target, parts)) = TARGETS.iter().find(|target| target.0 == name) {
+        let root = shell::root()?;
+        setup::setup(Torch::Without)?;
+        let mut cargo = shell::cargo(&root);
+        cargo.args(["bench", "--quiet", "--profile", "dev", "--bench", target, "--"]);
+        return shell::run(cargo.args(*parts).args(&args[1..]));
+    }
     let Some(bench) = BENCHES.iter().find(|bench| bench.name == name) else {
         bail!("no bench `{name}`; `cargo xtask bench` lists them");
     };

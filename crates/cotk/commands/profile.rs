@@ -25,6 +25,7 @@ use cotk_search::space::Space;
 use serde_json::json;
 
 use crate::commands::profile_worker::{Processes, worker};
+use crate::commands::profile_transfer;
 use crate::commands::search::RECIPES;
 use crate::context::{Context, Outcome};
 use crate::fault::Fault;
@@ -34,7 +35,7 @@ use crate::table::Table;
 /// Measure this machine: CNN operators in ONNX Runtime, experts in our kernels, memory and disk
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  cotk profile --quick\n  cotk profile --for recipes/quickstart.toml\n\nInterrupted at any moment, the same command goes on where it was."
+    after_help = "Examples:\n  cotk profile --quick\n  cotk profile --for recipes/quickstart.toml\n  cotk profile --from profiles/other --samples 10 --threads 2\n\nInterrupted at any moment, the same command goes on where it was."
 )]
 pub struct Args {
     /// Only what the recipe's networks need, three sessions each: a minute
@@ -49,9 +50,21 @@ pub struct Args {
     /// Mark it as a reference: usable anywhere, to compare predictions between commits
     #[arg(long)]
     pub reference: bool,
+    /// Carry another machine's profile (or another number of threads) over to this one by a few whole networks: seconds
+    #[arg(long, value_name = "PROFILE", conflicts_with_all = ["quick", "recipe"])]
+    pub from: Option<PathBuf>,
+    /// Networks that --from measures here
+    #[arg(long, value_name = "N", requires = "from", default_value = "10", value_parser = samples)]
+    pub samples: usize,
     /// One process of a measurement: `cotk profile` starts them itself
     #[arg(long, hide = true)]
     pub worker: bool,
+}
+
+/// 3 to 200: fewer say nothing of a machine, more are a profile of their own.
+fn samples(text: &str) -> Result<usize, String> {
+    let count = text.parse().ok().filter(|n| (3..=200).contains(n));
+    count.ok_or_else(|| "expected a number from 3 to 200".to_owned())
 }
 
 /// Measures, writes, reports.
@@ -67,6 +80,9 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
             "--profile names a profile to read, and this command writes one",
             "use --out DIR",
         ));
+    }
+    if let Some(from) = &args.from {
+        return profile_transfer::run(args, cx, from);
     }
     let mut warnings = Vec::new();
     let keys = recipe_keys(&args.recipe, Identity::here(BTreeMap::default()).block())?;
