@@ -27,4 +27,6 @@ mod config_tests;
 #[cfg(test)]
 mod goldens;
 #[cfg(test)]
+mod released_tests;
+#[cfg(test)]
 mod trained_tests;
