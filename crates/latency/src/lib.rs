@@ -28,3 +28,4 @@ pub use self::error::{Difference, Error, Result};
 mod cholesky;
 mod error;
 mod scales;
+mod smooth;

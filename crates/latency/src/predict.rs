@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use crate::correct::Correction;
 use crate::fit::PathFit;
 use crate::fit::joint::Calibration;
+use crate::smooth::Smoother;
 use crate::walk::{self, Network};
 use crate::work::{Block, EdgeKind, ElementwiseKind, Family, Key, LowRankKey, Path, ReadKey, TermGroup, Tier, Work};
 use crate::{Error, Result};
@@ -142,6 +143,8 @@ pub struct Model {
     cache_bytes: u64,
     /// How sure sums over networks are, by number of threads.
     calibrations: Vec<Calibration>,
+    /// What measured neighbours say about fitted operators.
+    smoother: Smoother,
 }
 
 /// One operator's part in a sum.
@@ -166,11 +169,16 @@ impl Model {
         noise_floor: f64,
         flags: Vec<Flag>,
     ) -> Self {
+        let table: HashMap<Key, (f64, f64)> = rows.into_iter().map(|(key, us, spread)| (key, (us, spread))).collect();
+        let fits: BTreeMap<Path, PathFit> = fits.into_iter().map(|fit| (fit.path, fit)).collect();
+        let times = table.iter().map(|(key, (us, _))| (key, *us));
+        let smoother = Smoother::new(times, |path| fits.get(path), block);
         Self {
             name: name.into(),
             block,
-            table: rows.into_iter().map(|(key, us, spread)| (key, (us, spread))).collect(),
-            fits: fits.into_iter().map(|fit| (fit.path, fit)).collect(),
+            table,
+            fits,
+            smoother,
             noise_floor,
             flags,
             transfer_ln: None,
@@ -236,7 +244,7 @@ impl Model {
     }
 
     /// The fit of a key's path; of the nearest number of threads when this one was never measured.
-    fn fit(&self, key: &Key, flags: &mut Vec<Flag>) -> Result<&PathFit> {
+    pub(crate) fn fit(&self, key: &Key, flags: &mut Vec<Flag>) -> Result<&PathFit> {
         let path = key.path(self.block);
         if let Some(fit) = self.fits.get(&path) {
             return Ok(fit);
@@ -257,6 +265,20 @@ impl Model {
                 key: key.to_string(),
             }),
         }
+    }
+
+    /// Nothing honest can be said of this key.
+    pub(crate) fn not_measured(&self, key: &Key) -> Error {
+        Error::NotMeasured {
+            profile: self.name.clone(),
+            path: key.path(self.block).to_string(),
+            key: key.to_string(),
+        }
+    }
+
+    /// Channels in a block of the machine's layout.
+    pub(crate) fn block(&self) -> Block {
+        self.block
     }
 
     /// A pass over bytes that was never measured is like another one that was.
@@ -281,10 +303,14 @@ impl Model {
     pub(crate) fn part(&self, key: &Key, flags: &mut Vec<Flag>) -> Result<Part> {
         let features = key.features(self.block);
         let mut terms = Terms::default();
-        if let Some(&(us, spread)) = self.table.get(key) {
+        let fit = self.fits.get(&features.path);
+        let predicted = fit.map_or(0.0, |fit| fit.us(&features));
+        let row = self.table.get(key).filter(|(us, spread)| match fit {
+            Some(fit) => !is_unresolved(key, *us, *spread, fit),
+            None => true,
+        });
+        if let Some(&(us, spread)) = row {
             // The row's time, split as its path's terms would have it.
-            let fit = self.fits.get(&features.path);
-            let predicted = fit.map_or(0.0, |fit| fit.us(&features));
             match fit.filter(|_| predicted > 0.0) {
                 Some(fit) => fit
                     .parts(&features)
@@ -310,6 +336,12 @@ impl Model {
         if flags.len() > before {
             spread_ln = spread_ln.max(1.0); // another number of threads: hardly more than the order of magnitude
         }
+        let learnt = self.smoother.factor(key, &features.path);
+        terms = {
+            let mut scaled = Terms::default();
+            scaled.add(&terms, learnt);
+            scaled
+        };
         let outside_ln = fit.outside_ln(&features);
         if outside_ln > 0.0 {
             flags.push(Flag::Extrapolated {
@@ -326,10 +358,10 @@ impl Model {
         })
     }
 
-    /// A triple that was never measured as one: its three convolutions, in a chain like itself.
+    /// A triple that was never measured as one: its three convolutions and the edges between them, in a chain of its kind.
     fn triple(&self, triple: &LowRankKey, path: Path, flags: &mut Vec<Flag>) -> Result<Part> {
-        let parts = triple.parts().map(|part| Key::Conv(part));
-        let parts = parts.iter().map(|key| Ok((self.part(key, flags)?, 1.0)));
+        let keys = triple.keys(self.block);
+        let parts = keys.iter().map(|key| Ok((self.part(key, flags)?, 1.0)));
         let sum = self.sum(&parts.collect::<Result<Vec<_>>>()?, Vec::new());
         Ok(Part {
             path,
@@ -352,7 +384,18 @@ impl Model {
         let shares = parts
             .iter()
             .map(|(part, times)| (part.path, times * part.ms, part.spread_ln));
-        let mut spread_ln = sum_spread_ln(shares);
+        self.finish(ms, terms, origin, sum_spread_ln(shares), flags)
+    }
+
+    /// A prediction, with what holds for the whole profile.
+    fn finish(
+        &self,
+        ms: f64,
+        terms: Terms,
+        mut origin: Origin,
+        mut spread_ln: f64,
+        mut flags: Vec<Flag>,
+    ) -> Prediction {
         if let Some(least) = self.transfer_ln {
             (spread_ln, origin) = (spread_ln.max(least), origin.max(Origin::Transfer));
         }
@@ -430,21 +473,28 @@ pub(crate) fn sum_spread_ln(parts: impl Iterator<Item = (Path, f64, f64)>) -> f6
     if whole > 0.0 { variance.sqrt() / whole } else { 0.0 }
 }
 
+/// Whether a row says less than the fit of its path: the call of an empty session is not what a session costs a network, and
+/// a slope of a few µs may be smaller than its own repeat.
+fn is_unresolved(key: &Key, us: f64, spread: f64, fit: &PathFit) -> bool {
+    const SHORT_US: f64 = 3.0;
+    matches!(key, Key::Session { .. }) || (us < SHORT_US && NINE_IN_TEN * spread > fit.spread_ln)
+}
+
 /// Half width of a normal 90 % interval in standard deviations.
 const NINE_IN_TEN: f64 = 1.645;
 
 impl CostModel for Model {
     fn predict(&self, work: &Work<'_>) -> Result<Prediction> {
-        let mut flags = Vec::new();
-        let one = |key: Key, flags: &mut Vec<Flag>| -> Result<(Part, f64)> { Ok((self.part(&key, flags)?, 1.0)) };
-        let parts = match work {
-            Work::Operator(key) => vec![one(*key, &mut flags)?],
-            Work::Read(key) => vec![one(Key::Read(*key), &mut flags)?],
+        let key = match work {
+            Work::Operator(key) => *key,
+            Work::Read(key) => Key::Read(*key),
             Work::Graph { graph, threads } => return self.whole(&Network::from(*graph), *threads),
             Work::Network { network, threads } => return self.whole(network, *threads),
             Work::Step(step) => return Ok(self.step(step)?.whole),
         };
-        Ok(self.sum(&parts, flags))
+        let mut flags = Vec::new();
+        let part = self.part(&key, &mut flags)?;
+        Ok(self.finish(part.ms, part.terms, part.origin, part.spread_ln, flags))
     }
 }
 
@@ -667,6 +717,7 @@ mod tests {
             let (cin, cout, more) = (4 * cin, 4 * cout, 4 * by);
             let mut model = model();
             model.table.clear();
+            model.smoother.clear();
             let ms = |key| model.predict(&Work::Operator(key)).unwrap().ms;
             let base = ms(conv(cin, cout, h, 1));
             for larger in [conv(cin + more, cout, h, 1), conv(cin, cout + more, h, 1), conv(cin, cout, h + by, 1)] {

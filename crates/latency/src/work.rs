@@ -278,6 +278,36 @@ impl LowRankKey {
     }
 }
 
+impl LowRankKey {
+    /// What a chain of such triples runs: the convolutions, and an edge wherever one writes another layout than the next
+    /// reads (f32: see [`crate::walk`]; int8 keeps one layout).
+    pub fn keys(&self, block: Block) -> Vec<Key> {
+        let parts = self.parts();
+        let mut keys = Vec::with_capacity(6);
+        for (index, part) in parts.into_iter().enumerate() {
+            keys.push(Key::Conv(part));
+            let next = parts[(index + 1) % parts.len()];
+            let reads_blocked = next.cin >= block.0 && next.cin.is_multiple_of(4);
+            let writes_blocked = part.cin < block.0 || part.cin.is_multiple_of(4);
+            let kind = match (writes_blocked, reads_blocked) {
+                _ if part.numerics == Numerics::Int8 => continue,
+                (true, false) => EdgeKind::ReorderOut,
+                (false, true) => EdgeKind::ReorderIn,
+                (true, true) | (false, false) => continue,
+            };
+            keys.push(Key::Edge(EdgeKey {
+                kind,
+                batch: part.batch,
+                channels: part.cout,
+                height: part.height.div_ceil(part.stride),
+                width: part.width.div_ceil(part.stride),
+                threads: part.threads,
+            }));
+        }
+        keys
+    }
+}
+
 /// Whether weights come from cache (the same expert again) or from memory (another one each time).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
