@@ -27,7 +27,7 @@ pub enum Axis {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Choice {
     pub axis: Axis,
-    /// In words: `16 output channels`, `rank 32`, `int8, if its neighbours are`.
+    /// In words: `16 output channels`, `rank 32`, `int8 with its neighbours`.
     pub what: String,
     /// What the whole network would save.
     pub gain_ms: f64,
@@ -61,8 +61,8 @@ pub(super) fn of(known: &mut Known<'_>, request: &Request<'_>, walk: &Walk, laye
     let own = walk.steps.iter().find(|s| s.at == At::Node(layer.node)).map(|s| s.key);
     let numerics = request.network.nodes[layer.node].numerics;
     let (other, what) = match numerics {
-        Numerics::F32 => (Numerics::Int8, "int8, if its neighbours are"),
-        Numerics::Int8 => (Numerics::F32, "f32, if its neighbours are"),
+        Numerics::F32 => (Numerics::Int8, "int8 with its neighbours"),
+        Numerics::Int8 => (Numerics::F32, "f32 with its neighbours"),
     };
     if let Some((own, key)) = own.and_then(|own| Some((own, with_numerics(own, other)?)))
         && let Ok(after) = known.operator(key).cloned()

@@ -21,6 +21,9 @@ pub fn time(ms: f64) -> String {
 
 /// A time with its spread in one unit: `31.2 ± 2.1 µs`.
 pub fn with_spread(ms: f64, spread_ms: f64) -> String {
+    if spread_ms > 0.995 * ms.abs() {
+        return format!("{} ± >100 %", time(ms));
+    }
     let (factor, unit) = if ms.abs() < 0.9995 { (1e3, "µs") } else { (1.0, "ms") };
     format!(
         "{} ± {} {unit}",
@@ -148,6 +151,9 @@ fn plain_reason(network: &Network, block: Block, at: usize) -> String {
     let node = &network.nodes[at];
     let cin = node.inputs.first().map_or(0, |s| shape_of(network, *s).channels);
     let block = block.0;
+    if node.numerics == Numerics::Int8 {
+        return "it works in NCHW, int8 convolutions in NHWC".into();
+    }
     match &node.kind {
         Kind::Conv { groups, .. } if *groups > 1 => {
             format!("{cin} channels in {groups} groups do not block")
@@ -264,7 +270,8 @@ impl Choice {
     /// `rank 32 −87 %` of the layer's time.
     fn short(&self, layer_ms: f64) -> String {
         let pct = 100.0 * self.gain_ms / layer_ms.max(f64::MIN_POSITIVE);
-        format!("{} −{:.0} %", self.what, pct.min(100.0))
+        let what = self.what.strip_suffix(" with its neighbours").unwrap_or(&self.what);
+        format!("{what} −{:.0} %", pct.min(100.0))
     }
 }
 
