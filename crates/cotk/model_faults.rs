@@ -7,7 +7,7 @@ use cotk_model::config::ConfigError;
 use cotk_model::moe::RuntimeError;
 use cotk_model::tokenizer::TokenizerError;
 
-use crate::fault::{FAILED, Report, WRONG_USE, run};
+use crate::fault::{FAILED, OUT_OF_REACH, Report, WRONG_USE, run};
 
 fn facts(kind: &'static str, exit_code: u8) -> Report {
     Report {
@@ -364,6 +364,13 @@ pub(crate) fn runtime(error: &cotk_runtime::Error) -> Report {
             found: Some(found.clone()),
             expected: Some(expected.clone()),
             ..facts("synthetic", WRONG_USE)
+        },
+        Error::Budget { found, least, .. } => Report {
+            key: Some("budget-bytes".to_owned()),
+            found: Some(found.to_string()),
+            expected: Some(format!("at least {least}")),
+            help: Some("raise the budget, or shorten --context".to_owned()),
+            ..facts("budget", OUT_OF_REACH)
         },
         Error::Latency(error) => crate::search_faults::latency(error),
     }

@@ -16,6 +16,7 @@ use cotk_run::units::significant;
 use cotk_search::SearchError;
 use serde_json::{Value, json};
 
+use crate::commands::plan_moe;
 use crate::context::{Context, Outcome};
 use crate::fault::Fault;
 use crate::table::Table;
@@ -23,7 +24,7 @@ use crate::table::Table;
 /// Predict how long a network takes here, layer by layer, and say why it is not faster
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  cotk plan resnet18.onnx --threads 1\n  cotk plan net.onnx --batch 8 --in-order --measure\n\nThe prediction needs a profile of this machine: `cotk profile --quick` takes a minute."
+    after_help = "Examples:\n  cotk plan resnet18.onnx --threads 1\n  cotk plan net.onnx --batch 8 --in-order --measure\n  cotk plan models/ref-qwen2moe --bits 4 --context 512\n  cotk plan out --budget-bytes 2000000000\n\nThe prediction needs a profile of this machine: `cotk profile --quick` takes a minute."
 )]
 pub struct Args {
     /// ONNX file of any origin (f32, QDQ or QLinear), or the folder of a mixture of experts
@@ -47,6 +48,8 @@ pub struct Args {
     /// Run the file in ONNX Runtime too, and print what it took beside the prediction
     #[arg(long)]
     pub measure: bool,
+    #[command(flatten)]
+    pub moe: plan_moe::Args,
 }
 
 fn percent(text: &str) -> Result<f64, String> {
@@ -67,10 +70,7 @@ const WIDTH: usize = 100;
 /// A file that is no network, too many unknown operators, no profile, ONNX Runtime with `--measure`.
 pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
     if args.input.is_dir() {
-        return Err(Fault::usage(
-            format!("{}: a folder, expected an ONNX file", args.input.display()),
-            "name the .onnx file itself",
-        ));
+        return plan_moe::run(&args.input, &args.moe, args.batch, cx);
     }
     onnx(args, cx)
 }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use crate::predict::{Flag, Model, Origin, Part, Prediction, Terms};
 use crate::schedule::{in_order_equal, poisson_binomial, touched};
-use crate::work::{AttentionKey, DenseKey, ExpertKey, Heat, Key, ReadKey, Tier};
+use crate::work::{AttentionKey, DenseKey, ExpertKey, Heat, Key, ReadKey, Term, Tier};
 use crate::{Error, Result};
 
 #[cfg(test)]
@@ -226,36 +226,66 @@ impl Model {
         Ok(())
     }
 
-    /// One operator; what was never measured is taken by its bytes at the speed of memory, and said.
+    /// One operator. What was never measured from cache is taken from memory; a dense operator that was not measured at all
+    /// goes by its bytes at the speed of memory; both are said.
     fn one(&self, key: &Key, threads: u32, flags: &mut Vec<Flag>) -> Result<Part> {
         let before = flags.len();
-        match self.part(key, flags) {
-            Err(Error::NotMeasured { path, .. }) if !matches!(key, Key::Expert(_)) => {
-                flags.truncate(before);
-                flags.push(Flag::StandIn {
-                    path,
-                    by: "its bytes from memory".to_owned(),
-                });
-                #[expect(
-                    clippy::cast_possible_truncation,
-                    clippy::cast_sign_loss,
-                    reason = "sizes of matrices"
-                )]
-                let bytes = bytes(key).max(1.0) as u64;
-                let read = Key::Read(ReadKey {
-                    tier: Tier::Memory,
-                    bytes,
-                    threads,
-                });
-                let mut unsaid = Vec::new();
-                let mut part = self.part(&read, &mut unsaid)?;
-                // Bandwidth is a slope: other sizes of the same memory are no extrapolation, and a matrix is not a read.
-                part.ms -= part.terms.launch_ms;
-                part.terms.launch_ms = 0.0;
-                Ok(part)
-            }
-            other => other,
+        let refused = match self.known(key, flags) {
+            Err(Error::NotMeasured { path, .. }) => path,
+            other => return other,
+        };
+        flags.truncate(before);
+        let cold = heated(key, Heat::Cold);
+        if cold != *key {
+            let part = self.one(&cold, threads, flags)?;
+            flags.push(Flag::StandIn {
+                path: refused,
+                by: cold.path(self.block()).to_string(),
+            });
+            return Ok(part);
         }
+        if matches!(key, Key::Expert(_)) {
+            return Err(self.not_measured(key));
+        }
+        flags.push(Flag::StandIn {
+            path: refused,
+            by: "its bytes from memory".to_owned(),
+        });
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "sizes of matrices"
+        )]
+        let bytes = bytes(key).max(1.0) as u64;
+        let read = Key::Read(ReadKey {
+            tier: Tier::Memory,
+            bytes,
+            threads,
+        });
+        let mut unsaid = Vec::new();
+        let mut part = self.part(&read, &mut unsaid)?;
+        // Bandwidth is a slope: other sizes of the same memory are no extrapolation, and a matrix is not a read.
+        part.ms -= part.terms.launch_ms;
+        part.terms.launch_ms = 0.0;
+        Ok(part)
+    }
+
+    /// As `part`; but experts of a width that was never measured are not known, although their path is: what unpacking
+    /// costs is each width's own.
+    fn known(&self, key: &Key, flags: &mut Vec<Flag>) -> Result<Part> {
+        if let Key::Expert(_) = key
+            && !self.has(key)
+        {
+            let mut unsaid = Vec::new();
+            let fit = self.fit(key, &mut unsaid)?;
+            let features = key.features(self.block());
+            let is_unpacked = |term: Term| term.name().starts_with("mega_weights");
+            let mut own = features.terms().iter().filter(|(term, _)| is_unpacked(*term));
+            if own.any(|(term, _)| !fit.coefficients.iter().any(|c| c.term == *term && c.max > 0.0)) {
+                return Err(self.not_measured(key));
+            }
+        }
+        self.part(key, flags)
     }
 }
 

@@ -35,6 +35,17 @@ pub enum Error {
         found: String,
         expected: String,
     },
+    /// A budget that cannot hold one step.
+    #[error(
+        "budget of {found} bytes: at least {least} are needed, {dense_bytes} for the dense part, {kv_bytes} for keys and values, {largest_set_bytes} for the experts that one step can touch in a layer"
+    )]
+    Budget {
+        found: u64,
+        least: u64,
+        dense_bytes: u64,
+        kv_bytes: u64,
+        largest_set_bytes: u64,
+    },
     /// What a probe or a prediction meets.
     #[error(transparent)]
     Latency(#[from] cotk_latency::Error),

@@ -10,6 +10,7 @@ pub mod cost;
 pub mod figure;
 pub mod mix;
 pub mod open;
+pub mod plan;
 pub mod policy;
 pub mod probes;
 pub mod resident;

@@ -9,16 +9,14 @@ use std::sync::Arc;
 use cotk_kernels::cpu::noise::{self, NoiseExpert, NoiseShape, Width};
 use cotk_latency::probe::{Prepared, Probe, refused};
 use cotk_latency::work::{AttentionKey, DenseKey, ExpertKey, GlueKey, Heat, Key};
-use cotk_model::layers::attention::{LayerCache, Span};
+use cotk_model::layers::attention::{Heads, LayerCache, Rows, Span};
 use cotk_model::layers::linear::Linear;
 use cotk_model::layers::norm::rms_norm;
 use cotk_model::layers::rope::Rope;
 use cotk_model::layers::router::softmax;
-use cotk_model::layers::{Layer, silu};
+use cotk_model::layers::silu;
 use cotk_model::moe::{Alive, RouterScores, RoutingRule, route};
-use cotk_model::spec::LayerKind;
 use cotk_run::seeds::Stream;
-use cotk_run::units::LayerId;
 use rand::RngExt;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -65,14 +63,14 @@ impl EngineProbe {
         })
     }
 
-    /// What every profile needs: each width of experts from memory, dense matrices, attention and rest, at sizes between
-    /// which models lie.
+    /// What every profile needs: each width of experts from memory and from cache, dense matrices, attention and rest, at
+    /// sizes between which models lie.
     pub fn seeds(&self) -> Vec<Key> {
         let mut keys = Vec::new();
         for &threads in &self.threads {
             for width in Width::all() {
-                for (hidden, inner, experts) in [(256, 96, 4), (1024, 512, 4), (2048, 768, 8), (2048, 1408, 4)] {
-                    keys.push(Key::Expert(ExpertKey {
+                let expert = |(hidden, inner, experts, heat): (u32, u32, u32, Heat)| {
+                    Key::Expert(ExpertKey {
                         hidden,
                         inner,
                         bits: width.bits(),
@@ -82,35 +80,41 @@ impl EngineProbe {
                         experts,
                         tokens: 1,
                         threads,
-                        heat: Heat::Cold,
-                    }));
+                        heat,
+                    })
+                };
+                let shapes = [
+                    (1024, 512, 4, Heat::Cold),
+                    (2048, 1408, 4, Heat::Cold),
+                    (256, 96, 4, Heat::Hot),
+                ];
+                keys.extend(shapes.map(expert));
+                if width.planes() == 1 && [2, 4, 8].contains(&width.bits()) {
+                    keys.push(expert((2048, 768, 8, Heat::Cold)));
                 }
             }
-            for (inputs, outputs) in [
-                (256, 256),
-                (512, 2048),
-                (2048, 64),
-                (2048, 512),
-                (2048, 2048),
-                (2048, 8192),
-                (5632, 2048),
-            ] {
-                keys.push(Key::Dense(DenseKey {
+            let dense = |(inputs, outputs, heat): (u32, u32, Heat)| {
+                Key::Dense(DenseKey {
                     inputs,
                     outputs,
                     tokens: 1,
                     threads,
-                    heat: Heat::Cold,
-                }));
-            }
-            for (heads, kv_heads, head_dim, tokens) in [
-                (8, 4, 32, 64),
-                (16, 16, 128, 64),
-                (16, 16, 128, 512),
-                (32, 4, 128, 256),
-                (32, 8, 64, 1024),
-            ] {
-                keys.push(Key::Attention(AttentionKey {
+                    heat,
+                })
+            };
+            let shapes = [
+                (256, 256, Heat::Hot),
+                (256, 4096, Heat::Hot),
+                (512, 2048, Heat::Cold),
+                (2048, 64, Heat::Cold),
+                (2048, 512, Heat::Cold),
+                (2048, 2048, Heat::Cold),
+                (2048, 8192, Heat::Cold),
+                (5632, 2048, Heat::Cold),
+            ];
+            keys.extend(shapes.map(dense));
+            let attention = |(heads, kv_heads, head_dim, tokens, heat): (u32, u32, u32, u32, Heat)| {
+                Key::Attention(AttentionKey {
                     heads,
                     kv_heads,
                     head_dim,
@@ -118,8 +122,20 @@ impl EngineProbe {
                     tokens: 1,
                     sequences: 1,
                     threads,
-                    heat: Heat::Cold,
-                }));
+                    heat,
+                })
+            };
+            let shapes = [
+                (8, 4, 32, 64, Heat::Hot),
+                (8, 4, 32, 512, Heat::Hot),
+                (16, 16, 128, 128, Heat::Cold),
+                (16, 16, 128, 512, Heat::Cold),
+                (32, 4, 128, 256, Heat::Cold),
+                (32, 8, 64, 1024, Heat::Cold),
+            ];
+            // One query block is one thread's work.
+            if threads == 1 {
+                keys.extend(shapes.map(attention));
             }
         }
         for (hidden, experts, top_k, inner) in [
@@ -140,8 +156,28 @@ impl EngineProbe {
         keys
     }
 
-    /// One key of the distribution of use.
+    /// One key of the distribution of use. What does not fit the part of the cache that hot keys have is cold.
     fn draw(&self, rng: &mut Stream) -> Key {
+        let hot_bytes = if self.cache_bytes == 0 {
+            HOT_BYTES as u64
+        } else {
+            self.cache_bytes / 4
+        };
+        #[expect(clippy::cast_precision_loss, reason = "a size of a cache")]
+        let fits = |bytes: f64| bytes <= hot_bytes as f64;
+        match self.draw_any(rng) {
+            Key::Expert(e) if !fits(e.weight_bytes() * f64::from(e.experts)) => {
+                Key::Expert(ExpertKey { heat: Heat::Cold, ..e })
+            }
+            Key::Dense(d) if !fits(d.weight_bytes()) => Key::Dense(DenseKey { heat: Heat::Cold, ..d }),
+            Key::Attention(a) if !fits(a.cache_bytes() * f64::from(a.sequences)) => {
+                Key::Attention(AttentionKey { heat: Heat::Cold, ..a })
+            }
+            other => other,
+        }
+    }
+
+    fn draw_any(&self, rng: &mut Stream) -> Key {
         let threads = self.threads[rng.random_range(0..self.threads.len())];
         let heat = if rng.random_bool(0.65) { Heat::Cold } else { Heat::Hot };
         let tokens = match rng.random_range(0..10) {
@@ -254,19 +290,11 @@ impl Probe for EngineProbe {
 
     fn prepare(&self, key: &Key, session: u32) -> cotk_latency::Result<Box<dyn Prepared>> {
         let wrong = |detail: String| refused(self.name(), key, &detail);
-        let (calls, threads, us): (Vec<Call>, u32, f64) = match key {
-            Key::Expert(e) => (
-                vec![self.experts(e, session).map_err(wrong)?],
-                e.threads,
-                expected_us(key),
-            ),
-            Key::Dense(d) => (
-                vec![self.dense(d, session).map_err(wrong)?],
-                d.threads,
-                expected_us(key),
-            ),
-            Key::Attention(a) => (self.attention(a, session).map_err(wrong)?, a.threads, expected_us(key)),
-            Key::Glue(g) => (vec![glue(g)], g.threads, expected_us(key)),
+        let (call, threads) = match key {
+            Key::Expert(e) => (self.experts(e, session).map_err(wrong)?, e.threads),
+            Key::Dense(d) => (self.dense(d, session).map_err(wrong)?, d.threads),
+            Key::Attention(a) => (self.attention(a, session).map_err(wrong)?, a.threads),
+            Key::Glue(g) => (glue(g), g.threads),
             _ => return Err(wrong("not an operator of the engine".to_owned())),
         };
         let pool = match self.pools.get(&threads) {
@@ -276,7 +304,7 @@ impl Probe for EngineProbe {
                 Arc::new(pool.map_err(|e| wrong(e.to_string()))?)
             }
         };
-        Ok(Box::new(Ready::new(pool, threads, calls, us)))
+        Ok(Box::new(Ready::new(pool, threads, call, expected_us(key))))
     }
 }
 
@@ -386,34 +414,11 @@ impl EngineProbe {
         }))
     }
 
-    /// A layer whose hidden state is one number wide; then its four projections alone, to be taken off.
-    fn attention(&self, key: &AttentionKey, session: u32) -> Result<Vec<Call>, String> {
+    fn attention(&self, key: &AttentionKey, session: u32) -> Result<Call, String> {
         let (tokens, keys) = (key.tokens.clamp(1, key.keys.max(1)) as usize, key.keys.max(1) as usize);
         let (heads, kv_heads, head_dim) = (key.heads as usize, key.kv_heads as usize, key.head_dim as usize);
         if kv_heads == 0 || !heads.is_multiple_of(kv_heads) || head_dim == 0 || !head_dim.is_multiple_of(2) {
             return Err("heads that no model has".to_owned());
-        }
-        let mut spec = synthetic::spec("ref-qwen2moe", Some(1)).map_err(|e| e.to_string())?;
-        (
-            spec.hidden,
-            spec.moe_intermediate,
-            spec.routing.experts,
-            spec.routing.top_k,
-        ) = (1, 1, 1, 1);
-        (spec.attention.heads, spec.attention.kv_heads, spec.attention.head_dim) = (heads, kv_heads, head_dim);
-        spec.attention.rope.dim = head_dim;
-        spec.layers[0].kind = LayerKind::Moe { shared: None };
-        let source = synthetic::source(&spec, u64::from(session));
-        let layer = Layer::load(&spec, &source, LayerId(0)).map_err(|e| e.to_string())?;
-        let rope = Rope::new(&spec.attention.rope);
-        let mut filled = LayerCache::new(&spec.attention);
-        if keys > tokens {
-            let mut hidden = noise_floats(keys - tokens);
-            let mut span = [Span {
-                tokens: keys - tokens,
-                cache: &mut filled,
-            }];
-            layer.attend(&rope, &mut hidden, &mut span);
         }
         let sequences = key.sequences.max(1) as usize;
         #[expect(
@@ -425,35 +430,51 @@ impl EngineProbe {
         if bytes > CALL_BYTES {
             return Err(format!("{bytes} bytes a call, at most {CALL_BYTES}"));
         }
-        let copies = self.copies(bytes, key.heat);
-        let mut caches: Vec<Vec<LayerCache>> = (0..copies).map(|_| vec![filled.clone(); sequences]).collect();
-        let template = noise_floats(sequences * tokens);
-        let mut hidden = template.clone();
+        let mut spec = synthetic::spec("ref-qwen2moe", Some(1))
+            .map_err(|e| e.to_string())?
+            .attention;
+        (spec.heads, spec.kv_heads, spec.head_dim, spec.rope.dim) = (heads, kv_heads, head_dim, head_dim);
+        let attention = Heads::new(&spec, None);
+        let rope = Rope::new(&spec.rope);
+        let rows = |count: usize| Rows {
+            queries: noise_floats(count * heads * head_dim),
+            keys: noise_floats(count * kv_heads * head_dim),
+            values: noise_floats(count * kv_heads * head_dim + session as usize)[session as usize..].to_vec(),
+        };
+        let mut filled = LayerCache::new(&spec);
+        if keys > tokens {
+            let mut span = [Span {
+                tokens: keys - tokens,
+                cache: &mut filled,
+            }];
+            attention.attend(&rows(keys - tokens), &mut span);
+        }
+        let mut caches: Vec<Vec<LayerCache>> = (0..self.copies(bytes, key.heat))
+            .map(|_| vec![filled.clone(); sequences])
+            .collect();
+        let template = rows(sequences * tokens);
         let mut next = 0;
-        let attend: Call = Box::new(move || {
-            hidden.copy_from_slice(&template);
+        Ok(Box::new(move || {
+            let mut rows = Rows {
+                queries: template.queries.clone(),
+                keys: template.keys.clone(),
+                values: template.values.clone(),
+            };
+            for (turned, width) in [
+                (&mut rows.queries, heads * head_dim),
+                (&mut rows.keys, kv_heads * head_dim),
+            ] {
+                for row in turned.chunks_exact_mut(tokens * width) {
+                    rope.turn(row, keys - tokens, width, head_dim);
+                }
+            }
             let mut spans: Vec<Span<'_>> = caches[next].iter_mut().map(|cache| Span { tokens, cache }).collect();
-            layer.attend(&rope, &mut hidden, &mut spans);
+            std::hint::black_box(attention.attend(&rows, &mut spans));
             for cache in &mut caches[next] {
                 cache.truncate(keys - tokens);
             }
             next = (next + 1) % caches.len();
-            std::hint::black_box(&hidden);
-        });
-        let (width, kv_width) = (heads * head_dim, kv_heads * head_dim);
-        let linears: Vec<Linear> = [(width, 1), (kv_width, 1), (kv_width, 1), (1, width)]
-            .map(|(outputs, inputs)| Linear::new(noise_floats(outputs * inputs), outputs, inputs))
-            .into();
-        let (narrow, wide) = (
-            noise_floats(sequences * tokens),
-            noise_floats(sequences * tokens * width),
-        );
-        let project: Call = Box::new(move || {
-            for linear in &linears {
-                std::hint::black_box(linear.apply(if linear.inputs() == 1 { &narrow } else { &wide }));
-            }
-        });
-        Ok(vec![attend, project])
+        }))
     }
 }
 
@@ -498,48 +519,41 @@ fn glue(key: &GlueKey) -> Call {
     })
 }
 
-/// Calls inside the pool, as a step runs them: entering it costs as much as a small operator, so that many calls less one
-/// are timed.
+/// Calls inside the pool, as a step runs them: entering it wakes a thread and costs as much as a small operator, so that
+/// entering it for nothing is timed, too, and taken off.
 struct Ready {
     pool: Arc<ThreadPool>,
     threads: u32,
-    calls: Vec<Call>,
-    /// Weight, which call, how often.
-    pieces: Vec<(f64, usize, u32)>,
+    call: Call,
+    /// Calls of the first piece; the second has none.
+    times: u32,
+    is_long: bool,
 }
 
 /// µs of one piece, so that few slices are preempted.
 const PIECE_US: f64 = 300.0;
 /// µs from which entering the pool does not show.
-const LONG_US: f64 = 3000.0;
+const LONG_US: f64 = 5000.0;
 
 impl Ready {
-    /// The first of `calls` is measured, the others are taken off; `us` is what one call is thought to take.
-    fn new(pool: Arc<ThreadPool>, threads: u32, calls: Vec<Call>, us: f64) -> Self {
-        let mut pieces = Vec::new();
-        for which in 0..calls.len() {
-            let sign = if which == 0 { 1.0 } else { -1.0 };
-            if us >= LONG_US {
-                pieces.push((sign, which, 1));
-            } else {
-                #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped")]
-                let more = (PIECE_US / us).ceil().clamp(1.0, 64.0) as u32;
-                pieces.push((sign / f64::from(more), which, more + 1));
-                pieces.push((-sign / f64::from(more), which, 1));
-            }
-        }
+    /// `us` is what one call is thought to take.
+    fn new(pool: Arc<ThreadPool>, threads: u32, call: Call, us: f64) -> Self {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped")]
+        let times = (PIECE_US / us).ceil().clamp(1.0, 128.0) as u32;
         Self {
             pool,
             threads,
-            calls,
-            pieces,
+            call,
+            times,
+            is_long: us >= LONG_US,
         }
     }
 }
 
 impl Prepared for Ready {
     fn weights(&self) -> Vec<f64> {
-        self.pieces.iter().map(|piece| piece.0).collect()
+        let share = 1.0 / f64::from(self.times);
+        if self.is_long { vec![share] } else { vec![share, -share] }
     }
 
     fn threads(&self) -> u32 {
@@ -547,8 +561,7 @@ impl Prepared for Ready {
     }
 
     fn run(&mut self, piece: usize) -> cotk_latency::Result<()> {
-        let (_, which, times) = self.pieces[piece];
-        let call = &mut self.calls[which];
+        let (call, times) = (&mut self.call, if piece == 0 { self.times } else { 0 });
         self.pool.install(|| (0..times).for_each(|_| call()));
         Ok(())
     }
@@ -635,7 +648,7 @@ mod tests {
         ] {
             let mut ready = probe.prepare(&key, 0).unwrap();
             let weights = ready.weights();
-            // What is added is taken off: entering the pool is not part of an operator.
+            // Entering the pool is taken off as often as it is in.
             assert!(weights.len() > 1 && weights.iter().sum::<f64>().abs() < 1e-9, "{key}");
             for piece in 0..weights.len() {
                 ready.run(piece).unwrap();

@@ -362,11 +362,6 @@ pub fn model(spec: &ModelSpec, experts: Experts, seed: u64) -> Result<SyntheticM
     })
 }
 
-/// Dense tensors of noise for any spec: for what is timed without a checkpoint.
-pub fn source(spec: &ModelSpec, seed: u64) -> impl TensorSource {
-    Source::new(spec, seed)
-}
-
 #[cfg(test)]
 mod tests {
     use cotk_model::model::{Logits, Sequence};
