@@ -128,7 +128,7 @@ def compare(ours, theirs, what, bound):
     p, q = log_softmax(ours), log_softmax(theirs)
     kl = (np.exp(p) * (p - q)).sum(-1)
     top1 = (ours.argmax(-1) == theirs.argmax(-1)).mean()
-    text = f"{what}: KL mean {kl.mean():.3g}, worst {kl.max():.3g} nats; top-1 equal at {top1:.4f} of {len(kl)} positions"
+    text = f"{what}: KL mean {kl.mean():.3g}, median {np.median(kl):.3g}, worst {kl.max():.3g} nats; top-1 equal at {top1:.4f} of {len(kl)} positions"
     return verdict(kl.mean() <= bound, text + f"; largest difference of logits {np.abs(ours - theirs).max():.3g}")
 
 

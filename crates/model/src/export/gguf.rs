@@ -18,6 +18,7 @@ use crate::families::gguf::{self as names, Arch, Refusal};
 use crate::families::{self, LayerTensor, Matrix, Tensor};
 use crate::folder::ModelFolder;
 use crate::inventory;
+use crate::spec::AttentionKind;
 
 /// As errors call the format.
 const GGUF: &str = "GGUF";
@@ -42,8 +43,16 @@ pub struct GgufOptions {
 enum Origin {
     /// One of the dense part. The embedding stands in for a tied head.
     Dense(Tensor),
+    /// The part of a latent projection that makes keys, transposed head by head, or the part that makes values.
+    Latent(Tensor, Half),
     /// One matrix of all experts of a layer.
     Stack(LayerId, Matrix),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Half {
+    Keys,
+    Values,
 }
 
 /// How a tensor's values become bytes.
@@ -94,6 +103,7 @@ pub fn export(
         let planned = &planned[index];
         let loss = match planned.origin {
             Origin::Dense(tensor) => put_dense(&subject, &arch, planned, tensor, sink),
+            Origin::Latent(tensor, half) => put_latent(&subject, planned, tensor, half, sink),
             Origin::Stack(layer, matrix) => put_stack(&subject, planned, layer, matrix, sink),
         }?;
         let reason = match &planned.way {
@@ -167,7 +177,11 @@ fn plan(subject: &Subject<'_>, options: &GgufOptions) -> Result<Vec<Planned>, Ex
             }
             continue;
         }
-        let Some(name) = names::tensor_name(tensor) else {
+        if let Tensor::Layer(layer, LayerTensor::KeyValueUp) = tensor {
+            planned.extend(latent(subject, layer, tensor, dense));
+            continue;
+        }
+        let Some(name) = names::tensor_name(&subject.spec, tensor) else {
             continue;
         };
         if let Tensor::Layer(_, LayerTensor::SharedGate) = tensor {
@@ -195,7 +209,7 @@ fn plan(subject: &Subject<'_>, options: &GgufOptions) -> Result<Vec<Planned>, Ex
         add(name);
         if tensor == Tensor::Embedding && subject.spec.tied_embeddings {
             // Several architectures demand it.
-            add(names::tensor_name(Tensor::Head).expect("stands alone"));
+            add(names::tensor_name(&subject.spec, Tensor::Head).expect("stands alone"));
         }
     }
     let others = refused.len().saturating_sub(1);
@@ -217,6 +231,39 @@ fn plan(subject: &Subject<'_>, options: &GgufOptions) -> Result<Vec<Planned>, Ex
             help,
         }),
         Some(error) => Err(error),
+    }
+}
+
+/// The two tensors that llama.cpp cuts a latent projection into.
+fn latent(subject: &Subject<'_>, layer: LayerId, tensor: Tensor, kind: TensorType) -> Vec<Planned> {
+    let (heads, plain, value, rank) = latent_widths(subject);
+    let shapes = [vec![heads, rank, plain], vec![heads, value, rank]];
+    let halves = names::latent_names(layer.0).into_iter().zip(shapes);
+    halves
+        .zip([Half::Keys, Half::Values])
+        .map(|((name, shape), half)| {
+            let (kind, way, note) = fit(kind, &shape);
+            Planned {
+                tensor: GgufTensor { name, shape, kind },
+                origin: Origin::Latent(tensor, half),
+                way,
+                note,
+            }
+        })
+        .collect()
+}
+
+/// Heads, and the widths of a key without positions, a value and a latent vector.
+fn latent_widths(subject: &Subject<'_>) -> (usize, usize, usize, usize) {
+    let attention = &subject.spec.attention;
+    match attention.kind {
+        AttentionKind::Latent { kv_rank, value_dim, .. } => (
+            attention.heads,
+            attention.head_dim - attention.rope.dim,
+            value_dim,
+            kv_rank,
+        ),
+        AttentionKind::Grouped { .. } => unreachable!("only latent attention has such a tensor"),
     }
 }
 
@@ -355,6 +402,30 @@ fn put_dense(
         weights = paired(&weights, shape[0], subject.spec.attention.head_dim);
     }
     let columns = *shape.last().expect("tensors have axes");
+    let (bytes, loss) = encoded(planned, &weights, columns)?;
+    sink.put(&bytes)?;
+    Ok(loss.relative())
+}
+
+/// The projection is `[heads · (plain + value), rank]`, keys first in each head.
+fn put_latent(
+    subject: &Subject<'_>,
+    planned: &Planned,
+    tensor: Tensor,
+    half: Half,
+    sink: &mut Sink<'_>,
+) -> Result<f64, ExportError> {
+    let (heads, plain, value, rank) = latent_widths(subject);
+    let whole = subject.dense(tensor, &[heads * (plain + value), rank])?;
+    let mut weights = Vec::with_capacity(planned.tensor.shape.iter().product());
+    for head in whole.chunks_exact((plain + value) * rank) {
+        let (keys, values) = head.split_at(plain * rank);
+        match half {
+            Half::Keys => weights.extend((0..rank).flat_map(|r| (0..plain).map(move |p| keys[p * rank + r]))),
+            Half::Values => weights.extend_from_slice(values),
+        }
+    }
+    let columns = planned.tensor.shape[2];
     let (bytes, loss) = encoded(planned, &weights, columns)?;
     sink.put(&bytes)?;
     Ok(loss.relative())

@@ -70,6 +70,20 @@ fn qwen3_moe() -> Json {
     )
 }
 
+/// One dense layer, then one with experts in groups; q with and without a narrow projection.
+fn deepseek(model_type: &str, more: &Json) -> Json {
+    let own = json!({
+        "n_routed_experts": EXPERTS, "moe_intermediate_size": INNER, "intermediate_size": 96, "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 4, "first_k_dense_replace": 1, "n_shared_experts": 2, "q_lora_rank": null,
+        "kv_lora_rank": 32, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 16,
+    });
+    let mut config = config(model_type, &own);
+    for (key, value) in more.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    config
+}
+
 /// A folder of random f32 weights.
 fn model(folder: &Path, config: &Json) -> ModelFolder {
     let text = config.to_string();
@@ -219,6 +233,58 @@ fn only_llama_turns_neighbours() {
 }
 
 #[test]
+fn latent_projections_are_cut_into_keys_and_values() {
+    let v3 = json!({"q_lora_rank": 24, "n_group": 2, "topk_group": 1, "rope_interleave": true});
+    let yarn = json!({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32,
+        "mscale": 0.707, "mscale_all_dim": 0.707}});
+    for config in [deepseek("deepseek_v3", &v3), deepseek("deepseek_v2", &yarn)] {
+        let folder = tempfile::tempdir().unwrap();
+        let model = model(folder.path(), &config);
+        let (file, _) = to_gguf(&model, None, None).unwrap();
+        let get = |key: &str| file.get(&format!("deepseek2.{key}")).cloned();
+        let is_v3 = model.spec.family == "deepseek_v3";
+        for (key, value) in [
+            ("leading_dense_block_count", Value::U32(1)),
+            ("feed_forward_length", Value::U32(96)),
+            ("expert_shared_count", Value::U32(2)),
+            ("expert_gating_func", Value::U32(if is_v3 { 2 } else { 1 })),
+            ("attention.head_count_kv", Value::U32(1)),
+            ("attention.key_length", Value::U32(36)),
+            ("attention.key_length_mla", Value::U32(12)),
+            ("attention.value_length_mla", Value::U32(16)),
+            ("attention.q_lora_rank", Value::U32(if is_v3 { 24 } else { 0 })),
+        ] {
+            assert_eq!(get(key), Some(value), "{key}");
+        }
+        assert_eq!(get("expert_group_used_count"), is_v3.then_some(Value::U32(1)));
+        assert_eq!(
+            get("rope.scaling.yarn_log_multiplier"),
+            (!is_v3).then_some(Value::F32(0.0707))
+        );
+        let found = values(&file);
+        assert_eq!(found.contains_key("blk.1.exp_probs_b.bias"), is_v3);
+        assert_eq!(found.contains_key("blk.0.attn_q_a_norm.weight"), is_v3);
+        assert_eq!(found.contains_key("blk.0.attn_q.weight"), !is_v3);
+        assert!(found.contains_key("blk.0.ffn_gate.weight") && found.contains_key("blk.1.ffn_gate_shexp.weight"));
+        // [heads · (8 + 16), 32]: keys of a head transposed, its values as they are.
+        let whole = source(&model, "model.layers.1.self_attn.kv_b_proj.weight", &[4 * 24, 32]);
+        let (shape, keys) = &found["blk.1.attn_k_b.weight"];
+        assert_eq!(shape, &[4, 32, 8]);
+        let (shape, values) = &found["blk.1.attn_v_b.weight"];
+        assert_eq!(shape, &[4, 16, 32]);
+        for head in 0..4 {
+            for rank in 0..32 {
+                let row = |row: usize| whole[(head * 24 + row) * 32 + rank];
+                let of_keys: Vec<f32> = (0..8).map(row).collect();
+                assert_near(&keys[(head * 32 + rank) * 8..][..8], &of_keys, 5e-4);
+                let of_values: Vec<f32> = (0..16).map(|v| values[(head * 16 + v) * 32 + rank]).collect();
+                assert_near(&of_values, &(8..24).map(row).collect::<Vec<_>>(), 5e-4);
+            }
+        }
+    }
+}
+
+#[test]
 fn asked_widths_are_what_the_file_holds() {
     let folder = tempfile::tempdir().unwrap();
     let model = model(folder.path(), &qwen2_moe());
@@ -269,7 +335,17 @@ fn rows_that_are_no_whole_blocks_stay_f16_and_are_said() {
 
 #[test]
 fn what_llama_cpp_takes_for_granted_is_checked() {
-    let cases: [(Json, &str, Json, &str); 8] = [
+    let v2 = || deepseek("deepseek_v2", &json!({"n_group": 2, "topk_group": 1}));
+    let v3 = || deepseek("deepseek_v3", &json!({"n_group": 2, "topk_group": 1}));
+    let cases: [(Json, &str, Json, &str); 11] = [
+        (
+            v2(),
+            "topk_method",
+            "group_limited_greedy".into(),
+            "`topk_method`: found group_limited_greedy",
+        ),
+        (v3(), "attention_bias", true.into(), "`attention_bias`: found true"),
+        (v3(), "rms_norm_eps", json!(1e-5), "`rms_norm_eps`: found 0.00001"),
         (olmoe(), "norm_topk_prob", true.into(), "`norm_topk_prob`: found true"),
         (olmoe(), "clip_qkv", json!(8.0), "`clip_qkv`: found 8"),
         (

@@ -3,9 +3,11 @@
 
 use std::path::Path;
 
-use super::{LayerTensor, Tensor, common, limits};
+use cotk_container::gguf::Value;
+
+use super::{LayerTensor, Tensor, common, gguf, limits};
 use crate::config::{ConfigError, Keys};
-use crate::moe::{GroupLimit, GroupScore, RoutingRule};
+use crate::moe::{GroupLimit, GroupScore, RoutingRule, Scoring};
 use crate::spec::{
     AttentionKind, AttentionSpec, LayerKind, LayerSpec, ModelSpec, RopeLayout, RopeScaling, SharedGate, SharedSpec,
 };
@@ -197,4 +199,59 @@ pub(super) fn tensor_name(tensor: Tensor) -> String {
         }
         _ => common::tensor_name(tensor),
     }
+}
+
+/// `deepseek2` of llama.cpp runs both, V2's groups apart: it judges groups by V3's rule.
+pub(super) fn gguf(spec: &ModelSpec) -> Result<gguf::Arch, gguf::Refusal> {
+    let routing = &spec.routing;
+    let AttentionKind::Latent {
+        q_rank, bias, norm_eps, ..
+    } = spec.attention.kind
+    else {
+        return gguf::require(false, "attention", "grouped", "latent").map(|()| unreachable!("just refused"));
+    };
+    gguf::require(!bias, "attention_bias", bias, false)?;
+    let expected = format!("{norm_eps}: `deepseek2` has one epsilon for all norms");
+    gguf::require(spec.norm_eps == norm_eps, "rms_norm_eps", spec.norm_eps, expected)?;
+    let is_paired = spec.attention.rope.layout == RopeLayout::Pairs;
+    gguf::require(is_paired, "rope_interleave", is_paired, true)?;
+    // Models of these depths are taken for the small ones, whose queries have one projection.
+    let is_lite = [26, 27].contains(&spec.layers.len());
+    gguf::require(!is_lite || q_rank.is_none(), "q_lora_rank", q_rank.unwrap_or(0), "null in 26 or 27 layers")?;
+    let dense = spec.layers.iter().take_while(|l| matches!(l.kind, LayerKind::Dense { .. }));
+    let (dense_count, intermediate) = dense.fold((0, 0), |(count, _), layer| match layer.kind {
+        LayerKind::Dense { intermediate } => (count + 1, intermediate),
+        LayerKind::Moe { .. } => unreachable!("only dense ones were taken"),
+    });
+    let shared = spec.layers.iter().find_map(|layer| match layer.kind {
+        LayerKind::Moe { shared } => shared,
+        LayerKind::Dense { .. } => None,
+    });
+    let shared = shared.map_or(0, |shared| shared.intermediate / spec.moe_intermediate);
+    gguf::require(shared > 0, "n_shared_experts", shared, "1 or more")?;
+    let gating = match routing.scoring {
+        Scoring::Softmax => 1,
+        Scoring::Sigmoid => 2,
+    };
+    let mut keys = vec![
+        ("leading_dense_block_count", gguf::width(dense_count)),
+        ("feed_forward_length", gguf::width(intermediate.max(1))),
+        ("expert_feed_forward_length", gguf::width(spec.moe_intermediate)),
+        ("expert_shared_count", gguf::width(shared)),
+        ("expert_weights_scale", Value::F32(routing.scale)),
+        ("expert_weights_norm", Value::Bool(routing.norm_topk)),
+        ("expert_gating_func", Value::U32(gating)),
+        ("attention.q_lora_rank", gguf::width(q_rank.unwrap_or(0))),
+    ];
+    if let Some(limit) = routing.groups {
+        let expected = "groups judged by the sum of their two best experts: `deepseek2` knows no other rule";
+        gguf::require(limit.score == GroupScore::BestTwo, "topk_method", "group_limited_greedy", expected)?;
+        keys.push(("expert_group_count", gguf::width(limit.groups)));
+        keys.push(("expert_group_used_count", gguf::width(limit.kept)));
+    }
+    Ok(gguf::Arch {
+        name: "deepseek2",
+        pairs_rope: false,
+        keys,
+    })
 }

@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use super::deepseek::{self, Variant};
-use super::{Family, Tensor, limits};
+use super::{Family, Tensor, gguf, limits};
 use crate::config::{ConfigError, Keys};
 use crate::moe::{GroupScore, RoutingRule};
 use crate::spec::{ModelSpec, RopeLayout};
@@ -35,6 +35,10 @@ impl Family for DeepseekV2 {
 
     fn tensor_name(&self, tensor: Tensor) -> String {
         deepseek::tensor_name(tensor)
+    }
+
+    fn gguf(&self, spec: &ModelSpec) -> Result<gguf::Arch, gguf::Refusal> {
+        deepseek::gguf(spec)
     }
 }
 

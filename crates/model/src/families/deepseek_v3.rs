@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use super::deepseek::{self, Variant};
-use super::{Family, Tensor, limits};
+use super::{Family, Tensor, gguf, limits};
 use crate::config::{ConfigError, Keys};
 use crate::moe::{GroupScore, RoutingRule, Scoring};
 use crate::spec::{ModelSpec, RopeLayout};
@@ -45,6 +45,10 @@ impl Family for DeepseekV3 {
 
     fn tensor_name(&self, tensor: Tensor) -> String {
         deepseek::tensor_name(tensor)
+    }
+
+    fn gguf(&self, spec: &ModelSpec) -> Result<gguf::Arch, gguf::Refusal> {
+        deepseek::gguf(spec)
     }
 }
 

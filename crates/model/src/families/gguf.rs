@@ -130,12 +130,23 @@ pub(crate) fn common_keys(spec: &ModelSpec) -> Result<Vec<(&'static str, Value)>
         ("expert_used_count", width(spec.routing.top_k)),
         ("vocab_size", width(spec.vocab)),
     ];
-    if let AttentionKind::Grouped { .. } = spec.attention.kind {
-        keys.push(("attention.head_count_kv", width(spec.attention.kv_heads)));
-        if spec.attention.head_dim * spec.attention.heads != spec.hidden {
-            keys.push(("attention.key_length", width(spec.attention.head_dim)));
-            keys.push(("attention.value_length", width(spec.attention.head_dim)));
+    match spec.attention.kind {
+        AttentionKind::Grouped { .. } => {
+            keys.push(("attention.head_count_kv", width(spec.attention.kv_heads)));
+            if spec.attention.head_dim * spec.attention.heads != spec.hidden {
+                keys.push(("attention.key_length", width(spec.attention.head_dim)));
+                keys.push(("attention.value_length", width(spec.attention.head_dim)));
+            }
         }
+        // One key of latent values and positions, which all heads share.
+        AttentionKind::Latent { kv_rank, value_dim, .. } => keys.extend([
+            ("attention.head_count_kv", Value::U32(1)),
+            ("attention.key_length", width(kv_rank + spec.attention.rope.dim)),
+            ("attention.value_length", width(kv_rank)),
+            ("attention.key_length_mla", width(spec.attention.head_dim)),
+            ("attention.value_length_mla", width(value_dim)),
+            ("attention.kv_lora_rank", width(kv_rank)),
+        ]),
     }
     keys.extend(rope_keys(&spec.attention.rope.scaling)?);
     Ok(keys)
@@ -163,22 +174,28 @@ fn rope_keys(scaling: &RopeScaling) -> Result<Vec<(&'static str, Value)>, Refusa
             attention_factor,
             mscale_all_dim,
         } => {
-            let plain = 0.1 * factor.ln() + 1.0;
-            let is_plain = *beta_fast == 32.0
-                && *beta_slow == 1.0
-                && *truncate
-                && (attention_factor - plain).abs() < 1e-6
-                && mscale_all_dim.is_none();
-            let expected = "beta_fast 32, beta_slow 1, and no scale of attention of its own";
-            require(is_plain, "rope_scaling", "yarn with other constants", expected)?;
-            Ok(vec![
+            // With a weight for all dimensions (DeepSeek) scores are scaled in place of cos and sin.
+            let turned = if mscale_all_dim.is_some() {
+                1.0
+            } else {
+                0.1 * factor.ln() + 1.0
+            };
+            let is_known =
+                *beta_fast == 32.0 && *beta_slow == 1.0 && *truncate && (attention_factor - turned).abs() < 1e-6;
+            let expected = "beta_fast 32, beta_slow 1, mscale as mscale_all_dim, no attention_factor";
+            require(is_known, "rope_scaling", "yarn with other constants", expected)?;
+            let mut keys = vec![
                 ("rope.scaling.type", "yarn".into()),
                 ("rope.scaling.factor", Value::F32(*factor as f32)),
                 (
                     "rope.scaling.original_context_length",
                     Value::U32(*original_context as u32),
                 ),
-            ])
+            ];
+            // llama.cpp divides by 0.1 again.
+            let weight = mscale_all_dim.map(|weight| Value::F32((0.1 * weight) as f32));
+            keys.extend(weight.map(|weight| ("rope.scaling.yarn_log_multiplier", weight)));
+            Ok(keys)
         }
         RopeScaling::Llama3 { .. } => Err(Refusal {
             what: "rope_scaling".to_owned(),
@@ -190,7 +207,7 @@ fn rope_keys(scaling: &RopeScaling) -> Result<Vec<(&'static str, Value)>, Refusa
 
 /// The name of a tensor that stands alone. `None`: it is stacked with its neighbours ([`stack_name`]), or is cut into
 /// one for keys and one for values.
-pub(crate) fn tensor_name(tensor: Tensor) -> Option<String> {
+pub(crate) fn tensor_name(spec: &ModelSpec, tensor: Tensor) -> Option<String> {
     let (layer, part) = match tensor {
         Tensor::Embedding => return Some("token_embd.weight".to_owned()),
         Tensor::FinalNorm => return Some("output_norm.weight".to_owned()),
@@ -208,7 +225,10 @@ pub(crate) fn tensor_name(tensor: Tensor) -> Option<String> {
         LayerTensor::ValueBias => "attn_v.bias".to_owned(),
         LayerTensor::Output => "attn_output.weight".to_owned(),
         LayerTensor::OutputBias => "attn_output.bias".to_owned(),
-        LayerTensor::QueryNorm => "attn_q_norm.weight".to_owned(),
+        LayerTensor::QueryNorm => match spec.attention.kind {
+            AttentionKind::Grouped { .. } => "attn_q_norm.weight".to_owned(),
+            AttentionKind::Latent { .. } => "attn_q_a_norm.weight".to_owned(),
+        },
         LayerTensor::KeyNorm => "attn_k_norm.weight".to_owned(),
         LayerTensor::QueryDown => "attn_q_a.weight".to_owned(),
         LayerTensor::QueryDownBias => "attn_q_a.bias".to_owned(),
@@ -224,6 +244,12 @@ pub(crate) fn tensor_name(tensor: Tensor) -> Option<String> {
         LayerTensor::SharedGate => "ffn_gate_inp_shexp.weight".to_owned(),
     };
     Some(format!("blk.{layer}.{rest}"))
+}
+
+/// What latent attention is cut into: keys from latent vectors, `[heads, kv_rank, plain]`, and values from them,
+/// `[heads, value, kv_rank]`.
+pub(crate) fn latent_names(layer: u32) -> [String; 2] {
+    ["k", "v"].map(|half| format!("blk.{layer}.attn_{half}_b.weight"))
 }
 
 /// The stack of one matrix of all experts of a layer, `[experts, rows, columns]`.

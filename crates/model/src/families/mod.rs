@@ -52,13 +52,7 @@ pub trait Family: Send + Sync {
     ///
     /// # Errors
     /// What llama.cpp cannot run: its code takes some values for granted.
-    fn gguf(&self, spec: &ModelSpec) -> Result<gguf::Arch, gguf::Refusal> {
-        Err(gguf::Refusal {
-            what: "model_type".to_owned(),
-            found: spec.family.to_owned(),
-            expected: "mixtral, olmoe, qwen2_moe or qwen3_moe".to_owned(),
-        })
-    }
+    fn gguf(&self, spec: &ModelSpec) -> Result<gguf::Arch, gguf::Refusal>;
 
     /// Another name that it has in some checkpoints.
     fn other_name(&self, tensor: Tensor) -> Option<String> {
