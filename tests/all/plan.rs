@@ -285,3 +285,60 @@ fn wrong_arguments_are_refused() {
         plan(&place, &file, &[wrong[0], wrong[1], "--json"]).fault(2);
     }
 }
+
+/// Networks of every family of layers, f32 and both int8 forms, as torch and onnxruntime export them.
+#[test]
+fn every_export_is_planned_whole() {
+    let place = Workplace::new();
+    for name in [
+        "tiny",
+        "tiny-dynamo",
+        "tiny-qdq",
+        "tiny-qlinear",
+        "mobilenet-v2",
+        "mobilenet-v3-small",
+        "vgg11",
+    ] {
+        let file = copied(&place, name);
+        let result = plan(&place, &file, &["--json"]).result(0);
+        let ms = number(&result["prediction"], "ms");
+        let layers = result["per_layer"].as_array().unwrap();
+        let sum: f64 = layers.iter().map(|l| number(l, "ms")).sum::<f64>() + number(&result, "rest_ms");
+        assert!(ms > 0.0 && (sum / ms - 1.0).abs() < 1e-9, "{name}: {sum} {ms}");
+        assert_eq!(number(&result["unknown"], "nodes_pct"), 0.0, "{name}");
+        let text = plan(&place, &file, &[]).stdout;
+        assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
+    }
+}
+
+/// HardSwish has no int8 form: what is dequantized before it and quantized behind it is laid at its door.
+#[test]
+fn an_f32_island_is_named_as_the_reason_of_its_edges() {
+    let place = Workplace::new();
+    let file = copied(&place, "tiny-qdq");
+    let result = plan(&place, &file, &["--json"]).result(0);
+    let layers = result["per_layer"].as_array().unwrap();
+    let edges = layers.iter().flat_map(|l| l["edges"].as_array().unwrap());
+    let dequantize = edges.filter(|e| e["kind"] == "dequantize");
+    let names: Vec<&str> = dequantize.map(|e| e["because_of"].as_str().unwrap()).collect();
+    assert!(names.iter().any(|n| n.starts_with("HardSwish")), "{names:?}");
+}
+
+#[test]
+fn a_measured_time_stands_beside_the_prediction_and_never_enters_it() {
+    let place = Workplace::new();
+    let file = copied(&place, "tiny");
+    let bare = plan(&place, &file, &["--json"]).result(0);
+    let both = plan(&place, &file, &["--json", "--measure"]).result(0);
+    assert_eq!(bare["prediction"], both["prediction"]);
+    let measured = number(&both["measured"], "ms");
+    let ratio = number(&both["measured"], "predicted_over_measured");
+    assert!(measured > 0.0 && (ratio * measured / number(&both["prediction"], "ms") - 1.0).abs() < 1e-9);
+    // Another batch than the export's own is run too.
+    assert!(
+        number(
+            &plan(&place, &file, &["--json", "--measure", "--batch", "3"]).result(0)["measured"],
+            "ms"
+        ) > 0.0
+    );
+}

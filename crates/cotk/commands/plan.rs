@@ -332,15 +332,19 @@ impl Plan<'_> {
         );
         let total = &self.report.total;
         let origin = format!("{:?}", total.origin).to_lowercase();
-        let profile = self.profile.file_name().unwrap_or(self.profile.as_os_str()).to_string_lossy();
+        let profile = self
+            .profile
+            .file_name()
+            .unwrap_or(self.profile.as_os_str())
+            .to_string_lossy();
         text.push_str(&paragraph(
             "",
             &format!(
-                "predicted {} (nine in ten: {} to {}), {} per second; from the {origin} of {}",
+                "predicted {} (nine in ten: {} to {}), {} inferences per second; from the {origin} of {}",
                 with_spread(total.ms, total.spread_ms()),
                 time(total.lo_ms),
                 time(total.hi_ms),
-                significant(self.samples_per_s(), 3),
+                significant(1e3 / total.ms.max(f64::MIN_POSITIVE), 3),
                 profile
             ),
         ));
