@@ -4,15 +4,18 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use cotk_latency::graph::Numerics;
 use cotk_latency::identity::Identity;
-use cotk_latency::probe::disk::DiskProbe;
 use cotk_latency::probe::NetworkProbe;
+use cotk_latency::probe::disk::DiskProbe;
 use cotk_latency::probe::gather::{Settings, Threaded};
 use cotk_latency::probe::measure::{Plan, Wanted, With, measure};
 use cotk_latency::probe::memory::MemoryProbe;
 use cotk_latency::profile::{self, Profile, Purpose, Verdict};
 use cotk_latency::walk::operators;
-use cotk_latency::work::{Block, Context as Place, ConvKey, EdgeKey, ElementwiseKey, Key, PlaneKey, PoolKey, Tier};
+use cotk_latency::work::{
+    Block, Context as Place, ConvKey, DenseKey, EdgeKey, ElementwiseKey, Heat, Key, PlaneKey, PoolKey, Tier,
+};
 use cotk_onnx::probe::OnnxProbe;
 use cotk_onnx::zoo::{OnnxNetworks, random_networks};
 use cotk_run::recipe::{Source, parse};
@@ -24,8 +27,8 @@ use cotk_search::recipe::Recipe;
 use cotk_search::space::Space;
 use serde_json::json;
 
-use crate::commands::profile_worker::{Processes, worker};
 use crate::commands::profile_transfer;
+use crate::commands::profile_worker::{Processes, worker};
 use crate::commands::search::RECIPES;
 use crate::context::{Context, Outcome};
 use crate::fault::Fault;
@@ -105,8 +108,12 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         wanted.push(cnn(keys, threads, identity.block(), args.quick)?);
     }
     wanted.push(engine(threads, identity.cache_bytes, args.quick)?);
+    let mut memory = MemoryProbe::new(one_and(threads), identity.cache_bytes);
+    if !args.quick {
+        memory = memory.sweep();
+    }
     wanted.push(Wanted {
-        probe: Box::new(MemoryProbe::new(one_and(threads), identity.cache_bytes)),
+        probe: Box::new(memory),
         table: usize::MAX,
         heldout: 0,
         live: live("memory"),
@@ -133,6 +140,7 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         cotk_version: env!("CARGO_PKG_VERSION").to_owned(),
         commit: (!commit.is_empty()).then(|| commit.to_owned()),
         networks: networks(cx, threads, version.is_some(), args.quick),
+        canaries: canaries(version.is_some()),
     };
     let with = With {
         runner: &Processes {
@@ -216,6 +224,46 @@ pub(crate) fn live(probe: &str) -> usize {
     }
 }
 
+/// Whole calls between a few µs and a millisecond, and two that read memory.
+fn canaries(has_runtime: bool) -> Vec<Key> {
+    let mut keys = Vec::new();
+    if has_runtime {
+        for (channels, side, kernel, numerics) in [
+            (8, 8, 3, Numerics::F32),
+            (16, 16, 3, Numerics::F32),
+            (32, 32, 1, Numerics::F32),
+            (64, 16, 3, Numerics::F32),
+            (64, 32, 3, Numerics::F32),
+            (16, 16, 3, Numerics::Int8),
+            (48, 32, 3, Numerics::Int8),
+        ] {
+            keys.push(Key::Conv(ConvKey {
+                batch: 1,
+                cin: channels,
+                cout: channels,
+                kernel,
+                stride: 1,
+                groups: 1,
+                height: side,
+                width: side,
+                numerics,
+                threads: 1,
+                context: Place::Alone,
+            }));
+        }
+    }
+    for (inputs, outputs) in [(512, 2048), (2048, 2048)] {
+        keys.push(Key::Dense(DenseKey {
+            inputs,
+            outputs,
+            tokens: 1,
+            threads: 1,
+            heat: Heat::Cold,
+        }));
+    }
+    keys
+}
+
 /// Whole networks beside the table: what sums of operators are corrected by. Mostly with one thread.
 fn networks(cx: &Context, threads: u32, has_runtime: bool, quick: bool) -> Vec<Threaded> {
     let count = match (has_runtime, quick) {
@@ -279,6 +327,7 @@ fn cnn(keys: Vec<Key>, threads: u32, block: Block, quick: bool) -> Result<Wanted
         seeds.extend(alone);
     }
     let probe = OnnxProbe::new(seeds, block).map_err(|e| Fault::from(SearchError::Onnx(e)))?;
+    let probe = probe.with_threads(if quick { vec![1] } else { one_and(threads) });
     let seeds = probe.seeds();
     Ok(Wanted {
         probe: Box::new(probe),

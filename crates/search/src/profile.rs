@@ -93,6 +93,7 @@ pub fn measure(space: &Space, folder: &Path, request: &Request<'_>) -> Result<(P
         cotk_version: request.cotk_version.clone(),
         commit: Some(request.commit.clone()),
         networks: Vec::new(),
+        canaries: Vec::new(),
     };
     let with = With {
         runner: &InProcess,

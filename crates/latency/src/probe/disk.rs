@@ -137,6 +137,10 @@ struct Regions {
 }
 
 impl Prepared for Regions {
+    fn is_hot(&self) -> bool {
+        false
+    }
+
     /// The mean of `depth` requests in flight stands for one: the weight divides.
     fn weights(&self) -> Vec<f64> {
         #[expect(clippy::cast_precision_loss, reason = "a handful of requests")]

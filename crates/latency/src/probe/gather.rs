@@ -42,7 +42,7 @@ impl Settings {
             slice: Duration::from_micros(150),
             patience: Duration::from_millis(60),
         },
-        budget: Some(Duration::from_secs(52)),
+        budget: Some(Duration::from_secs(56)),
     };
     /// The whole measurement.
     pub const FULL: Self = Self {

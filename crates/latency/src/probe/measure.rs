@@ -18,10 +18,11 @@ use super::rounds::stolen_and_total;
 use super::{NetworkProbe, Probe};
 use crate::Result;
 use crate::fit::fit;
+use crate::fit::joint::{self, Fitted, fit_all};
 use crate::identity::Identity;
 use crate::predict::CostModel;
 use crate::profile::{GoodFor, Head, HeldOut, Noise, Profile, Provenance, Purpose, Row, Verdict, with_suffix};
-use crate::work::{Key, Work};
+use crate::work::{Block, Key, Work};
 
 /// One probe with how much of it is wanted.
 pub struct Wanted {
@@ -47,6 +48,8 @@ pub struct Plan {
     pub commit: Option<String>,
     /// Whole networks that are timed beside the table.
     pub networks: Vec<Threaded>,
+    /// What the noise floor is taken from: whole calls that every process repeats. Empty: some keys of the table.
+    pub canaries: Vec<Key>,
 }
 
 /// Where things run.
@@ -165,21 +168,24 @@ pub fn measure(
     };
 
     // The first session reaches as far as its share of the time; what it reached is the table.
-    let canaries = canaries(&table);
-    let is_seed = |key: &Key| matches!(key, Key::Read(_));
+    let canaries = match &plan.canaries[..] {
+        [] => canaries(&table),
+        given => given.to_vec(),
+    };
+    let group = |rank: u32| subjects(table.iter().filter(move |key| urgency(key) == rank));
+    let networks = (0..plan.networks.len()).map(Subject::Network);
     let groups = vec![
         canaries.iter().copied().map(Subject::Key).collect(),
-        subjects(table.iter().filter(|k| is_seed(k))),
-        subjects(table.iter().filter(|k| !is_seed(k)))
-            .into_iter()
-            .chain((0..plan.networks.len()).map(Subject::Network))
-            .collect(),
+        group(0).into_iter().chain(networks).collect(),
+        group(1),
+        group(2),
     ];
     let sessions = plan.settings.sessions.max(1);
     let share = (1.0 - HELDOUT_SHARE - REST_SHARE) / f64::from(sessions);
     run.job("measuring", 0, groups, run.until(share))?;
     adapt_rounds(&mut run, &adapts, &table, &heldout, share)?;
-    let reached: Vec<Subject> = run.reached();
+    let mut reached: Vec<Subject> = run.reached();
+    reached.retain(|s| !matches!(s, Subject::Key(key) if !table.contains(key) && plan.canaries.contains(key)));
     let left_out = table
         .iter()
         .filter(|key| !reached.contains(&Subject::Key(**key)))
@@ -203,7 +209,19 @@ pub fn measure(
         .copied()
         .collect();
     let (floor, p90) = gather::noise_floor(&of_table, &canaries);
-    let rows = gather::rows(&of_table);
+    let mut rows = gather::rows(&of_table);
+    let networks = gather::network_rows(&of_table, &plan.networks);
+    // A slope may hold more than its operator: what the fit of all says of the rest is taken off.
+    let block = plan.identity.block();
+    let timed = { rows.iter() }
+        .map(|row| slope(run.tools.probes, row))
+        .collect::<Result<Vec<joint::Measured>>>()?;
+    let whole = networks.iter().map(|network| network.measured(block));
+    let all: Vec<joint::Measured> = timed.iter().cloned().chain(whole).collect();
+    let fitted = fit_all(&all, block, if floor.is_finite() { floor } else { 0.05 });
+    for (row, slope) in rows.iter_mut().zip(&timed) {
+        own(row, slope, &fitted, block);
+    }
     let (stolen_now, total_now) = stolen_and_total();
     #[expect(clippy::cast_precision_loss, reason = "a share")]
     let steal_pct = 100.0 * (stolen_now - stolen) as f64 / (total_now - total).max(1) as f64;
@@ -236,7 +254,7 @@ pub fn measure(
         calibrations: Vec::new(),
         corrections: Vec::new(),
         heldout: Vec::new(),
-        networks: gather::network_rows(&of_table, &plan.networks),
+        networks,
     };
     profile.refit();
 
@@ -258,7 +276,13 @@ pub fn measure(
         run.job("held-out shapes", session, vec![subjects(heldout.iter())], limit)?;
     }
     for (key, p) in heldout.iter().zip(predicted) {
-        if let Some(row) = gather::together(&run.sessions, Subject::Key(*key)) {
+        let of_key: Vec<Session> = { run.sessions.iter() }
+            .filter(|s| s.subject == Subject::Key(*key))
+            .copied()
+            .collect();
+        if let Some(mut row) = gather::rows(&of_key).pop() {
+            let slope = slope(run.tools.probes, &row)?;
+            own(&mut row, &slope, &fitted, block);
             profile.heldout.push(HeldOut {
                 key: *key,
                 predicted_us: p.ms * 1e3,
@@ -283,6 +307,24 @@ pub fn measure(
     })
 }
 
+/// A row as the sum that its probe says it is.
+fn slope(probes: &[Box<dyn Probe>], row: &Row) -> Result<joint::Measured> {
+    let mut measured = joint::Measured::operator(&row.sample());
+    if let Some(probe) = probes.iter().find(|p| p.measures(&row.key)) {
+        measured.parts = probe.parts(&row.key)?;
+    }
+    Ok(measured)
+}
+
+/// Leaves a row its own operator's time. One that is no part of its own sum (a triple) stays whole.
+fn own(row: &mut Row, slope: &joint::Measured, fitted: &Fitted, block: Block) {
+    if slope.parts.len() > 1 && slope.parts.iter().any(|part| part.0 == row.key) {
+        let own_us = fitted.own_us(slope, block);
+        let ratio = own_us / row.median_us.max(1e-9);
+        (row.median_us, row.q10_us) = (own_us, row.q10_us * ratio);
+    }
+}
+
 fn subjects<'a>(keys: impl Iterator<Item = &'a Key>) -> Vec<Subject> {
     keys.map(|key| Subject::Key(*key)).collect()
 }
@@ -292,6 +334,15 @@ fn canaries(table: &[Key]) -> Vec<Key> {
     let fit: Vec<&Key> = table.iter().filter(|k| is_canary(k)).collect();
     let count = CANARIES.min(fit.len());
     (0..count).map(|i| *fit[i * fit.len() / count]).collect()
+}
+
+/// What is measured first where time is short: what every network needs, what every model needs, then how experts differ.
+fn urgency(key: &Key) -> u32 {
+    match key {
+        Key::Expert(_) => 2,
+        Key::Dense(_) | Key::Attention(_) | Key::Glue(_) | Key::Read(_) => 1,
+        _ => 0,
+    }
 }
 
 fn is_canary(key: &Key) -> bool {

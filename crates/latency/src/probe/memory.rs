@@ -15,12 +15,24 @@ pub struct MemoryProbe {
     threads: Vec<u32>,
     /// Largest cache, 0 if not known.
     cache_bytes: u64,
+    /// Several sizes of each tier.
+    sweep: bool,
 }
 
 impl MemoryProbe {
     /// For these numbers of threads; `cache_bytes` is the largest cache, as the system tells it.
     pub fn new(threads: Vec<u32>, cache_bytes: u64) -> Self {
-        Self { threads, cache_bytes }
+        Self {
+            threads,
+            cache_bytes,
+            sweep: false,
+        }
+    }
+
+    /// Several sizes of each tier, from 128 KiB to eight times the largest cache.
+    #[must_use]
+    pub fn sweep(self) -> Self {
+        Self { sweep: true, ..self }
     }
 }
 
@@ -32,8 +44,20 @@ impl Probe for MemoryProbe {
     fn candidates(&self, count: usize, _rng: &mut Stream) -> Vec<Key> {
         // Far beyond every cache, but no more than a small machine can spare.
         let far = (8 * self.cache_bytes).clamp(1 << 27, 1 << 28);
-        let caches = [(Tier::L2, 1u64 << 18), (Tier::L3, 4 << 20)];
-        let memory = [(Tier::Memory, far), (Tier::Memory, far / 2)];
+        let mut caches = vec![(Tier::L2, 1u64 << 18), (Tier::L3, 4 << 20)];
+        let mut memory = vec![(Tier::Memory, far / 2)];
+        if self.sweep {
+            // Inside a tier, never near its end: what lies between two is a mixture of both.
+            caches.extend([1 << 17, 1 << 19].map(|bytes| (Tier::L2, bytes)));
+            let last = self.cache_bytes / 2;
+            caches.extend(
+                [2 << 20, 8 << 20, 16 << 20]
+                    .into_iter()
+                    .filter(|b| *b <= last)
+                    .map(|b| (Tier::L3, b)),
+            );
+            memory.extend([far / 4, far].map(|bytes| (Tier::Memory, bytes)));
+        }
         let key = |tier, bytes, threads| Key::Read(ReadKey { tier, bytes, threads });
         // Starting threads takes longer than reading a cache: those with one thread.
         let keys = caches.into_iter().map(|(tier, bytes)| key(tier, bytes, 1));
@@ -74,6 +98,15 @@ struct WorkingSet {
 }
 
 impl Prepared for WorkingSet {
+    /// What is larger than the caches is cold whatever ran before.
+    fn is_hot(&self) -> bool {
+        self.words.len() < 1 << 22
+    }
+
+    fn threads(&self) -> u32 {
+        u32::try_from(self.threads).unwrap_or(u32::MAX)
+    }
+
     fn run(&mut self, _piece: usize) -> Result<()> {
         if self.threads == 1 {
             black_box(sum(&self.words));

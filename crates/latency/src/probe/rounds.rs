@@ -56,6 +56,8 @@ pub struct Timed {
 const SLACK: f64 = 0.06;
 /// A slice is preempted when its thread waited for a core for more than this share of it.
 const WAIT_SHARE: f64 = 0.005;
+/// Calls longer than this find no quiet moment.
+const LONG: Duration = Duration::from_millis(5);
 /// Slices tried for each one wanted.
 const TRIES: u32 = 6;
 /// Fewer undisturbed slices than this say nothing: then the fastest of all count.
@@ -75,8 +77,9 @@ struct Slice {
 struct Live {
     prepared: Box<dyn Prepared>,
     weights: Vec<f64>,
-    /// Calls in a slice, per piece.
+    /// Calls in a slice, per piece; and whether one call is longer than quiet moments are.
     calls: Vec<u32>,
+    is_long: Vec<bool>,
     slices: Vec<Vec<Slice>>,
 }
 
@@ -115,6 +118,7 @@ impl Live {
     fn new(mut prepared: Box<dyn Prepared>, slice: Duration) -> Result<Self> {
         let weights = prepared.weights();
         let mut calls = Vec::with_capacity(weights.len());
+        let mut is_long = Vec::with_capacity(weights.len());
         for piece in 0..weights.len() {
             let begin = Instant::now();
             let mut warm = 0u32;
@@ -133,28 +137,34 @@ impl Live {
                 .ceil()
                 .clamp(1.0, 1e5) as u32;
             calls.push(count);
+            is_long.push(fastest > LONG);
         }
         Ok(Self {
             slices: vec![Vec::new(); weights.len()],
             prepared,
             weights,
             calls,
+            is_long,
         })
     }
 
-    /// Whether a piece has too few undisturbed slices. Whether several cores are all quiet is not known: their things are
-    /// simply tried twice as often.
+    /// Whether a piece has too few undisturbed slices. Whether several cores are all quiet is not known, and no call of many
+    /// milliseconds finds a quiet moment: such pieces are simply tried twice as often.
     fn wants(&self, piece: usize, rounds: u32) -> bool {
         let slices = &self.slices[piece];
-        if self.prepared.threads() > 1 {
+        if !self.can_wait(piece) {
             return slices.len() < 2 * rounds as usize;
         }
         slices.iter().filter(|s| s.is_quiet).count() < rounds as usize
     }
 
+    fn can_wait(&self, piece: usize) -> bool {
+        self.prepared.threads() <= 1 && !self.is_long[piece]
+    }
+
     /// One slice of a piece, behind one call that is not timed: what ran before has taken the caches.
     fn slice(&mut self, piece: usize, core: &mut Core, patience: &mut Duration) -> Result<()> {
-        if self.prepared.threads() <= 1 {
+        if self.can_wait(piece) {
             core.wait(patience);
         }
         if self.prepared.is_hot() {
@@ -171,9 +181,10 @@ impl Live {
         #[expect(clippy::cast_precision_loss, reason = "nanoseconds of a slice")]
         let waited = (core.waited_ns() - waited) as f64 / 1e9;
         let disturbance = before.max(core.disturbance());
+        let can_be_quiet = self.can_wait(piece);
         self.slices[piece].push(Slice {
             us: took * 1e6 / f64::from(calls),
-            is_quiet: self.prepared.threads() <= 1 && disturbance <= SLACK && waited <= WAIT_SHARE * took,
+            is_quiet: can_be_quiet && disturbance <= SLACK && waited <= WAIT_SHARE * took,
         });
         Ok(())
     }

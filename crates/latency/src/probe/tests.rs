@@ -104,6 +104,7 @@ fn plan() -> Plan {
         cotk_version: "0".into(),
         commit: None,
         networks: Vec::new(),
+        canaries: Vec::new(),
     }
 }
 
