@@ -374,7 +374,7 @@ impl Model {
 
     /// `(part, how often)`, in sum. Errors of parts are correlated: fully with themselves, by half within a kernel path, by a
     /// fifth across (reference 2.8); independence would look far too sure.
-    pub(crate) fn sum(&self, parts: &[(Part, f64)], mut flags: Vec<Flag>) -> Prediction {
+    pub(crate) fn sum(&self, parts: &[(Part, f64)], flags: Vec<Flag>) -> Prediction {
         let (mut ms, mut terms, mut origin) = (0.0, Terms::default(), Origin::Table);
         for (part, times) in parts {
             ms += times * part.ms;
