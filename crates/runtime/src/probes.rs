@@ -28,7 +28,7 @@ const LEAST_BYTES: usize = 64 << 20;
 /// Most, unless one call takes more.
 const MOST_BYTES: usize = 256 << 20;
 /// Most that one call may take.
-const CALL_BYTES: usize = 1 << 30;
+const CALL_BYTES: usize = 3 << 29;
 /// Bytes that a hot key rotates over where the cache is not known.
 const HOT_BYTES: usize = 4 << 20;
 
@@ -111,6 +111,9 @@ impl EngineProbe {
                 (2048, 2048, Heat::Cold),
                 (2048, 8192, Heat::Cold),
                 (5632, 2048, Heat::Cold),
+                // Heads: often the largest matrix that a step reads.
+                (2048, 50_304, Heat::Cold),
+                (2048, 151_936, Heat::Cold),
             ];
             keys.extend(shapes.map(dense));
             let attention = |(heads, kv_heads, head_dim, tokens, heat): (u32, u32, u32, u32, Heat)| {
@@ -345,6 +348,8 @@ impl EngineProbe {
             Heat::Hot => cache / 4,
         };
         match heat {
+            // What is larger than all caches evicts itself.
+            Heat::Cold if bytes >= over => 1,
             Heat::Cold => over.div_ceil(bytes.max(1)).max(2),
             Heat::Hot => (over / bytes.max(1)).max(1),
         }
