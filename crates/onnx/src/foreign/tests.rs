@@ -225,3 +225,57 @@ fn layers_have_the_names_of_their_modules() {
         assert_eq!(labels.len(), count, "{name}");
     }
 }
+
+/// What predictions walk is what onnxruntime runs: operators and edges by kind, on files that others wrote.
+#[test]
+fn the_walk_lists_what_onnxruntime_runs() {
+    use std::collections::BTreeMap;
+
+    use cotk_latency::walk::walk;
+    use cotk_latency::work::{Block, EdgeKind, Key};
+
+    for name in ["tiny", "tiny-dynamo", "tiny-qdq", "tiny-qlinear"] {
+        let Ok(ran) = crate::session::optimized_operators(name, &bytes(name)) else {
+            // The dynamo export has left its weights out.
+            assert_eq!(name, "tiny-dynamo");
+            continue;
+        };
+        let mut theirs: BTreeMap<&str, i32> = BTreeMap::new();
+        for (_, op, _) in &ran {
+            let kind = match op.as_str() {
+                "Conv" | "FusedConv" | "QLinearConv" => "conv",
+                "ReorderInput" => "reorder in",
+                "ReorderOutput" => "reorder out",
+                "QuantizeLinear" => "quantize",
+                "DequantizeLinear" => "dequantize",
+                "Transpose" => "transpose",
+                "Gemm" | "QGemm" => "linear",
+                _ => continue,
+            };
+            *theirs.entry(kind).or_default() += 1;
+        }
+        let block = cotk_latency::identity::Identity::here(BTreeMap::new()).block();
+        let mut ours: BTreeMap<&str, i32> = BTreeMap::new();
+        for key in walk(&at(name, 1).to_walk(name).unwrap(), 1, Block(block.0)).keys() {
+            let kind = match key {
+                Key::Conv(_) => "conv",
+                Key::Linear(_) => "linear",
+                Key::Edge(e) => match e.kind {
+                    EdgeKind::ReorderIn => "reorder in",
+                    EdgeKind::ReorderOut => "reorder out",
+                    EdgeKind::Quantize => "quantize",
+                    EdgeKind::Dequantize => "dequantize",
+                    EdgeKind::TransposeInt8 | EdgeKind::TransposeF32 => "transpose",
+                    EdgeKind::View => continue,
+                },
+                _ => continue,
+            };
+            *ours.entry(kind).or_default() += 1;
+        }
+        if name.starts_with("tiny-q") {
+            // Known gap: onnxruntime moves the transposes of 1x1 tensors (squeeze and excite) away, the walk counts them.
+            assert!(ours.remove("transpose") >= theirs.remove("transpose"), "{name}");
+        }
+        assert_eq!(ours, theirs, "{name}: {ran:?}");
+    }
+}
