@@ -10,6 +10,7 @@ mod gpu;
 mod interrupted;
 mod model;
 mod plan;
+mod profile_transfer;
 mod program;
 mod recipes;
 mod search;
