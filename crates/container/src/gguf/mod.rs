@@ -108,7 +108,7 @@ pub struct GgufTensor {
 }
 
 impl GgufTensor {
-    /// Bytes of its data. Rows that are no whole blocks are refused by [`write`].
+    /// Bytes of its data. Rows that are no whole blocks are refused by [`write()`].
     pub fn bytes(&self) -> u64 {
         let (weights, bytes) = self.kind.block();
         let count: u64 = self.shape.iter().map(|&n| n as u64).product();

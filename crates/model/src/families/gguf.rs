@@ -11,7 +11,7 @@ use crate::spec::{AttentionKind, LayerKind, ModelSpec, RopeScaling};
 pub struct Arch {
     /// `general.architecture`, and the first word of its keys.
     pub name: &'static str,
-    /// Rows of queries and keys stand in pairs there (x[j], x[j + d/2] become neighbours): rotary positions turn
+    /// Rows of queries and keys stand in pairs there (`x[j]` and `x[j + d/2]` become neighbours): rotary positions turn
     /// neighbours.
     pub pairs_rope: bool,
     /// Keys of its own, without the first word.
