@@ -162,6 +162,58 @@ const DAMAGES: &[Damage] = &[
         says: &["model.safetensors", DOWN, "NaN"],
     },
     Damage {
+        name: "a weight without bounds",
+        apply: |folder| {
+            weights(folder, |parts| {
+                let (_, to) = parts.span(DOWN);
+                parts.data[to - 2..to].copy_from_slice(&[0x80, 0xff]); // minus infinity in bf16
+            })
+        },
+        says: &["model.safetensors", DOWN, "-inf", "2047"],
+    },
+    Damage {
+        name: "a bias that the config does not know",
+        apply: |folder| {
+            weights(folder, |parts| {
+                let at = parts.data.len();
+                let entry = json!({ "dtype": "BF16", "shape": [64], "data_offsets": [at, at + 128] });
+                parts
+                    .header
+                    .insert("model.layers.0.self_attn.o_proj.bias".into(), entry);
+                parts.data.resize(at + 128, 0);
+            })
+        },
+        says: &[
+            "model.safetensors",
+            "model.layers.0.self_attn.o_proj.bias",
+            "not of this model",
+        ],
+    },
+    Damage {
+        name: "a position scaling that is not supported",
+        apply: |folder| {
+            config(folder, |c| {
+                c["rope_parameters"] = Value::Null;
+                c["rope_scaling"] = json!({ "type": "longrope", "factor": 4.0 });
+            })
+        },
+        says: &["config.json", "rope_scaling", "longrope", "yarn"],
+    },
+    Damage {
+        name: "quantized in a way that is not read",
+        apply: |folder| {
+            config(folder, |c| {
+                c["quantization_config"] = json!({ "quant_method": "awq", "bits": 4 })
+            })
+        },
+        says: &["config.json", "quantization_config.quant_method", "awq", "fp8"],
+    },
+    Damage {
+        name: "an end of text outside the vocabulary",
+        apply: |folder| config(folder, |c| c["eos_token_id"] = json!([0, 512])),
+        says: &["config.json", "eos_token_id", "512"],
+    },
+    Damage {
         name: "shard missing",
         apply: |folder| {
             let shards = Parts::read(&folder.join("model.safetensors")).write_sharded(folder);
@@ -193,6 +245,20 @@ const DAMAGES: &[Damage] = &[
         name: "no tokenizer",
         apply: |folder| fs_err::remove_file(folder.join("tokenizer.json")).unwrap(),
         says: &["tokenizer.json"],
+    },
+    Damage {
+        name: "a tokenizer with more tokens than the model",
+        apply: |folder| {
+            let file = folder.join("tokenizer.json");
+            let mut tokenizer: Value = serde_json::from_str(&fs_err::read_to_string(&file).unwrap()).unwrap();
+            let added = tokenizer["added_tokens"].as_array_mut().unwrap();
+            added.push(
+                json!({ "id": 512, "content": "<|more|>", "single_word": false, "lstrip": false,
+                               "rstrip": false, "normalized": false, "special": true }),
+            );
+            fs_err::write(file, tokenizer.to_string()).unwrap();
+        },
+        says: &["tokenizer.json", "512", "vocab_size"],
     },
     Damage {
         name: "tokenizer is not one",
