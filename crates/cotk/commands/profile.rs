@@ -268,8 +268,8 @@ fn canaries(has_runtime: bool) -> Vec<Key> {
 fn networks(cx: &Context, threads: u32, has_runtime: bool, quick: bool) -> Vec<Threaded> {
     let count = match (has_runtime, quick) {
         (false, _) => 0,
-        (true, true) => 16,
-        (true, false) => 160,
+        (true, true) => 32,
+        (true, false) => 240,
     };
     let drawn = random_networks(count, &[], &mut cx.seeds(0).stream("networks of a profile"));
     let pair = |(at, (_, graph)): (usize, (_, _))| Threaded {
@@ -331,8 +331,8 @@ fn cnn(keys: Vec<Key>, threads: u32, block: Block, quick: bool) -> Result<Wanted
     let seeds = probe.seeds();
     Ok(Wanted {
         probe: Box::new(probe),
-        table: seeds + if quick { 24 } else { 160 },
-        heldout: if quick { 12 } else { 60 },
+        table: seeds + if quick { 90 } else { 240 },
+        heldout: if quick { 16 } else { 80 },
         live: live("onnx"),
         adapt: true,
     })

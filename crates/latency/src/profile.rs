@@ -216,7 +216,7 @@ struct CoeffsPath {
 
 impl Profile {
     /// Version of the folder's layout; others are refused by name.
-    pub const FORMAT: u32 = 1;
+    pub const FORMAT: u32 = 2;
 
     /// A profile's folder, whoever's machine it is of.
     ///

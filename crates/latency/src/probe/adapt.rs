@@ -12,8 +12,14 @@ use crate::work::{Block, Features, Key, Path};
 const NEIGHBOURS: usize = 4;
 /// Closer than this in ln of a term's count, two keys of a round say the same.
 const APART_LN: f64 = 0.15;
-/// What measuring a key takes beside its calls, in µs of a call: building sessions.
-const FIXED_US: f64 = 200.0;
+/// What measuring a key takes beside its calls, in µs of a call: building sessions, or filling memory with weights that are
+/// to be cold.
+fn fixed_us(key: &Key) -> f64 {
+    match key {
+        Key::Expert(_) | Key::Dense(_) | Key::Attention(_) | Key::Glue(_) | Key::Read(_) => 1500.0,
+        _ => 200.0,
+    }
+}
 
 /// At most `count` of `wishes`, best first: expected error over the cost of measuring.
 pub fn best(wishes: &[Key], rows: &[Row], fits: &[PathFit], block: Block, count: usize) -> Vec<Key> {
@@ -35,9 +41,9 @@ pub fn best(wishes: &[Key], rows: &[Row], fits: &[PathFit], block: Block, count:
                 residual + fit.cv_mape_pct / 100.0 * distance.min(1.0),
                 fit.us(&features),
             ),
-            _ => (1.0, FIXED_US),
+            _ => (1.0, fixed_us(key)),
         };
-        error / (FIXED_US + us)
+        error / (fixed_us(key) + us)
     };
     let mut scored: Vec<(f64, Key)> = wishes.iter().map(|key| (score(key), *key)).collect();
     scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
