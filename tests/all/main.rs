@@ -6,6 +6,7 @@ mod bad_input;
 mod check;
 mod checkpoint;
 mod elf;
+mod families;
 mod export;
 mod gpu;
 mod interrupted;
