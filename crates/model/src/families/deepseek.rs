@@ -217,8 +217,16 @@ pub(super) fn gguf(spec: &ModelSpec) -> Result<gguf::Arch, gguf::Refusal> {
     gguf::require(is_paired, "rope_interleave", is_paired, true)?;
     // Models of these depths are taken for the small ones, whose queries have one projection.
     let is_lite = [26, 27].contains(&spec.layers.len());
-    gguf::require(!is_lite || q_rank.is_none(), "q_lora_rank", q_rank.unwrap_or(0), "null in 26 or 27 layers")?;
-    let dense = spec.layers.iter().take_while(|l| matches!(l.kind, LayerKind::Dense { .. }));
+    gguf::require(
+        !is_lite || q_rank.is_none(),
+        "q_lora_rank",
+        q_rank.unwrap_or(0),
+        "null in 26 or 27 layers",
+    )?;
+    let dense = spec
+        .layers
+        .iter()
+        .take_while(|l| matches!(l.kind, LayerKind::Dense { .. }));
     let (dense_count, intermediate) = dense.fold((0, 0), |(count, _), layer| match layer.kind {
         LayerKind::Dense { intermediate } => (count + 1, intermediate),
         LayerKind::Moe { .. } => unreachable!("only dense ones were taken"),
@@ -245,7 +253,12 @@ pub(super) fn gguf(spec: &ModelSpec) -> Result<gguf::Arch, gguf::Refusal> {
     ];
     if let Some(limit) = routing.groups {
         let expected = "groups judged by the sum of their two best experts: `deepseek2` knows no other rule";
-        gguf::require(limit.score == GroupScore::BestTwo, "topk_method", "group_limited_greedy", expected)?;
+        gguf::require(
+            limit.score == GroupScore::BestTwo,
+            "topk_method",
+            "group_limited_greedy",
+            expected,
+        )?;
         keys.push(("expert_group_count", gguf::width(limit.groups)));
         keys.push(("expert_group_used_count", gguf::width(limit.kept)));
     }

@@ -87,7 +87,12 @@ impl Family for Olmoe {
         gguf::check_attention("olmoe", spec, false)?;
         // The norm of keys has the width of queries there.
         let (kv_heads, heads) = (spec.attention.kv_heads, spec.attention.heads);
-        gguf::require(kv_heads == heads, "num_key_value_heads", kv_heads, format!("{heads}, as many as heads"))?;
+        gguf::require(
+            kv_heads == heads,
+            "num_key_value_heads",
+            kv_heads,
+            format!("{heads}, as many as heads"),
+        )?;
         Ok(gguf::Arch {
             name: "olmoe",
             pairs_rope: false,

@@ -95,7 +95,10 @@ impl Family for Qwen3Moe {
         Ok(gguf::Arch {
             name: "qwen3moe",
             pairs_rope: false,
-            keys: vec![("feed_forward_length", width.clone()), ("expert_feed_forward_length", width)],
+            keys: vec![
+                ("feed_forward_length", width.clone()),
+                ("expert_feed_forward_length", width),
+            ],
         })
     }
 }
