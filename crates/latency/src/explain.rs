@@ -45,6 +45,9 @@ pub struct Report {
     pub int8: Option<Choice>,
 }
 
+/// Layers that get neighbouring choices, the largest first.
+const EXPLAINED: usize = 300;
+
 /// What most of a layer's time is spent on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -160,11 +163,21 @@ pub fn explain(model: &dyn CostModel, request: &Request<'_>) -> Result<Report> {
     };
     let walk = walk(network, request.threads, request.block);
     let sum_ms = known.sum_ms(&walk)?;
-    let mut layers = Vec::new();
-    for (node, steps) in by_layer(network, &walk) {
-        layers.push(layer(&mut known, request, &walk, node, &steps)?);
+    let homes = homes(&walk);
+    let mut joined: Vec<Vec<String>> = vec![Vec::new(); network.nodes.len()];
+    for (node, &home) in homes.iter().enumerate().filter(|(node, home)| *node != **home) {
+        joined[home].push(network.nodes[node].name.clone());
     }
-    for layer in &mut layers {
+    let mut layers = Vec::new();
+    for (node, steps) in by_layer(network, &walk, &homes) {
+        let joined = std::mem::take(&mut joined[node]);
+        layers.push(layer(&mut known, request, node, joined, &steps)?);
+    }
+    // The largest alone get neighbours: a network of thousands of layers is walked anew for each of them.
+    let mut smallest_ms: Vec<f64> = layers.iter().map(|l| l.ms).collect();
+    smallest_ms.sort_by(|a, b| b.total_cmp(a));
+    let least_ms = smallest_ms.get(EXPLAINED).copied().unwrap_or(0.0);
+    for layer in layers.iter_mut().filter(|l| l.ms > least_ms) {
         let found = choices::of(&mut known, request, &walk, layer)?;
         findings(&mut known, request, &walk, layer, &found)?;
         layer.choices = found.into_iter().filter(|c| c.gain_ms > 0.0).take(3).collect();
@@ -209,16 +222,17 @@ impl Known<'_> {
     }
 }
 
-/// The node that stands for this one.
-fn home(walk: &Walk, mut node: usize) -> usize {
-    while let Some(into) = walk.fused_into[node] {
-        node = into;
+/// The node that stands for each: itself, or what it became a part of, which comes before it.
+fn homes(walk: &Walk) -> Vec<usize> {
+    let mut homes: Vec<usize> = Vec::with_capacity(walk.fused_into.len());
+    for (node, into) in walk.fused_into.iter().enumerate() {
+        homes.push(into.map_or(node, |into| homes.get(into).copied().unwrap_or(into)));
     }
-    node
+    homes
 }
 
 /// Steps by the layer that pays for them, in running order; those of the call alone are left out.
-fn by_layer(network: &Network, walk: &Walk) -> Vec<(usize, Vec<Step>)> {
+fn by_layer(network: &Network, walk: &Walk, homes: &[usize]) -> Vec<(usize, Vec<Step>)> {
     let mut steps: Vec<Vec<Step>> = vec![Vec::new(); network.nodes.len()];
     for &step in &walk.steps {
         let payer = match step.at {
@@ -235,13 +249,19 @@ fn by_layer(network: &Network, walk: &Walk) -> Vec<(usize, Vec<Step>)> {
             } => network.nodes.iter().position(|n| n.inputs.contains(&Source::Input)),
         };
         if let Some(payer) = payer {
-            steps[home(walk, payer)].push(step);
+            steps[homes[payer]].push(step);
         }
     }
     steps.into_iter().enumerate().filter(|(_, s)| !s.is_empty()).collect()
 }
 
-fn layer(known: &mut Known<'_>, request: &Request<'_>, walk: &Walk, node: usize, steps: &[Step]) -> Result<Layer> {
+fn layer(
+    known: &mut Known<'_>,
+    request: &Request<'_>,
+    node: usize,
+    joined: Vec<String>,
+    steps: &[Step],
+) -> Result<Layer> {
     let network = request.network;
     let (mut ms, mut terms) = (0.0, Terms::default());
     let (mut sum, mut squares) = (0.0, 0.0);
@@ -275,10 +295,6 @@ fn layer(known: &mut Known<'_>, request: &Request<'_>, walk: &Walk, node: usize,
     }
     flags.sort();
     flags.dedup();
-    let joined = (0..network.nodes.len())
-        .filter(|&other| other != node && home(walk, other) == node)
-        .map(|other| network.nodes[other].name.clone())
-        .collect();
     Ok(Layer {
         node,
         name: network.nodes[node].name.clone(),

@@ -259,31 +259,32 @@ fn ranks(full: u32, step: u32) -> Vec<u32> {
     ranks
 }
 
-/// Another number of output channels; depthwise readers of it follow.
+/// Another number of output channels; what keeps its channels (depthwise, activations, pools) follows.
 fn output(network: &mut Network, node: usize, channels: u32) {
-    network.nodes[node].output.shape.channels = channels;
-    if let Kind::Conv { groups, .. } = &mut network.nodes[node].kind
-        && *groups > 1
-    {
-        *groups = channels;
-    }
-    for at in node + 1..network.nodes.len() {
-        if !network.nodes[at].inputs.contains(&Source::Node(node)) {
-            continue;
-        }
-        match &mut network.nodes[at].kind {
-            Kind::Conv { groups, .. } if *groups > 1 => output(network, at, channels),
-            Kind::Activation | Kind::BatchNorm | Kind::GlobalAvgPool | Kind::Pool { .. } | Kind::Reduce => {
-                output(network, at, channels);
+    let mut changed = vec![false; network.nodes.len()];
+    for at in node..network.nodes.len() {
+        let reads = |source: &Source| matches!(source, Source::Node(from) if changed[*from]);
+        let follows = at == node
+            || network.nodes[at].inputs.iter().any(reads)
+                && match network.nodes[at].kind {
+                    Kind::Conv { groups, .. } => groups > 1,
+                    Kind::Activation | Kind::BatchNorm | Kind::GlobalAvgPool | Kind::Pool { .. } | Kind::Reduce => true,
+                    Kind::Linear { .. }
+                    | Kind::Add(_)
+                    | Kind::Elementwise(_)
+                    | Kind::Concat
+                    | Kind::View
+                    | Kind::Transpose
+                    | Kind::Unknown { .. } => false,
+                };
+        if follows {
+            changed[at] = true;
+            network.nodes[at].output.shape.channels = channels;
+            if let Kind::Conv { groups, .. } = &mut network.nodes[at].kind
+                && *groups > 1
+            {
+                *groups = channels;
             }
-            Kind::Conv { .. }
-            | Kind::Linear { .. }
-            | Kind::Add(_)
-            | Kind::Elementwise(_)
-            | Kind::Concat
-            | Kind::View
-            | Kind::Transpose
-            | Kind::Unknown { .. } => {}
         }
     }
 }
@@ -424,10 +425,20 @@ pub(super) fn chains(network: &Network, walk: &Walk) -> Vec<Chain> {
             }
         }
     }
-    let is_output = |node: usize| network.outputs.contains(&Source::Node(node));
+    let mut is_output = vec![false; network.nodes.len()];
+    for source in &network.outputs {
+        if let Source::Node(node) = source {
+            is_output[*node] = true;
+        }
+    }
+    let mut is_joined = vec![false; network.nodes.len()];
+    walk.fused_into
+        .iter()
+        .flatten()
+        .for_each(|&into| is_joined[into] = true);
     // A bare linear map: nothing joined it, and its only reader is another one.
     let next = |node: usize| -> Option<usize> {
-        let is_bare = !is_output(node) && walk.fused_into.iter().all(|into| *into != Some(node));
+        let is_bare = !is_output[node] && !is_joined[node];
         let is_linear = match network.nodes[node].kind {
             Kind::Conv { groups, activation, .. } => groups == 1 && activation == Activation::None,
             Kind::Linear { .. } => true,

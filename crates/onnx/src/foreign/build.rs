@@ -13,6 +13,10 @@ use super::{Edge, Input, Network, Node, Op, Options, Source, label};
 use crate::write::BITS_KEY;
 use crate::{Error, Result};
 
+/// Nodes of one file, and inputs of one node: beyond any network that runs, and a bound on the work.
+const LIMIT_NODES: usize = 20_000;
+const LIMIT_INPUTS: usize = 4096;
+
 /// What a name stands for.
 #[derive(Debug, Clone)]
 struct Value {
@@ -90,6 +94,12 @@ pub(super) fn network<'a>(file: &'a str, model: &'a wire::Model<'a>, options: Op
         .graph
         .as_ref()
         .ok_or_else(|| wrong("no graph: not a model, or an empty one".into()))?;
+    if graph.nodes.len() > LIMIT_NODES {
+        return Err(wrong(format!(
+            "{} nodes, at most {LIMIT_NODES} are read",
+            graph.nodes.len()
+        )));
+    }
     let opset = model
         .opsets
         .iter()
@@ -142,12 +152,13 @@ pub(super) fn network<'a>(file: &'a str, model: &'a wire::Model<'a>, options: Op
     builder.choose_numerics();
     label::make_unique(&mut builder.nodes);
     // Files of our own say how many bits of their codes are used.
-    for (key, bits) in &model.metadata {
-        if let (Some(name), Ok(bits)) = (key.strip_prefix(BITS_KEY), bits.parse::<u32>())
-            && let Some(node) = builder.nodes.iter_mut().find(|n| n.name == name)
-        {
-            node.weight_bits = Some(bits.clamp(1, 8));
-        }
+    let widths: HashMap<&str, u32> = model
+        .metadata
+        .iter()
+        .filter_map(|(key, bits)| Some((key.strip_prefix(BITS_KEY)?, bits.parse::<u32>().ok()?)))
+        .collect();
+    for node in &mut builder.nodes {
+        node.weight_bits = widths.get(node.name.as_str()).map(|bits| (*bits).clamp(1, 8));
     }
     let external = |t: &&wire::Tensor<'_>| t.is_external;
     Ok(Network {
@@ -300,6 +311,9 @@ impl<'a> Builder<'a> {
             // What a runtime removes.
             "Identity" | "Dropout" if standard => return Ok(vec![self.input(node, 0)?.clone()]),
             _ => {}
+        }
+        if node.inputs.len() > LIMIT_INPUTS {
+            return refuse("inputs", node.inputs.len(), format!("at most {LIMIT_INPUTS}"));
         }
         let mut inputs = Vec::with_capacity(node.inputs.len());
         for (i, input) in node.inputs.iter().enumerate() {

@@ -279,3 +279,49 @@ fn the_walk_lists_what_onnxruntime_runs() {
         assert_eq!(ours, theirs, "{name}: {ran:?}");
     }
 }
+
+/// Work is bounded too: a chain longer than any network is refused, one within the bound is read at once.
+#[test]
+fn chains_without_end_are_refused() {
+    use prost::Message;
+
+    use crate::proto;
+
+    let chain = |length: usize| {
+        let node = |i: usize| proto::Node {
+            input: vec![format!("v{i}")],
+            output: vec![format!("v{}", i + 1)],
+            op_type: "Relu".into(),
+            ..proto::Node::default()
+        };
+        let dim = |value| proto::Dimension {
+            dim_value: Some(value),
+            dim_param: None,
+        };
+        let value = |name: String| proto::ValueInfo {
+            name,
+            r#type: Some(proto::Type {
+                tensor_type: Some(proto::TensorType {
+                    elem_type: 1,
+                    shape: Some(proto::TensorShape {
+                        dim: [1, 8, 4, 4].map(dim).to_vec(),
+                    }),
+                }),
+            }),
+        };
+        let graph = proto::Graph {
+            node: (0..length).map(node).collect(),
+            input: vec![value("v0".into())],
+            output: vec![value(format!("v{length}"))],
+            ..proto::Graph::default()
+        };
+        let model = proto::Model {
+            graph: Some(graph),
+            ..proto::Model::default()
+        };
+        read("chain", &model.encode_to_vec(), Options { batch: 1 })
+    };
+    assert_eq!(chain(20_000).unwrap().nodes.len(), 20_000);
+    let text = chain(20_001).unwrap_err().to_string();
+    assert!(text.contains("20001 nodes, at most 20000"), "{text}");
+}
