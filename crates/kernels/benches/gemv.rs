@@ -104,7 +104,7 @@ fn main() {
                     let time = seconds(|| {
                         for i in 0..count {
                             let prefix = copies.view(i).prefix(*bits).expect("a prefix of the code");
-                            gemm(isa, &prefix, &acts, &mut out, Threads::One);
+                            gemm(isa, prefix, &acts, &mut out, Threads::One);
                         }
                     });
                     rates.push((bytes * count) as f64 / time / 1e9);
@@ -149,7 +149,7 @@ fn main() {
                 let times = (0..SAMPLES).map(|_| {
                     seconds(|| {
                         for _ in 0..rounds {
-                            gemm(isa, &prefix, &acts, &mut out, Threads::One);
+                            gemm(isa, prefix, &acts, &mut out, Threads::One);
                         }
                     })
                 });

@@ -102,7 +102,7 @@ proptest! {
             let prefix = prefix.prefix(*width).unwrap();
             for isa in Isa::present() {
                 let mut out = vec![f32::NAN; tokens * rows];
-                gemm(isa, &prefix, &acts, &mut out, Threads::One);
+                gemm(isa, prefix, &acts, &mut out, Threads::One);
                 prop_assert_eq!(bits(&out), bits(&expected), "{:?} {} at {}", isa, code, width);
             }
         }
@@ -229,7 +229,7 @@ fn no_path_saturates_at_the_extremes() {
             let acts = Activations::of(Isa::present()[0], &[sign; 64], 64);
             for isa in Isa::present() {
                 let mut out = [0.0; 16];
-                gemm(isa, &matrix.prefix(code.full()).unwrap(), &acts, &mut out, Threads::One);
+                gemm(isa, matrix.prefix(code.full()).unwrap(), &acts, &mut out, Threads::One);
                 let exact = sign * 64.0 * f32::from(top);
                 assert!(
                     out.iter().all(|y| (y / exact - 1.0).abs() < 1e-6),
@@ -251,7 +251,7 @@ fn a_value_that_is_not_finite_gives_nan_not_a_number_that_looks_right() {
             let mut out = [0.0; 20];
             gemm(
                 isa,
-                &matrix.prefix(Code::Nested224.full()).unwrap(),
+                matrix.prefix(Code::Nested224.full()).unwrap(),
                 &Activations::of(isa, &x, 64),
                 &mut out,
                 Threads::One,

@@ -50,12 +50,6 @@ impl<'a> From<Prefix<'a>> for Weights<'a> {
     }
 }
 
-impl<'a> From<&Prefix<'a>> for Weights<'a> {
-    fn from(prefix: &Prefix<'a>) -> Self {
-        Self::Coded(*prefix)
-    }
-}
-
 impl<'a> From<HalfMatrix<'a>> for Weights<'a> {
     fn from(half: HalfMatrix<'a>) -> Self {
         Self::Half(half)

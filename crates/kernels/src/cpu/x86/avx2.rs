@@ -195,14 +195,14 @@ fn half_tokens<const T: usize, const BF16: bool>(
     out: &mut [BlockOut],
 ) {
     let steps: [&[StepCodes]; T] = std::array::from_fn(|t| acts.token(first_token + t));
-    let mut sums = [[_mm256_setzero_ps(); 2]; T];
+    let mut sums = [[_mm256_setzero_ps(); T]; 2];
     for (s, columns) in half.block(block).as_chunks::<32>().0.iter().enumerate() {
         let codes: [[f32; 32]; T] = std::array::from_fn(|t| steps[t][s].codes.map(f32::from));
-        for side in 0..2 {
+        for (side, sums) in sums.iter_mut().enumerate() {
             let mut chains = [[_mm256_setzero_ps(); 4]; T];
-            for c in 0..32 {
+            for (c, column) in columns.iter().enumerate() {
                 // SAFETY: half a column is 16 readable bytes; `loadu` needs no alignment.
-                let bytes = unsafe { _mm_loadu_si128(columns[c].as_chunks::<16>().0[side].as_ptr().cast()) };
+                let bytes = unsafe { _mm_loadu_si128(column.as_chunks::<16>().0[side].as_ptr().cast()) };
                 let weights: __m256 = if BF16 {
                     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bytes)))
                 } else {
@@ -215,12 +215,13 @@ fn half_tokens<const T: usize, const BF16: bool>(
             for t in 0..T {
                 let low = _mm256_add_ps(chains[t][0], chains[t][1]);
                 let dot = _mm256_add_ps(low, _mm256_add_ps(chains[t][2], chains[t][3]));
-                sums[t][side] = _mm256_fmadd_ps(dot, _mm256_set1_ps(steps[t][s].scale), sums[t][side]);
+                sums[t] = _mm256_fmadd_ps(dot, _mm256_set1_ps(steps[t][s].scale), sums[t]);
             }
         }
     }
-    for (out, sums) in out.iter_mut().zip(sums) {
-        for (out, sum) in out.as_chunks_mut::<8>().0.iter_mut().zip(sums) {
+    let [low, high] = sums;
+    for (out, sums) in out.iter_mut().zip(low.into_iter().zip(high)) {
+        for (out, sum) in out.as_chunks_mut::<8>().0.iter_mut().zip([sums.0, sums.1]) {
             // SAFETY: `out` has room for 8 floats; `storeu` needs no alignment.
             unsafe { _mm256_storeu_ps(out.as_mut_ptr(), sum) };
         }
