@@ -214,6 +214,11 @@ const DAMAGES: &[Damage] = &[
         says: &["config.json", "eos_token_id", "512"],
     },
     Damage {
+        name: "generation ends outside the vocabulary",
+        apply: |folder| fs_err::write(folder.join("generation_config.json"), "{\"eos_token_id\": 512}").unwrap(),
+        says: &["generation_config.json", "eos_token_id", "512"],
+    },
+    Damage {
         name: "shard missing",
         apply: |folder| {
             let shards = Parts::read(&folder.join("model.safetensors")).write_sharded(folder);

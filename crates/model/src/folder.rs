@@ -74,7 +74,14 @@ impl ModelFolder {
     ) -> Result<Self, ModelError> {
         let tokenizer = Tokenizer::load(path, spec.vocab)?;
         let eos = match optional(path, "generation_config.json")? {
-            Some(mut keys) => keys.numbers("eos_token_id")?,
+            Some(mut keys) => {
+                let ids = keys.numbers("eos_token_id")?;
+                if let Some(id) = ids.iter().flatten().find(|&&id| id as usize >= spec.vocab) {
+                    let expected = format!("below vocab_size {}", spec.vocab);
+                    return Err(keys.wrong("eos_token_id", id, expected).into());
+                }
+                ids
+            }
             None => None,
         };
         let tokenizer_config = json(path, "tokenizer_config.json")?.unwrap_or(Value::Null);
