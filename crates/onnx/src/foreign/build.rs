@@ -309,7 +309,14 @@ impl<'a> Builder<'a> {
             "QuantizeLinear" if standard || quantizer => return Ok(vec![self.quantize(node)?]),
             "DequantizeLinear" if standard || quantizer => return Ok(vec![self.dequantize(node)?]),
             // What a runtime removes.
-            "Identity" | "Dropout" if standard => return Ok(vec![self.input(node, 0)?.clone()]),
+            "Identity" | "Dropout" if standard => {
+                let mut value = self.input(node, 0)?.clone();
+                // A bias that exporters share this way has no pair of its own: its other readers stay f32.
+                if let Kind::Constant(constant) = &mut value.kind {
+                    constant.is_coded = false;
+                }
+                return Ok(vec![value]);
+            }
             _ => {}
         }
         if node.inputs.len() > LIMIT_INPUTS {
@@ -462,7 +469,8 @@ impl<'a> Builder<'a> {
             is_shape_assumed,
         });
         self.beside.push(Beside {
-            has_coded_weights: has_weights && inputs.iter().any(|s| s.is_coded_constant),
+            // Weights and bias: onnxruntime leaves a layer in f32 when one of them is not behind a pair of its own.
+            has_coded_weights: has_weights && inputs.iter().filter(|s| s.is_constant()).all(|s| s.is_coded_constant),
             is_coded,
             plain_reads: 0,
             quantized_reads: 0,
@@ -571,7 +579,8 @@ impl<'a> Builder<'a> {
     fn dequantize(&self, node: &wire::Node<'a>) -> Result<Value, Refusal> {
         let mut value = self.input(node, 0)?.clone();
         if let Kind::Constant(constant) = &mut value.kind {
-            constant.is_coded = value.element.is_code();
+            // int32: a bias.
+            constant.is_coded = value.element.is_code() || value.element == Element::I32;
             constant.numbers = None;
         }
         value.element = Element::F32;
@@ -652,6 +661,12 @@ struct Summary {
     elements: u64,
     element: Option<Element>,
     is_coded_constant: bool,
+}
+
+impl Summary {
+    fn is_constant(&self) -> bool {
+        self.edge.is_none() && self.element.is_some()
+    }
 }
 
 fn constant_node(node: &wire::Node<'_>) -> Result<Value, Refusal> {
