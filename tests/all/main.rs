@@ -12,6 +12,7 @@ mod gpu;
 mod interrupted;
 mod model;
 mod plan;
+mod plan_moe;
 mod profile_transfer;
 mod program;
 mod recipes;

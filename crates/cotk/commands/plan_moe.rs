@@ -70,7 +70,8 @@ impl Shares {
 
 struct Plan {
     decode: StepPrediction,
-    prefill: StepPrediction,
+    /// Absent where the profile holds nothing of many tokens.
+    prefill: Option<StepPrediction>,
     prompt: usize,
     context: usize,
     batch: usize,
@@ -146,9 +147,16 @@ pub fn run(model: &Path, args: &Args, batch: u32, cx: &Context) -> Result<Outcom
         warnings.push(format!("no table of choices: {error}"));
         Vec::new()
     });
+    let prefill = match machine.step(&prefill) {
+        Ok(prefill) => Some(prefill),
+        Err(error) => {
+            warnings.push(format!("the prefill is not predicted: {error}"));
+            None
+        }
+    };
     let plan = Plan {
         decode: machine.step(&placed)?,
-        prefill: machine.step(&prefill)?,
+        prefill,
         prompt,
         context,
         batch,
@@ -221,10 +229,10 @@ impl Plan {
         batch * 1e3 / self.decode.whole.ms
     }
 
-    fn prefill_tokens_per_s(&self) -> f64 {
+    fn prefill_tokens_per_s(&self, prefill: &StepPrediction) -> f64 {
         #[expect(clippy::cast_precision_loss, reason = "tokens of a prompt")]
         let tokens = self.prompt as f64;
-        tokens * 1e3 / self.prefill.whole.ms
+        tokens * 1e3 / prefill.whole.ms
     }
 
     fn floor_share(&self) -> f64 {
@@ -260,10 +268,10 @@ impl Plan {
             },
             "touched_experts": self.decode.touched,
             "missed_experts": self.decode.missed,
-            "prefill": {
+            "prefill": self.prefill.as_ref().map(|prefill| json!({
                 "tokens": self.prompt,
-                "prediction": prediction_json(&self.prefill.whole, Some(self.prefill_tokens_per_s())),
-            },
+                "prediction": prediction_json(&prefill.whole, Some(self.prefill_tokens_per_s(prefill))),
+            })),
             "placement": {
                 "budget_bytes": place.budget_bytes,
                 "memory_bytes": place.memory_bytes(),
@@ -319,13 +327,15 @@ impl Plan {
             ])
             .row([
                 format!("prefill of {} tokens", self.prompt),
-                format!(
-                    "{} ms, {} to {}, {} tokens per s",
-                    ms(self.prefill.whole.ms),
-                    ms(self.prefill.whole.lo_ms),
-                    ms(self.prefill.whole.hi_ms),
-                    significant(self.prefill_tokens_per_s(), 3)
-                ),
+                self.prefill.as_ref().map_or("not predicted".to_owned(), |prefill| {
+                    format!(
+                        "{} ms, {} to {}, {} tokens per s",
+                        ms(prefill.whole.ms),
+                        ms(prefill.whole.lo_ms),
+                        ms(prefill.whole.hi_ms),
+                        significant(self.prefill_tokens_per_s(prefill), 3)
+                    )
+                }),
             ])
             .row([
                 "asked of".to_owned(),

@@ -226,8 +226,8 @@ impl Model {
         Ok(())
     }
 
-    /// One operator. What was never measured from cache is taken from memory; a dense operator that was not measured at all
-    /// goes by its bytes at the speed of memory; both are said.
+    /// One operator. What was never measured from cache is taken from memory; a dense operator of one token that was not
+    /// measured at all goes by its bytes at the speed of memory; both are said. Of many tokens bytes say nothing.
     fn one(&self, key: &Key, threads: u32, flags: &mut Vec<Flag>) -> Result<Part> {
         let before = flags.len();
         let refused = match self.known(key, flags) {
@@ -244,7 +244,12 @@ impl Model {
             });
             return Ok(part);
         }
-        if matches!(key, Key::Expert(_)) {
+        let tokens = match key {
+            Key::Dense(dense) => dense.tokens,
+            Key::Attention(attention) => attention.tokens,
+            _ => 1,
+        };
+        if matches!(key, Key::Expert(_)) || tokens > 1 {
             return Err(self.not_measured(key));
         }
         flags.push(Flag::StandIn {

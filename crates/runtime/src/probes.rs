@@ -116,6 +116,15 @@ impl EngineProbe {
                 (2048, 151_936, Heat::Cold),
             ];
             keys.extend(shapes.map(dense));
+            for (inputs, outputs, tokens) in [(512, 2048, 8), (512, 2048, 64), (2048, 2048, 16), (2048, 512, 128)] {
+                keys.push(Key::Dense(DenseKey {
+                    inputs,
+                    outputs,
+                    tokens,
+                    threads,
+                    heat: Heat::Cold,
+                }));
+            }
             let attention = |(heads, kv_heads, head_dim, tokens, heat): (u32, u32, u32, u32, Heat)| {
                 Key::Attention(AttentionKey {
                     heads,
