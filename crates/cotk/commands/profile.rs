@@ -6,12 +6,12 @@ use std::path::PathBuf;
 
 use cotk_latency::graph::Numerics;
 use cotk_latency::identity::Identity;
-use cotk_latency::probe::NetworkProbe;
 use cotk_latency::probe::disk::DiskProbe;
 use cotk_latency::probe::gather::{Settings, Threaded};
 use cotk_latency::probe::measure::{Plan, Wanted, With, measure};
 use cotk_latency::probe::memory::MemoryProbe;
-use cotk_latency::profile::{self, Profile, Purpose, Verdict};
+use cotk_latency::probe::{NetworkProbe, median};
+use cotk_latency::profile::{self, Profile, Purpose, Row, Verdict};
 use cotk_latency::walk::operators;
 use cotk_latency::work::{
     Block, Context as Place, ConvKey, DenseKey, EdgeKey, ElementwiseKey, Heat, Key, PlaneKey, PoolKey, Tier,
@@ -188,6 +188,8 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         "heldout": summary,
         "networks": profile.networks.len(),
         "left_out": measured.left_out,
+        "undisturbed_pct": 100.0 * measured.undisturbed,
+        "disturbed_factor": measured.disturbed_factor,
         "seconds": profile.head.provenance.seconds,
     });
     let mut text = table(&profile, threads);
@@ -200,6 +202,19 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         noise.verdict,
         folder.display()
     ));
+    text.push_str(&format!(
+        "times are those of an undisturbed core: {} % of the slices were; as the machine was, things took {} times as long\n",
+        significant(100.0 * measured.undisturbed, 2),
+        significant(measured.disturbed_factor, 3),
+    ));
+    for calibration in &profile.calibrations {
+        text.push_str(&format!(
+            "{} networks with {} threads, each left out of its fit: mean error {} %\n",
+            calibration.networks,
+            calibration.threads,
+            significant(calibration.network_mape_pct, 3)
+        ));
+    }
     if let Some(s) = summary {
         text.push_str(&format!(
             "held-out shapes: {}, mean error {} %, {} % of them within 15 %\n",
@@ -269,7 +284,7 @@ fn networks(cx: &Context, threads: u32, has_runtime: bool, quick: bool) -> Vec<T
     let count = match (has_runtime, quick) {
         (false, _) => 0,
         (true, true) => 32,
-        (true, false) => 240,
+        (true, false) => 400,
     };
     let drawn = random_networks(count, &[], &mut cx.seeds(0).stream("networks of a profile"));
     let pair = |(at, (_, graph)): (usize, (_, _))| Threaded {
@@ -331,7 +346,7 @@ fn cnn(keys: Vec<Key>, threads: u32, block: Block, quick: bool) -> Result<Wanted
     let seeds = probe.seeds();
     Ok(Wanted {
         probe: Box::new(probe),
-        table: seeds + if quick { 90 } else { 240 },
+        table: seeds + if quick { 90 } else { 600 },
         heldout: if quick { 16 } else { 80 },
         live: live("onnx"),
         adapt: true,
@@ -390,7 +405,7 @@ fn engine(threads: u32, cache_bytes: u64, quick: bool) -> Result<Wanted, Fault> 
     let seeds = probe.seeds().len();
     Ok(Wanted {
         probe: Box::new(probe),
-        table: seeds + if quick { 0 } else { 120 },
+        table: seeds + if quick { 0 } else { 200 },
         heldout: if quick { 0 } else { 60 },
         live: live("engine"),
         adapt: true,
@@ -419,14 +434,24 @@ fn disk(folder: &std::path::Path, quick: bool) -> Result<Wanted, Fault> {
 
 /// Paths with their errors, then what memory and disk give.
 fn table(profile: &Profile, threads: u32) -> String {
-    let mut table = Table::new(&["kernel path", "keys", "error %", "90 % within %"]);
+    let mut table = Table::new(&["kernel path", "keys", "repeat %", "error %", "90 % within %"]);
+    let block = profile.head.identity.block();
     for fit in profile.fits.iter().filter(|f| !f.path.to_string().starts_with("read.")) {
-        table.row([
-            fit.path.to_string(),
-            fit.rows.to_string(),
-            significant(fit.cv_mape_pct, 3),
-            significant(100.0 * fit.spread_ln.exp_m1(), 3),
-        ]);
+        // How far the sessions of a key are apart: no fit can be nearer.
+        let repeats: Vec<f64> = { profile.rows.iter() }
+            .filter(|row| row.key.path(block) == fit.path)
+            .map(Row::relative_spread)
+            .collect();
+        // What only whole networks have is judged with them.
+        if !repeats.is_empty() {
+            table.row([
+                fit.path.to_string(),
+                repeats.len().to_string(),
+                significant(100.0 * median(&repeats), 2),
+                significant(fit.cv_mape_pct, 3),
+                significant(100.0 * fit.spread_ln.exp_m1(), 3),
+            ]);
+        }
     }
     let model = profile.model(&[]);
     let mut speed = Table::new(&["read", "threads", "GB/s"]);

@@ -63,7 +63,7 @@ impl Identity {
             ),
             instruction_sets: instruction_sets(),
             cores: u32::try_from(cores).unwrap_or(u32::MAX),
-            memory_bytes: memory_kib * 1024,
+            memory_bytes: memory_limit(&read).map_or(memory_kib * 1024, |limit| limit.min(memory_kib * 1024)),
             cache_bytes: (0..6).map(|i| cache_bytes(i, &read)).max().unwrap_or(0),
             gpu: None,
             runtimes,
@@ -147,6 +147,11 @@ fn instruction_sets() -> Vec<String> {
         push(std::arch::is_x86_feature_detected!("avx512vnni"), "avx512vnni");
     }
     sets
+}
+
+/// What a control group leaves of the memory, if it limits any. (Its share of cores is in `cores` already.)
+fn memory_limit(read: &impl Fn(&str) -> String) -> Option<u64> {
+    read("/sys/fs/cgroup/memory.max").trim().parse().ok()
 }
 
 fn cache_bytes(index: u32, read: &impl Fn(&str) -> String) -> u64 {

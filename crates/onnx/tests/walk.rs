@@ -55,9 +55,9 @@ fn assumed(graph: &Graph, block: Block) -> BTreeMap<String, usize> {
 }
 
 fn found(graph: Graph) -> BTreeMap<String, usize> {
-    let network = random_weights(graph, 1).unwrap();
+    let network = random_weights(graph, 1).expect("weights of any graph");
     let mut counts = BTreeMap::new();
-    for (domain, op, _) in optimized_operators("walk", &to_onnx(&network)).unwrap() {
+    for (domain, op, _) in optimized_operators("walk", &to_onnx(&network)).expect("a model that loads") {
         let name = match op.as_str() {
             "Conv" if domain.ends_with("nchwc") => "blocked Conv",
             "Conv" | "FusedConv" => "plain Conv",

@@ -303,6 +303,21 @@ pub fn network_rows(sessions: &[Session], networks: &[Threaded]) -> Vec<NetworkR
     networks.iter().enumerate().filter_map(row).collect()
 }
 
+/// Share of slices that were kept, and the median of all slices over that of the kept ones; of things that found a quiet core.
+pub fn disturbance(sessions: &[Session]) -> (f64, f64) {
+    let quiet: Vec<&Timed> = { sessions.iter() }
+        .map(|s| &s.timed)
+        .filter(|t| t.quiet && t.median_us > 0.0)
+        .collect();
+    let kept: u32 = quiet.iter().map(|t| t.count).sum();
+    let all: u32 = quiet.iter().map(|t| t.count + t.dropped).sum();
+    let slower: Vec<f64> = quiet.iter().map(|t| t.all_us / t.median_us).collect();
+    if quiet.is_empty() {
+        return (0.0, 1.0);
+    }
+    (f64::from(kept) / f64::from(all.max(1)), median(&slower))
+}
+
 /// Median and 90th percentile of |ln(a / b)| over all pairs of sessions of these keys, as fractions; NaN without a pair.
 pub fn noise_floor(sessions: &[Session], canaries: &[Key]) -> (f64, f64) {
     let mut repeats = Vec::new();

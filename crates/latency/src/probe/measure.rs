@@ -84,6 +84,9 @@ pub struct Measured {
     pub resumed: usize,
     /// Keys of the table that there was no time for.
     pub left_out: usize,
+    /// Share of slices of one core that nothing disturbed; and how much longer things took in all slices than in those.
+    pub undisturbed: f64,
+    pub disturbed_factor: f64,
 }
 
 /// Measures, fits and saves `folder`. Works in `<folder>.partial` until it is whole.
@@ -292,6 +295,7 @@ pub fn measure(
             });
         }
     }
+    let (undisturbed, disturbed_factor) = gather::disturbance(&run.sessions);
     profile.head.provenance.seconds = run.before_s + begin.elapsed().as_secs_f64();
     progress.end();
     drop(run);
@@ -304,6 +308,8 @@ pub fn measure(
         profile,
         resumed,
         left_out,
+        undisturbed,
+        disturbed_factor,
     })
 }
 
