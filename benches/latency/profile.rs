@@ -51,7 +51,12 @@ impl Frozen {
     pub(crate) fn judged(&self) -> Judged {
         let head = &self.found.profile.head;
         Judged {
-            folder: self.found.folder.display().to_string(),
+            // Its name only: where it lies is no fact about it.
+            folder: self
+                .found
+                .folder
+                .file_name()
+                .map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
             date: head.provenance.date.clone(),
             commit: head.provenance.commit.clone().unwrap_or_default(),
             quick: head.provenance.quick,

@@ -10,7 +10,7 @@ use super::{Coefficient, PathFit, Sample, UNTESTED_LN, family, fit, nnls};
 use crate::graph::Graph;
 use crate::probe::{median, quantile};
 use crate::walk;
-use crate::work::{Block, Key, Path, Term};
+use crate::work::{Block, Key, Path, Term, TermGroup};
 
 /// Something that was timed, as a sum of operators.
 #[derive(Debug, Clone, PartialEq)]
@@ -324,6 +324,7 @@ fn fit_system(measured: &[&Measured], block: Block, noise_floor: f64) -> (Vec<Pa
             }
         })
         .collect();
+    let fits: Vec<PathFit> = fits.into_iter().filter(|fit| !says_nothing(fit)).collect();
     let judged = all
         .iter()
         .filter(|&&row| measured[row].key.is_none() && left_out[row].is_finite())
@@ -337,6 +338,17 @@ fn fit_system(measured: &[&Measured], block: Block, noise_floor: f64) -> (Vec<Pa
         })
         .collect();
     (fits, judged)
+}
+
+/// A path whose arithmetic came out free: its rows could not tell it from the others. No answer is better than 0 ms: what
+/// stands in for it is said.
+fn says_nothing(fit: &PathFit) -> bool {
+    let mut arithmetic = fit
+        .coefficients
+        .iter()
+        .filter(|c| c.term.group() == TermGroup::Compute)
+        .peekable();
+    arithmetic.peek().is_some() && fit.coefficients.iter().all(|c| c.us_per_unit == 0.0)
 }
 
 /// Smallest and largest count of one operator, by column.
@@ -474,6 +486,33 @@ mod tests {
     }
 
     #[test]
+    fn arithmetic_is_never_free() {
+        let mut rows = networks();
+        // 1x1 convolutions that cost nothing: rows that say so are wrong, and their path must not predict 0 ms.
+        let pointwise = |key: &Key| key.path(BLOCK).family == Family::ConvPointwise;
+        let mut free = chain(&[3, 32, 32], 8);
+        for _ in 0..3 {
+            let mut raw: RawGraph = free.into();
+            if let Op::Conv(conv) = &mut raw.nodes[1].op {
+                conv.kernel = 1;
+            }
+            free = Graph::new(raw).unwrap();
+            let mut row = Measured::network(&free, 1, BLOCK, 1.0, 0.01);
+            assert!(row.parts.iter().any(|(key, _)| pointwise(key)));
+            let paid = row.parts.iter().filter(|(key, _)| !pointwise(key));
+            row.us = paid.map(|(key, times)| times * truth(key)).sum::<f64>() * 0.9;
+            rows.push(row);
+        }
+        let fitted = fit_all(&rows, BLOCK, 0.01);
+        let is_free = |fit: &&PathFit| fit.path.family == Family::ConvPointwise;
+        assert!(
+            fitted.paths.iter().find(is_free).is_none(),
+            "{:?}",
+            fitted.paths.iter().find(is_free)
+        );
+    }
+
+    #[test]
     fn what_counts_more_is_met_more_closely() {
         let mut rows = networks();
         let odd = rows[5].us * 1.3;
@@ -481,8 +520,8 @@ mod tests {
             let fitted = fit_all(rows, BLOCK, 0.01);
             let us = |key: &Key| {
                 let features = key.features(BLOCK);
-                let fit = fitted.paths.iter().find(|fit| fit.path == features.path).unwrap();
-                fit.us(&features)
+                let fit = fitted.paths.iter().find(|fit| fit.path == features.path);
+                fit.map_or(0.0, |fit| fit.us(&features))
             };
             let found: f64 = rows[5].parts.iter().map(|(key, times)| times * us(key)).sum();
             (found / odd).ln().abs()
