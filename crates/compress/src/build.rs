@@ -233,10 +233,7 @@ impl Student<'_> {
     /// The routed experts' mixed output, `[tokens, hidden]`: with the kernels that will serve it.
     fn run(&self, layer: &Layer, spec: &ModelSpec, normed: &[f32]) -> Result<Vec<f32>> {
         let scores = layer.router_scores(normed).expect("a MoE layer has a router");
-        let routed = route(
-            &layer.routing(&scores)?,
-            alive(self.meaning, self.living),
-        );
+        let routed = route(&layer.routing(&scores)?, alive(self.meaning, self.living));
         let mix = Mix {
             store: &self.store,
             mode: &Exact,

@@ -506,11 +506,19 @@ fn stand_in(family: Family) -> Option<&'static [Family]> {
             Family::Edge(EdgeKind::ReorderIn),
             Family::Edge(EdgeKind::ReorderOut),
             Family::Entry(F32),
+            // A space of int8 networks alone measures none of these.
+            Family::Edge(EdgeKind::Quantize),
+            Family::Edge(EdgeKind::TransposeInt8),
+            Family::Add(Int8),
+            Family::Pool(Int8),
         ]),
         Family::Edge(EdgeKind::Quantize | EdgeKind::Dequantize | EdgeKind::TransposeInt8) => Some(&[
             Family::Edge(EdgeKind::Quantize),
             Family::Edge(EdgeKind::TransposeInt8),
             Family::Entry(Int8),
+            Family::Edge(EdgeKind::ReorderIn),
+            Family::Add(F32),
+            Family::Pool(F32),
         ]),
         Family::Window(_, F32) | Family::Elementwise(_, F32) => Some(&[
             Family::Elementwise(ElementwiseKind::Unary, F32),

@@ -163,9 +163,16 @@ fn an_interrupted_measurement_goes_on_where_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path().join("machine");
     let cancel = Cancel::new();
-    let error = measure(wanted(Some((10, cancel.clone()))).0, &plan(), HERE, &folder, &cancel, &Silent)
-        .err()
-        .unwrap();
+    let error = measure(
+        wanted(Some((10, cancel.clone()))).0,
+        &plan(),
+        HERE,
+        &folder,
+        &cancel,
+        &Silent,
+    )
+    .err()
+    .unwrap();
     assert!(matches!(error, Error::Run(cotk_run::Error::Cancelled)), "{error}");
     assert!(!folder.exists());
     let (again, runs) = wanted(None);
