@@ -1,9 +1,11 @@
 //! Whole networks timed in processes of their own: each session of a list is one child process, its lines go to a file, and
-//! a run that was stopped goes on behind the last line. Predicts nothing.
+//! a run that was stopped goes on behind the last line. Whole lists stay: another profile is judged on the same times, whose
+//! date stands in the result (`--fresh` times anew). Predicts nothing.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
 use cotk_latency::graph::Graph;
@@ -11,8 +13,11 @@ use cotk_latency::probe::rounds::{Pace, time};
 use cotk_latency::probe::{NetworkProbe, Prepared, median, quantile};
 use cotk_onnx::zoo::OnnxNetworks;
 use cotk_run::files;
+use cotk_run::folder::utc_rfc3339;
 use cotk_run::seeds::Seeds;
 use serde::{Deserialize, Serialize};
+
+use crate::Args;
 
 /// Networks that are open at once.
 const LIVE: usize = 12;
@@ -41,10 +46,18 @@ pub(crate) struct Times {
     pub(crate) floor_pct: f64,
     pub(crate) floor_p90_pct: f64,
     pub(crate) sessions: u32,
+    /// When the list was begun.
+    pub(crate) timed: String,
 }
 
 /// Measures `graphs` in `sessions` child processes. `name` is the folder of lines below `runs/bench-latency`.
-pub(crate) fn measure(name: &str, graphs: &[Graph], threads: u32, sessions: u32, rounds: u32) -> Result<Times> {
+pub(crate) fn measure(
+    args: &Args,
+    name: &str,
+    graphs: &[Graph],
+    threads: u32,
+    (sessions, rounds): (u32, u32),
+) -> Result<Times> {
     let wish = Wish {
         graphs: graphs.to_vec(),
         threads,
@@ -53,9 +66,19 @@ pub(crate) fn measure(name: &str, graphs: &[Graph], threads: u32, sessions: u32,
     let text = serde_json::to_string(&wish)?;
     // Another list begins anew.
     let folder = PathBuf::from("runs/bench-latency").join(format!("{name}-{:016x}", files::checksum(text.as_bytes())));
+    if args.fresh && folder.exists() {
+        fs_err::remove_dir_all(&folder)?;
+    }
     files::create_folder(&folder)?;
+    let begun = folder.join("begun");
+    if !begun.exists() {
+        files::write_atomic(&begun, utc_rfc3339(SystemTime::now()).as_bytes())?;
+    }
     files::write_atomic(folder.join("wish.json"), text.as_bytes())?;
     for session in 0..sessions {
+        if lines(&folder, session)?.len() == graphs.len() {
+            continue;
+        }
         eprintln!(
             "  {name}: session {} of {sessions}, {} networks, {threads} threads",
             session + 1,
@@ -88,8 +111,8 @@ pub(crate) fn measure(name: &str, graphs: &[Graph], threads: u32, sessions: u32,
         floor_pct: 100.0 * median(&repeats),
         floor_p90_pct: 100.0 * quantile(&repeats, 0.9),
         sessions,
+        timed: files::read_text(&begun, LIMIT_BYTES)?,
     };
-    fs_err::remove_dir_all(&folder)?;
     Ok(times)
 }
 

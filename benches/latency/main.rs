@@ -22,6 +22,8 @@ use anyhow::{Result, bail};
 pub(crate) struct Args {
     /// Small sizes: to see that all works, not to quote.
     pub(crate) small: bool,
+    /// Networks are timed anew although an earlier run has timed them.
+    pub(crate) fresh: bool,
     /// The profile that is judged; else this machine's.
     pub(crate) profile: Option<PathBuf>,
     /// Where results go.
@@ -53,11 +55,13 @@ const PARTS: &[Part] = &[
     ("costs", "what a prediction costs", costs::run),
 ];
 
-const HELP: &str = "usage: latency [PART…] [--profile FOLDER] [--small] [--out FOLDER]\n\nparts (all without one):";
+const HELP: &str =
+    "usage: latency [PART…] [--profile FOLDER] [--small] [--fresh] [--out FOLDER]\n\nparts (all without one):";
 
 fn main() -> Result<()> {
     let mut args = Args {
         small: false,
+        fresh: false,
         profile: None,
         out: "benches/results".into(),
         command: "cargo xtask bench latency".into(),
@@ -68,6 +72,7 @@ fn main() -> Result<()> {
         match word.as_str() {
             "--bench" => {} // cargo's own
             "--small" => args.small = true,
+            "--fresh" => args.fresh = true,
             // A child of this program: one session of a list of networks.
             "--session" => {
                 let (Some(folder), Some(session)) = (words.next(), words.next()) else {

@@ -24,6 +24,7 @@ struct Figures {
     seed: u64,
     threads: u32,
     sessions: u32,
+    timed: String,
     repeat_floor_pct: f64,
     repeat_p90_pct: f64,
     /// Shares of nominal 90 % intervals that hold the measurement.
@@ -129,8 +130,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let threads = 1;
     let predict = |graph| frozen.model.predict(&Work::Graph { graph, threads });
     let predictions = graphs.iter().map(predict).collect::<cotk_latency::Result<Vec<_>>>()?;
-    let (sessions, rounds) = if args.small { (2, 5) } else { (4, 12) };
-    let times = list::measure("networks", &graphs, threads, sessions, rounds)?;
+    let pace = if args.small { (2, 5) } else { (4, 12) };
+    let times = list::measure(args, "networks", &graphs, threads, pace)?;
 
     let mut judged = Vec::new();
     let mut judge = |method: &str, predicted: &[f64]| {
@@ -184,6 +185,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         seed: SEED,
         threads,
         sessions: times.sessions,
+        timed: times.timed.clone(),
         repeat_floor_pct: round(times.floor_pct),
         repeat_p90_pct: round(times.floor_p90_pct),
         covered_pct: round(covered_pct),

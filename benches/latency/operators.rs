@@ -14,9 +14,15 @@ use crate::networks::Judged1;
 use crate::output::{round, write};
 use crate::profile::{Frozen, Judged};
 
+/// Below this a time is what is left when two are subtracted that do not differ.
+const UNMEASURABLE_US: f64 = 0.05;
+/// From here on the floor of a µs or so does not decide.
+const LONG_US: f64 = 3.0;
+
 #[derive(Serialize)]
 struct Figures {
     profile: Judged,
+    unmeasurable: usize,
     covered_pct: f64,
     mape_pct_at_most: f64,
     within_15_pct_at_least: f64,
@@ -53,9 +59,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             held.key
         );
     }
+    // The slope of what costs nothing comes out as nothing: no error can be said of it.
+    let unmeasurable = heldout.iter().filter(|h| h.measured_us < UNMEASURABLE_US).count();
+    let heldout: Vec<HeldOut> = heldout
+        .iter()
+        .filter(|h| h.measured_us >= UNMEASURABLE_US)
+        .copied()
+        .collect();
     let mut lists: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
     let (mut all, mut cnn) = (Vec::new(), Vec::new());
-    for held in heldout {
+    for held in &heldout {
         let pair = (held.predicted_us, held.measured_us);
         all.push(pair);
         if is_cnn(&held.key) {
@@ -73,6 +86,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     add("cotk", "all", &all);
     add("cotk", "cnn", &cnn);
+    let long = |h: &&HeldOut| h.measured_us >= LONG_US;
+    let pairs = |of: &dyn Fn(&HeldOut) -> bool| -> Vec<(f64, f64)> {
+        let rows = heldout.iter().filter(long).filter(|h| of(h));
+        rows.map(|h| (h.predicted_us, h.measured_us)).collect()
+    };
+    add("cotk", "all, 3 us or more", &pairs(&|_| true));
+    add("cotk", "cnn, 3 us or more", &pairs(&|h| is_cnn(&h.key)));
+    add("cotk", "engine, 3 us or more", &pairs(&|h| !is_cnn(&h.key)));
     lists.iter().for_each(|(name, pairs)| add("cotk", name, pairs));
     // Rivals know plain operators only, not edges: on those, both.
     let plain =
@@ -101,6 +122,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     println!("  covered {covered_pct:.1} %");
     let figures = Figures {
         profile: frozen.judged(),
+        unmeasurable,
         covered_pct: round(covered_pct),
         mape_pct_at_most: 7.0,
         within_15_pct_at_least: 90.0,

@@ -29,6 +29,7 @@ struct Figures {
     threads: u32,
     samples: usize,
     candidates: usize,
+    timed: String,
     repeat_floor_pct: f64,
     repeat_p90_pct: f64,
     covered_pct: f64,
@@ -53,8 +54,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let random: Vec<usize> = (0..SAMPLES).collect();
 
     let chosen: Vec<Graph> = designed.iter().chain(&random).map(|&i| candidates[i].clone()).collect();
-    let (sessions, rounds) = if args.small { (2, 5) } else { (3, 12) };
-    let few = list::measure("samples", &chosen, threads, sessions, rounds)?;
+    let pace = if args.small { (2, 5) } else { (3, 12) };
+    let few = list::measure(args, "samples", &chosen, threads, pace)?;
     let sample = |(graph, ms): (&Graph, &f64)| Sample {
         graph: graph.clone(),
         ms: *ms,
@@ -80,7 +81,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Ok(s.ms / frozen.model.predict(&work)?.ms)
     };
     let ratios = samples[..SAMPLES].iter().map(ratio).collect::<Result<Vec<f64>>>()?;
-    let times = list::measure("judges", &judges, threads, sessions, rounds)?;
+    let times = list::measure(args, "judges", &judges, threads, pace)?;
 
     let mut judged = Vec::new();
     let mut add = |method: &str, predicted: Vec<f64>| {
@@ -122,6 +123,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         threads,
         samples: SAMPLES,
         candidates: candidates.len(),
+        timed: times.timed.clone(),
         repeat_floor_pct: round(times.floor_pct),
         repeat_p90_pct: round(times.floor_p90_pct),
         covered_pct: round(covered_pct),

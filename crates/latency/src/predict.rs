@@ -7,6 +7,7 @@ use crate::correct::Correction;
 use crate::fit::PathFit;
 use crate::fit::joint::Calibration;
 use crate::smooth::Smoother;
+use crate::transfer::profile::Transfer;
 use crate::walk::{self, Network};
 use crate::work::{Block, EdgeKind, ElementwiseKind, Family, Key, LowRankKey, Path, ReadKey, TermGroup, Tier, Work};
 use crate::{Error, Result};
@@ -87,7 +88,7 @@ impl Terms {
         self.launch_ms + self.layout_ms + self.memory_ms + self.compute_ms + self.link_ms
     }
 
-    fn add(&mut self, other: &Self, times: f64) {
+    pub(crate) fn add(&mut self, other: &Self, times: f64) {
         self.launch_ms += times * other.launch_ms;
         self.layout_ms += times * other.layout_ms;
         self.memory_ms += times * other.memory_ms;
@@ -135,8 +136,8 @@ pub struct Model {
     fits: BTreeMap<Path, PathFit>,
     noise_floor: f64,
     flags: Vec<Flag>,
-    /// Of a profile that was carried over: nine in ten of its errors are below this.
-    transfer_ln: Option<f64>,
+    /// Of a profile that was carried over.
+    transfer: Option<Transfer>,
     /// What use has taught about sums, by number of threads.
     corrections: Vec<Correction>,
     /// Last-level cache; 0 where it is not known.
@@ -181,17 +182,18 @@ impl Model {
             smoother,
             noise_floor,
             flags,
-            transfer_ln: None,
+            transfer: None,
             corrections: Vec::new(),
             cache_bytes: 0,
             calibrations: Vec::new(),
         }
     }
 
-    /// The same, carried over from another machine: no prediction is surer than what `spread_ln` says of whole networks.
-    pub fn carried_over(self, spread_ln: f64) -> Self {
+    /// The same, carried over from another machine: rows and fits stay those of its source, predictions are
+    /// scaled, and none is surer than whole networks were here.
+    pub fn carried_over(self, transfer: Transfer) -> Self {
         Self {
-            transfer_ln: Some(spread_ln),
+            transfer: Some(transfer),
             ..self
         }
     }
@@ -301,6 +303,18 @@ impl Model {
     }
 
     pub(crate) fn part(&self, key: &Key, flags: &mut Vec<Flag>) -> Result<Part> {
+        let part = self.own_part(key, flags)?;
+        Ok(match &self.transfer {
+            Some(transfer) => {
+                let features = key.features(self.block);
+                transfer.apply(key, &features, self.fits.get(&features.path), part)
+            }
+            None => part,
+        })
+    }
+
+    /// By rows and fits as they stand, on the machine where they were measured.
+    fn own_part(&self, key: &Key, flags: &mut Vec<Flag>) -> Result<Part> {
         let features = key.features(self.block);
         let mut terms = Terms::default();
         let fit = self.fits.get(&features.path);
@@ -361,7 +375,7 @@ impl Model {
     /// A triple that was never measured as one: its three convolutions and the edges between them, in a chain of its kind.
     fn triple(&self, triple: &LowRankKey, path: Path, flags: &mut Vec<Flag>) -> Result<Part> {
         let keys = triple.keys(self.block);
-        let parts = keys.iter().map(|key| Ok((self.part(key, flags)?, 1.0)));
+        let parts = keys.iter().map(|key| Ok((self.own_part(key, flags)?, 1.0)));
         let sum = self.sum(&parts.collect::<Result<Vec<_>>>()?, Vec::new());
         Ok(Part {
             path,
@@ -396,8 +410,8 @@ impl Model {
         mut spread_ln: f64,
         mut flags: Vec<Flag>,
     ) -> Prediction {
-        if let Some(least) = self.transfer_ln {
-            (spread_ln, origin) = (spread_ln.max(least), origin.max(Origin::Transfer));
+        if let Some(transfer) = &self.transfer {
+            (spread_ln, origin) = (spread_ln.max(transfer.spread_ln), origin.max(Origin::Transfer));
         }
         flags.extend(self.flags.iter().cloned());
         flags.sort();

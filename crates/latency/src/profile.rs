@@ -234,6 +234,12 @@ impl Profile {
                 ),
             });
         }
+        if let Some(detail) = head.transfer.as_ref().and_then(Transfer::complaint) {
+            return Err(Error::Format {
+                file: folder.join("profile.toml"),
+                detail,
+            });
+        }
         let mark = |name: &str| {
             head.files.get(name).ok_or_else(|| Error::Format {
                 file: folder.join("profile.toml"),
@@ -401,7 +407,7 @@ impl Profile {
         .calibrated(self.calibrations.clone())
         .corrected(self.corrections.clone());
         match &self.head.transfer {
-            Some(transfer) => model.carried_over(transfer.spread_ln),
+            Some(transfer) => model.carried_over(transfer.clone()),
             None => model,
         }
     }

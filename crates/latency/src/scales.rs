@@ -75,30 +75,6 @@ pub(crate) fn fit(rows: &[Row], prior: &[f64], doubt: f64) -> Vec<f64> {
     exp(&logs)
 }
 
-/// Predicted over measured of every row, by scales fitted without its fold (row i is in fold i mod `folds`; as many folds as
-/// rows leave one out at a time).
-pub(crate) fn left_out(rows: &[Row], prior: &[f64], doubt: f64, folds: usize) -> Vec<f64> {
-    let mut ratios = vec![1.0; rows.len()];
-    for fold in 0..folds.min(rows.len()) {
-        let kept: Vec<Row> = rows
-            .iter()
-            .enumerate()
-            .filter(|(i, _)| i % folds != fold)
-            .map(|(_, row)| row.clone())
-            .collect();
-        let scales = fit(&kept, prior, doubt);
-        for i in (fold..rows.len()).step_by(folds) {
-            ratios[i] = rows[i].ratio(&scales);
-        }
-    }
-    ratios
-}
-
-/// Squared relative errors, in sum.
-pub(crate) fn misfit(ratios: &[f64]) -> f64 {
-    ratios.iter().map(|r| (r - 1.0).powi(2)).sum()
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -148,15 +124,5 @@ mod tests {
         let rows = rows(&[2.0, 1.0], &[vec![1.0, 0.0], vec![3.0, 0.0]]);
         let found = fit(&rows, &[0.0, 0.7f64.ln()], 0.01);
         assert!((found[1] - 0.7).abs() < 1e-12 && (found[0] - 2.0).abs() < 0.05);
-    }
-
-    #[test]
-    fn folds_leave_every_row_out_once() {
-        let parts: Vec<Vec<f64>> = (1..=9).map(|i| vec![f64::from(i), 1.0]).collect();
-        let ratios = left_out(&rows(&[1.5, 0.5], &parts), &[0.0; 2], 1e-6, 9);
-        assert!(
-            ratios.len() == 9 && ratios.iter().all(|r| (r - 1.0).abs() < 0.01),
-            "{ratios:?}"
-        );
     }
 }

@@ -9,7 +9,9 @@ use cotk_latency::graph::{
 };
 use cotk_latency::probe::{Prepared, Probe, refused};
 use cotk_latency::walk;
-use cotk_latency::work::{Block, Context, ConvKey, EdgeKey, EdgeKind, ElementwiseKind, Key, LowRankKey, PlaneKey};
+use cotk_latency::work::{
+    Block, Context, ConvKey, EdgeKey, EdgeKind, ElementwiseKind, Family, Key, LowRankKey, PlaneKey,
+};
 use cotk_run::seeds::{Seeds, Stream};
 use ort::value::Tensor;
 
@@ -95,6 +97,15 @@ fn is_ours(key: &Key) -> bool {
     }
 }
 
+/// Whether a key is timed as one call, not as what one more copy adds.
+fn is_alone(key: &Key) -> bool {
+    match key {
+        Key::Session { .. } => true,
+        Key::Conv(c) => c.context == Context::Alone,
+        _ => false,
+    }
+}
+
 /// Cores that a key keeps busy.
 fn threads(key: &Key) -> u32 {
     match *key {
@@ -134,6 +145,38 @@ impl Probe for OnnxProbe {
         is_ours(key)
     }
 
+    fn spread(&self, per_path: usize, rng: &mut Stream) -> Vec<Key> {
+        let mut draw = draw::Draw::new(&self.seeds, self.block, &[1], rng);
+        let mut counts: std::collections::HashMap<(Family, u32), usize> = std::collections::HashMap::new();
+        let stratum = |key: &Key| {
+            let kernel = if let Key::Conv(c) = key { c.kernel } else { 0 };
+            (key.path(self.block).family, kernel)
+        };
+        let mut keys: Vec<Key> = Vec::new();
+        let is_chain = |key: &&Key| threads(key) == 1 && !is_alone(key);
+        for seed in self.seeds.iter().filter(is_chain) {
+            *counts.entry(stratum(seed)).or_default() += 1;
+        }
+        for _ in 0..200 * per_path {
+            let key = draw.key();
+            let wanted = match key {
+                // Never fitted: their own times and those of their neighbours are all that is known.
+                Key::LowRank(_) => 2 * per_path,
+                _ => per_path,
+            };
+            let count = counts.entry(stratum(&key)).or_default();
+            if is_ours(&key) && *count < wanted && !keys.contains(&key) && !self.seeds.contains(&key) {
+                *count += 1;
+                keys.push(key);
+            }
+        }
+        keys
+    }
+
+    fn is_slope(&self, key: &Key) -> bool {
+        !is_alone(key)
+    }
+
     fn parts(&self, key: &Key) -> cotk_latency::Result<Vec<(Key, f64)>> {
         let fail = |e: Error| refused("onnx", key, &e.to_string());
         let mut parts: BTreeMap<Key, f64> = BTreeMap::new();
@@ -149,14 +192,7 @@ impl Probe for OnnxProbe {
                 *parts.entry(part).or_default() += weight;
             }
         }
-        if matches!(
-            key,
-            Key::Session { .. }
-                | Key::Conv(ConvKey {
-                    context: Context::Alone,
-                    ..
-                })
-        ) {
+        if is_alone(key) {
             return Ok(vec![(*key, 1.0)]);
         }
         parts.retain(|_, weight| weight.abs() > 1e-9);

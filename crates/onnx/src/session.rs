@@ -2,8 +2,11 @@
 //! one inter-op thread, no spinning of idle workers (several sessions live at once while measuring).
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use cotk_latency::probe::Prepared;
+use cotk_latency::probe::rounds::{self, Pace};
+use cotk_run::seeds::Seeds;
 use ort::session::builder::GraphOptimizationLevel;
 use ort::value::Tensor;
 use prost::Message;
@@ -19,10 +22,13 @@ pub struct Session {
     input_name: String,
 }
 
+/// Quiet moments of a shared core are hardly longer.
+const LONGEST_SLICE: Duration = Duration::from_micros(400);
+
 /// What a timing found, per call.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Timing {
-    /// Median over the runs of the mean time of a call.
+    /// Median over the runs of the mean time of a call, on an undisturbed core.
     pub ms: f64,
     /// Median absolute deviation of those means.
     pub spread_ms: f64,
@@ -157,37 +163,32 @@ impl Session {
         Ok(out)
     }
 
-    /// Times calls on one input: `runs` runs (at least 5) of as many calls as fill about `slice`, after a warm-up. Each
-    /// run yields its mean; the median of those is the latency.
+    /// Times calls on one input by the rules of [`cotk_latency::probe::rounds`]: `runs` slices (at least 5) of an undisturbed
+    /// core, each as many calls as fill `slice`, at most 0.4 ms of them unless a call is longer.
     ///
     /// # Errors
     /// As [`Session::run`].
     pub fn time(&mut self, input: &[f32], runs: usize, slice: Duration) -> Result<Timing> {
-        let mut timed = self.ready(input)?;
-        let begin = Instant::now();
-        let mut warm = 0u32;
-        while warm < 5 || begin.elapsed() < Duration::from_millis(20) {
-            timed.call()?;
-            warm += 1;
-        }
-        let per_call = begin.elapsed().as_secs_f64() / f64::from(warm);
+        let runs = u32::try_from(runs.max(5)).unwrap_or(u32::MAX);
+        let pace = Pace {
+            rounds: runs,
+            slice: slice.min(LONGEST_SLICE),
+            patience: slice * 4 * runs,
+        };
+        let name = self.name.clone();
+        let ready = self.ready(input)?;
+        let mut order = Seeds::new(0).stream("order of one");
+        let timed = rounds::time(vec![Box::new(ready)], &pace, &mut order).map_err(|e| failed("time", &name, &e))?;
+        let timed = timed.first().expect("one thing was timed");
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped")]
-        let calls = (slice.as_secs_f64() / per_call).ceil().clamp(1.0, 1e6) as usize;
-        let mut means_ms = Vec::with_capacity(runs.max(5));
-        for _ in 0..runs.max(5) {
-            let begin = Instant::now();
-            for _ in 0..calls {
-                timed.call()?;
-            }
-            #[expect(clippy::cast_precision_loss, reason = "at most a million")]
-            means_ms.push(begin.elapsed().as_secs_f64() * 1e3 / calls as f64);
-        }
-        let statistics = cotk_latency::probe::Statistics::of(&means_ms);
+        let calls = (pace.slice.as_secs_f64() * 1e6 / timed.median_us.max(1e-3))
+            .ceil()
+            .clamp(1.0, 1e6) as usize;
         Ok(Timing {
-            ms: statistics.median,
-            spread_ms: statistics.mad,
-            q10_ms: statistics.q10,
-            runs: means_ms.len(),
+            ms: timed.median_us / 1e3,
+            spread_ms: timed.mad_us / 1e3,
+            q10_ms: timed.q10_us / 1e3,
+            runs: timed.count as usize,
             calls,
         })
     }
@@ -227,9 +228,14 @@ pub(crate) struct Ready<'a> {
     tensor: Tensor<f32>,
 }
 
-impl Ready<'_> {
-    pub(crate) fn call(&mut self) -> Result<()> {
-        self.session.call(&self.tensor)
+impl Prepared for Ready<'_> {
+    fn run(&mut self, _piece: usize) -> cotk_latency::Result<()> {
+        let done = self.session.call(&self.tensor);
+        done.map_err(|e| cotk_latency::Error::Probe {
+            probe: "onnx".into(),
+            key: self.session.name.clone(),
+            detail: e.to_string(),
+        })
     }
 }
 

@@ -85,7 +85,11 @@ pub fn measure(space: &Space, folder: &Path, request: &Request<'_>) -> Result<(P
         adapt: false,
     };
     let plan = Plan {
-        settings: Settings::QUICK,
+        // The space's own operators and nothing else.
+        settings: Settings {
+            per_path: 0,
+            ..Settings::QUICK
+        },
         seeds: Seeds::new(request.recipe.seed),
         quick: true,
         purpose: Purpose::Machine,

@@ -20,6 +20,8 @@ use crate::{Error, Result};
 pub struct Settings {
     /// Independent builds of each thing, each in a process of its own.
     pub sessions: u32,
+    /// Keys of each kernel path at least, see [`Probe::spread`].
+    pub per_path: usize,
     /// For operators.
     pub pace: Pace,
     /// For whole networks.
@@ -32,6 +34,7 @@ impl Settings {
     /// `--quick`: fewer slices; as few sessions as a table may have.
     pub const QUICK: Self = Self {
         sessions: 3,
+        per_path: 4,
         pace: Pace {
             rounds: 4,
             slice: Duration::from_micros(120),
@@ -47,6 +50,7 @@ impl Settings {
     /// The whole measurement.
     pub const FULL: Self = Self {
         sessions: 3,
+        per_path: 12,
         pace: Pace {
             rounds: 5,
             slice: Duration::from_micros(120),

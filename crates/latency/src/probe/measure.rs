@@ -84,6 +84,8 @@ pub struct Measured {
     pub resumed: usize,
     /// Keys of the table that there was no time for.
     pub left_out: usize,
+    /// Keys whose slope was lost in noise: in no table, judged by nothing.
+    pub unmeasurable: usize,
     /// Share of slices of one core that nothing disturbed; and how much longer things took in all slices than in those.
     pub undisturbed: f64,
     pub disturbed_factor: f64,
@@ -112,7 +114,9 @@ pub fn measure(
     let mut drawn: Vec<Vec<Key>> = Vec::new();
     for wanted in &wanted {
         let mut rng = plan.seeds.stream(&format!("profile {}", wanted.probe.name()));
-        drawn.push(wanted.probe.candidates(wanted.table, &mut rng));
+        let mut keys = wanted.probe.candidates(wanted.table, &mut rng);
+        keys.extend(wanted.probe.spread(plan.settings.per_path, &mut rng));
+        drawn.push(keys);
     }
     let mut heldout: Vec<Key> = Vec::new();
     for (wanted, table) in wanted.iter().zip(&drawn).filter(|(w, _)| w.heldout > 0) {
@@ -220,11 +224,18 @@ pub fn measure(
         .map(|row| slope(run.tools.probes, row))
         .collect::<Result<Vec<joint::Measured>>>()?;
     let whole = networks.iter().map(|network| network.measured(block));
-    let all: Vec<joint::Measured> = timed.iter().cloned().chain(whole).collect();
+    let all: Vec<joint::Measured> = { rows.iter().zip(&timed) }
+        .filter(|(row, _)| is_measurable(run.tools.probes, row))
+        .map(|(_, timed)| timed.clone())
+        .chain(whole)
+        .collect();
     let fitted = fit_all(&all, block, if floor.is_finite() { floor } else { 0.05 });
     for (row, slope) in rows.iter_mut().zip(&timed) {
         own(row, slope, &fitted, block);
     }
+    let before = rows.len();
+    rows.retain(|row| is_measurable(run.tools.probes, row));
+    let mut unmeasurable = before - rows.len();
     let (stolen_now, total_now) = stolen_and_total();
     #[expect(clippy::cast_precision_loss, reason = "a share")]
     let steal_pct = 100.0 * (stolen_now - stolen) as f64 / (total_now - total).max(1) as f64;
@@ -286,6 +297,10 @@ pub fn measure(
         if let Some(mut row) = gather::rows(&of_key).pop() {
             let slope = slope(run.tools.probes, &row)?;
             own(&mut row, &slope, &fitted, block);
+            if !is_measurable(run.tools.probes, &row) {
+                unmeasurable += 1;
+                continue;
+            }
             profile.heldout.push(HeldOut {
                 key: *key,
                 predicted_us: p.ms * 1e3,
@@ -308,6 +323,7 @@ pub fn measure(
         profile,
         resumed,
         left_out,
+        unmeasurable,
         undisturbed,
         disturbed_factor,
     })
@@ -320,6 +336,18 @@ fn slope(probes: &[Box<dyn Probe>], row: &Row) -> Result<joint::Measured> {
         measured.parts = probe.parts(&row.key)?;
     }
     Ok(measured)
+}
+
+/// Slopes below this are within the noise of the times that they are differences of, whatever their sessions say; and
+/// sessions further apart than this share say nothing.
+const LEAST_US: f64 = 0.3;
+const MOST_SPREAD: f64 = 0.5;
+
+fn is_measurable(probes: &[Box<dyn Probe>], row: &Row) -> bool {
+    let is_slope = { probes.iter() }
+        .find(|p| p.measures(&row.key))
+        .is_some_and(|p| p.is_slope(&row.key));
+    !is_slope || (row.median_us >= LEAST_US && row.relative_spread() <= MOST_SPREAD)
 }
 
 /// Leaves a row its own operator's time. One that is no part of its own sum (a triple) stays whole.

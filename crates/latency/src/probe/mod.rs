@@ -23,6 +23,16 @@ pub trait Probe {
     /// `count` keys to measure: the seeds of its table first, then draws from its distribution of use. May return fewer.
     fn candidates(&self, count: usize, rng: &mut Stream) -> Vec<Key>;
 
+    /// Keys of every kernel path, `per_path` of each or more, over all sizes: where use draws few, a fit still needs some.
+    fn spread(&self, _per_path: usize, _rng: &mut Stream) -> Vec<Key> {
+        Vec::new()
+    }
+
+    /// Whether the time of this key is a difference of times, which may come out as nothing.
+    fn is_slope(&self, _key: &Key) -> bool {
+        false
+    }
+
     /// Whether it can measure this key.
     fn measures(&self, key: &Key) -> bool;
 

@@ -74,8 +74,8 @@ struct Slice {
 }
 
 /// One thing that is measured, with its slices so far.
-struct Live {
-    prepared: Box<dyn Prepared>,
+struct Live<'a> {
+    prepared: Box<dyn Prepared + 'a>,
     weights: Vec<f64>,
     /// Calls in a slice, per piece; and whether one call is longer than quiet moments are.
     calls: Vec<u32>,
@@ -87,7 +87,7 @@ struct Live {
 ///
 /// # Errors
 /// What a run reports.
-pub fn time(prepared: Vec<Box<dyn Prepared>>, pace: &Pace, order: &mut Stream) -> Result<Vec<Timed>> {
+pub fn time<'a>(prepared: Vec<Box<dyn Prepared + 'a>>, pace: &Pace, order: &mut Stream) -> Result<Vec<Timed>> {
     let mut core = Core::new();
     let mut live = prepared
         .into_iter()
@@ -113,9 +113,9 @@ pub fn time(prepared: Vec<Box<dyn Prepared>>, pace: &Pace, order: &mut Stream) -
     Ok(live.iter().map(Live::timed).collect())
 }
 
-impl Live {
+impl<'a> Live<'a> {
     /// Warms up (5 calls or 2 ms of each piece, whichever is more, at most 50) and sizes the slices.
-    fn new(mut prepared: Box<dyn Prepared>, slice: Duration) -> Result<Self> {
+    fn new(mut prepared: Box<dyn Prepared + 'a>, slice: Duration) -> Result<Self> {
         let weights = prepared.weights();
         let mut calls = Vec::with_capacity(weights.len());
         let mut is_long = Vec::with_capacity(weights.len());

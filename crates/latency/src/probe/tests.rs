@@ -93,6 +93,7 @@ fn plan() -> Plan {
     Plan {
         settings: Settings {
             sessions: 2,
+            per_path: 0,
             pace: PACE,
             network_pace: PACE,
             budget: None,

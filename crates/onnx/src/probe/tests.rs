@@ -1,4 +1,4 @@
-//! Laws of the models that stand for one operator each.
+//! Laws of the CNN probes: what is asked for is built and runs, and a slope holds what the walk says.
 
 use super::*;
 use cotk_latency::work::PoolKind;
@@ -239,4 +239,32 @@ fn one_more_copy_adds_one_kernel() {
             int8_pool
         );
     }
+}
+
+/// Law: no kernel path that a network can meet is left with a handful of keys.
+#[test]
+fn a_spread_has_enough_of_every_path() {
+    let probe = OnnxProbe::new(Vec::new(), Block(16)).unwrap();
+    let keys = probe.spread(4, &mut Seeds::new(1).stream("spread"));
+    let count = |family: Family| keys.iter().filter(|k| k.path(Block(16)).family == family).count();
+    for family in [
+        Family::ConvBlocked,
+        Family::ConvFromNchw,
+        Family::ConvPatches,
+        Family::ConvPointwise,
+        Family::DepthwiseBlocked,
+        Family::DepthwisePlain,
+        Family::ConvInt8,
+        Family::ConvInt8Pointwise,
+        Family::DepthwiseInt8,
+        Family::Linear(Numerics::F32),
+        Family::Linear(Numerics::Int8),
+        Family::Add(Numerics::F32),
+        Family::Pool(Numerics::F32),
+        Family::LowRank(Numerics::F32),
+    ] {
+        assert!(count(family) >= 4, "{family:?}: {}", count(family));
+    }
+    assert!(keys.iter().all(|key| probe.measures(key) && threads(key) == 1));
+    assert_eq!(keys, probe.spread(4, &mut Seeds::new(1).stream("spread")));
 }
