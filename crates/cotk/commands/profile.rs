@@ -10,7 +10,7 @@ use cotk_latency::probe::disk::DiskProbe;
 use cotk_latency::probe::gather::{Settings, Threaded};
 use cotk_latency::probe::measure::{Plan, Wanted, With, measure};
 use cotk_latency::probe::memory::MemoryProbe;
-use cotk_latency::probe::{NetworkProbe, median};
+use cotk_latency::probe::{Listed, NetworkProbe, median};
 use cotk_latency::profile::{self, Profile, Purpose, Row, Verdict};
 use cotk_latency::walk::operators;
 use cotk_latency::work::{
@@ -409,11 +409,23 @@ fn with(key: Key, threads: u32, batch: u32) -> Key {
 fn engine(threads: u32, cache_bytes: u64, quick: bool) -> Result<Wanted, Fault> {
     let cpu = Cpu::selected().map_err(|e| Fault::usage(e.to_string(), "leave COTK_ISA out"))?;
     let probe = EngineProbe::new(cpu, one_and(threads), cache_bytes).map_err(latency)?;
+    if quick {
+        // Every second size of each kind: building what is cold takes most of a minute else.
+        let seeds: Vec<Key> = probe.seeds().into_iter().step_by(2).collect();
+        let table = seeds.len();
+        return Ok(Wanted {
+            probe: Box::new(Listed::new(Box::new(probe), seeds, |_| true)),
+            table,
+            heldout: 0,
+            live: live("engine"),
+            adapt: false,
+        });
+    }
     let seeds = probe.seeds().len();
     Ok(Wanted {
         probe: Box::new(probe),
-        table: seeds + if quick { 0 } else { 200 },
-        heldout: if quick { 0 } else { 60 },
+        table: seeds + 200,
+        heldout: 60,
         live: live("engine"),
         adapt: true,
     })

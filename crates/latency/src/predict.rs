@@ -531,8 +531,8 @@ fn stand_in(family: Family) -> Option<&'static [Family]> {
             Family::Edge(EdgeKind::TransposeInt8),
             Family::Entry(Int8),
             Family::Edge(EdgeKind::ReorderIn),
-            Family::Add(F32),
-            Family::Pool(F32),
+            Family::Add(Int8),
+            Family::Pool(Int8),
         ]),
         Family::Window(_, F32) | Family::Elementwise(_, F32) => Some(&[
             Family::Elementwise(ElementwiseKind::Unary, F32),

@@ -185,7 +185,6 @@ pub fn measure(
         canaries.iter().copied().map(Subject::Key).collect(),
         group(0).into_iter().chain(networks).collect(),
         group(1),
-        group(2),
     ];
     let sessions = plan.settings.sessions.max(1);
     let share = (1.0 - HELDOUT_SHARE - REST_SHARE) / f64::from(sessions);
@@ -224,9 +223,14 @@ pub fn measure(
         .map(|row| slope(run.tools.probes, row))
         .collect::<Result<Vec<joint::Measured>>>()?;
     let whole = networks.iter().map(|network| network.measured(block));
-    let all: Vec<joint::Measured> = { rows.iter().zip(&timed) }
-        .filter(|(row, _)| is_measurable(run.tools.probes, row))
-        .map(|(_, timed)| timed.clone())
+    let is_kept = kept(run.tools.probes, &rows, block);
+    let all: Vec<joint::Measured> = { is_kept.iter().zip(&timed) }
+        .filter(|(is_kept, _)| **is_kept)
+        .map(|(_, timed)| joint::Measured {
+            // Within noise of nothing, or below: a cost that is too small to see is not none.
+            us: timed.us.max(LEAST_US / 3.0),
+            ..timed.clone()
+        })
         .chain(whole)
         .collect();
     let fitted = fit_all(&all, block, if floor.is_finite() { floor } else { 0.05 });
@@ -234,7 +238,8 @@ pub fn measure(
         own(row, slope, &fitted, block);
     }
     let before = rows.len();
-    rows.retain(|row| is_measurable(run.tools.probes, row));
+    let mut is_kept = is_kept.into_iter();
+    rows.retain(|_| is_kept.next().expect("one of each row"));
     let mut unmeasurable = before - rows.len();
     let (stolen_now, total_now) = stolen_and_total();
     #[expect(clippy::cast_precision_loss, reason = "a share")]
@@ -350,6 +355,20 @@ fn is_measurable(probes: &[Box<dyn Probe>], row: &Row) -> bool {
     !is_slope || (row.median_us >= LEAST_US && row.relative_spread() <= MOST_SPREAD)
 }
 
+/// Which rows the table and the fit keep: those that can be measured, and all of a path that has none of these: a path that
+/// nobody can price is worse than one whose price is uncertain.
+fn kept(probes: &[Box<dyn Probe>], rows: &[Row], block: Block) -> Vec<bool> {
+    let is_measurable: Vec<bool> = rows.iter().map(|row| is_measurable(probes, row)).collect();
+    let paths: Vec<_> = rows.iter().map(|row| row.key.path(block)).collect();
+    let priced: std::collections::BTreeSet<_> = { paths.iter().zip(&is_measurable) }
+        .filter(|(_, is)| **is)
+        .map(|(path, _)| *path)
+        .collect();
+    { paths.iter().zip(&is_measurable) }
+        .map(|(path, is)| *is || !priced.contains(path))
+        .collect()
+}
+
 /// Leaves a row its own operator's time. One that is no part of its own sum (a triple) stays whole.
 fn own(row: &mut Row, slope: &joint::Measured, fitted: &Fitted, block: Block) {
     if slope.parts.len() > 1 && slope.parts.iter().any(|part| part.0 == row.key) {
@@ -370,11 +389,10 @@ fn canaries(table: &[Key]) -> Vec<Key> {
     (0..count).map(|i| *fit[i * fit.len() / count]).collect()
 }
 
-/// What is measured first where time is short: what every network needs, what every model needs, then how experts differ.
+/// What is measured first where time is short: what every network needs and the memory, then what models need.
 fn urgency(key: &Key) -> u32 {
     match key {
-        Key::Expert(_) => 2,
-        Key::Dense(_) | Key::Attention(_) | Key::Glue(_) | Key::Read(_) => 1,
+        Key::Expert(_) | Key::Dense(_) | Key::Attention(_) | Key::Glue(_) => 1,
         _ => 0,
     }
 }
