@@ -4,7 +4,7 @@
 use crate::checkpoint::SCALE_BLOCK;
 use crate::config::{ConfigError, Keys};
 use crate::moe::RoutingRule;
-use crate::spec::{RopeLayout, RopeScaling, RopeSpec};
+use crate::spec::{AttentionKind, AttentionSpec, LayerSpec, ModelSpec, RopeLayout, RopeScaling, RopeSpec};
 
 use super::{LayerTensor, Matrix, Tensor, limits};
 
@@ -18,6 +18,34 @@ pub(super) struct Basics {
     pub(super) tied_embeddings: bool,
     pub(super) bos: Option<u32>,
     pub(super) eos: Vec<u32>,
+}
+
+impl Basics {
+    /// A model without biases in routing and without layers that it leaves out: what a family has of those, it adds.
+    pub(super) fn spec(
+        self,
+        family: &'static str,
+        attention: AttentionSpec,
+        layers: Vec<LayerSpec>,
+        (routing, moe_intermediate): (RoutingRule, usize),
+    ) -> ModelSpec {
+        ModelSpec {
+            family,
+            vocab: self.vocab,
+            hidden: self.hidden,
+            layers,
+            attention,
+            norm_eps: self.norm_eps,
+            tied_embeddings: self.tied_embeddings,
+            context: self.context,
+            routing,
+            router_bias: false,
+            further_layers: 0,
+            moe_intermediate,
+            bos: self.bos,
+            eos: self.eos,
+        }
+    }
 }
 
 /// Shape keys have no defaults: those of the classes are other models'.
@@ -76,29 +104,21 @@ fn fp8(mut keys: Keys) -> Result<(), ConfigError> {
     keys.finish()
 }
 
-/// Heads of grouped-query attention.
-pub(super) struct Heads {
-    pub(super) heads: usize,
-    pub(super) kv_heads: usize,
-    pub(super) head_dim: usize,
-}
-
-impl Heads {
-    /// `head_dim`^−½.
-    #[expect(clippy::cast_possible_truncation, reason = "scores are f32")]
-    pub(super) fn scale(&self) -> f32 {
-        scale(self.head_dim) as f32
-    }
-}
-
 /// `width`^−½.
 #[expect(clippy::cast_precision_loss, reason = "head widths are small")]
 pub(super) fn scale(width: usize) -> f64 {
     (width as f64).powf(-0.5)
 }
 
-/// `num_attention_heads`, `num_key_value_heads` (as many where absent), `head_dim` (hidden / heads where absent).
-pub(super) fn heads(keys: &mut Keys, hidden: usize) -> Result<Heads, ConfigError> {
+/// Grouped-query attention, positions in halves: `num_attention_heads`, `num_key_value_heads` (as many where absent),
+/// `head_dim` (hidden / heads where absent), and the keys of [`rope`]. `kind` is the family's.
+pub(super) fn grouped(
+    keys: &mut Keys,
+    basics: &Basics,
+    default_theta: f64,
+    kind: AttentionKind,
+) -> Result<AttentionSpec, ConfigError> {
+    let hidden = basics.hidden;
     let heads = keys.size("num_attention_heads", limits::WIDTH)?;
     let kv_heads = keys
         .count_at_most("num_key_value_heads", limits::WIDTH)?
@@ -127,10 +147,15 @@ pub(super) fn heads(keys: &mut Keys, hidden: usize) -> Result<Heads, ConfigError
             format!("heads · head_dim up to {}", limits::WIDTH),
         ));
     }
-    Ok(Heads {
+    #[expect(clippy::cast_possible_truncation, reason = "scores are f32")]
+    let scale = scale(head_dim) as f32;
+    Ok(AttentionSpec {
         heads,
         kv_heads,
         head_dim,
+        scale,
+        rope: rope(keys, default_theta, basics.context, (head_dim, RopeLayout::Halves))?,
+        kind,
     })
 }
 

@@ -74,24 +74,13 @@ impl Variant {
             },
             window: None,
         });
-        let spec = ModelSpec {
-            family: self.family,
-            vocab: basics.vocab,
-            hidden: basics.hidden,
-            layers: layers.collect(),
-            attention,
-            norm_eps: basics.norm_eps,
-            tied_embeddings: basics.tied_embeddings,
-            context: basics.context,
-            routing,
-            router_bias: self.router_bias,
-            further_layers: (self.further_layers)(&mut keys)?,
-            moe_intermediate,
-            bos: basics.bos,
-            eos: basics.eos,
-        };
+        let further_layers = (self.further_layers)(&mut keys)?;
         keys.finish()?;
-        Ok(spec)
+        Ok(ModelSpec {
+            router_bias: self.router_bias,
+            further_layers,
+            ..basics.spec(self.family, attention, layers.collect(), (routing, moe_intermediate))
+        })
     }
 
     fn attention(&self, keys: &mut Keys, context: usize) -> Result<AttentionSpec, ConfigError> {

@@ -7,7 +7,7 @@ use std::path::Path;
 use super::{Family, LayerTensor, Matrix, Tensor, common, gguf};
 use crate::config::{ConfigError, Keys};
 use crate::moe::RoutingRule;
-use crate::spec::{AttentionKind, AttentionSpec, LayerKind, LayerSpec, ModelSpec, QkNorm, RopeLayout};
+use crate::spec::{AttentionKind, LayerKind, LayerSpec, ModelSpec, QkNorm};
 
 pub(super) struct Mixtral;
 
@@ -23,21 +23,13 @@ impl Family for Mixtral {
     fn parse_config(&self, file: &Path, text: &str) -> Result<ModelSpec, ConfigError> {
         let mut keys = Keys::parse(file, text)?;
         let basics = common::basics(&mut keys, 1e-5)?;
-        let heads = common::heads(&mut keys, basics.hidden)?;
-        let rope = common::rope(&mut keys, 1e6, basics.context, (heads.head_dim, RopeLayout::Halves))?;
-        let attention = AttentionSpec {
-            heads: heads.heads,
-            kv_heads: heads.kv_heads,
-            head_dim: heads.head_dim,
-            scale: heads.scale(),
-            rope,
-            kind: AttentionKind::Grouped {
-                qkv_bias: false,
-                output_bias: false,
-                qk_norm: QkNorm::None,
-                clip: None,
-            },
+        let kind = AttentionKind::Grouped {
+            qkv_bias: false,
+            output_bias: false,
+            qk_norm: QkNorm::None,
+            clip: None,
         };
+        let attention = common::grouped(&mut keys, &basics, 1e6, kind)?;
         let experts = common::experts(&mut keys, &["num_local_experts", "num_experts"])?;
         let routing = RoutingRule {
             norm_topk: true,
@@ -52,24 +44,8 @@ impl Family for Mixtral {
             window: common::window(&mut keys)?,
         };
         let layers = vec![layer; basics.layers];
-        let spec = ModelSpec {
-            family: self.model_type(),
-            vocab: basics.vocab,
-            hidden: basics.hidden,
-            layers,
-            attention,
-            norm_eps: basics.norm_eps,
-            tied_embeddings: basics.tied_embeddings,
-            context: basics.context,
-            routing,
-            router_bias: false,
-            further_layers: 0,
-            moe_intermediate,
-            bos: basics.bos,
-            eos: basics.eos,
-        };
         keys.finish()?;
-        Ok(spec)
+        Ok(basics.spec(self.model_type(), attention, layers, (routing, moe_intermediate)))
     }
 
     fn tensor_name(&self, tensor: Tensor) -> String {

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::{Family, Tensor, common, gguf};
 use crate::config::{ConfigError, Keys};
-use crate::spec::{AttentionKind, AttentionSpec, LayerKind, LayerSpec, ModelSpec, QkNorm, RopeLayout};
+use crate::spec::{AttentionKind, LayerKind, LayerSpec, ModelSpec, QkNorm};
 
 pub(super) struct Olmoe;
 
@@ -22,31 +22,23 @@ impl Family for Olmoe {
     fn parse_config(&self, file: &Path, text: &str) -> Result<ModelSpec, ConfigError> {
         let mut keys = Keys::parse(file, text)?;
         let basics = common::basics(&mut keys, 1e-5)?;
-        let heads = common::heads(&mut keys, basics.hidden)?;
-        if heads.heads * heads.head_dim != basics.hidden {
+        let has_bias = keys.flag("attention_bias")?.unwrap_or(false);
+        let kind = AttentionKind::Grouped {
+            qkv_bias: has_bias,
+            output_bias: has_bias,
+            qk_norm: QkNorm::Whole,
+            #[expect(clippy::cast_possible_truncation, reason = "a bound on f32 elements")]
+            clip: keys.positive("clip_qkv")?.map(|clip| clip as f32),
+        };
+        let attention = common::grouped(&mut keys, &basics, 1e4, kind)?;
+        if attention.heads * attention.head_dim != basics.hidden {
             // The class sizes its norms by hidden_size.
             return Err(keys.wrong(
                 "head_dim",
-                heads.head_dim,
-                format!("hidden_size / {} heads", heads.heads),
+                attention.head_dim,
+                format!("hidden_size / {} heads", attention.heads),
             ));
         }
-        let has_bias = keys.flag("attention_bias")?.unwrap_or(false);
-        let rope = common::rope(&mut keys, 1e4, basics.context, (heads.head_dim, RopeLayout::Halves))?;
-        let attention = AttentionSpec {
-            heads: heads.heads,
-            kv_heads: heads.kv_heads,
-            head_dim: heads.head_dim,
-            scale: heads.scale(),
-            rope,
-            kind: AttentionKind::Grouped {
-                qkv_bias: has_bias,
-                output_bias: has_bias,
-                qk_norm: QkNorm::Whole,
-                #[expect(clippy::cast_possible_truncation, reason = "a bound on f32 elements")]
-                clip: keys.positive("clip_qkv")?.map(|clip| clip as f32),
-            },
-        };
         let routing = common::softmax_routing(&mut keys)?;
         if routing.experts == 0 {
             return Err(keys.wrong("num_experts", 0, "1 or more"));
@@ -57,24 +49,8 @@ impl Family for Olmoe {
             window: None,
         };
         let layers = vec![layer; basics.layers];
-        let spec = ModelSpec {
-            family: self.model_type(),
-            vocab: basics.vocab,
-            hidden: basics.hidden,
-            layers,
-            attention,
-            norm_eps: basics.norm_eps,
-            tied_embeddings: basics.tied_embeddings,
-            context: basics.context,
-            routing,
-            router_bias: false,
-            further_layers: 0,
-            moe_intermediate,
-            bos: basics.bos,
-            eos: basics.eos,
-        };
         keys.finish()?;
-        Ok(spec)
+        Ok(basics.spec(self.model_type(), attention, layers, (routing, moe_intermediate)))
     }
 
     fn tensor_name(&self, tensor: Tensor) -> String {

@@ -6,9 +6,7 @@ use std::path::Path;
 
 use super::{Family, Tensor, common, gguf};
 use crate::config::{ConfigError, Keys};
-use crate::spec::{
-    AttentionKind, AttentionSpec, LayerKind, LayerSpec, ModelSpec, QkNorm, RopeLayout, SharedGate, SharedSpec,
-};
+use crate::spec::{AttentionKind, LayerKind, LayerSpec, ModelSpec, QkNorm, SharedGate, SharedSpec};
 
 pub(super) struct Qwen2Moe;
 
@@ -24,21 +22,13 @@ impl Family for Qwen2Moe {
     fn parse_config(&self, file: &Path, text: &str) -> Result<ModelSpec, ConfigError> {
         let mut keys = Keys::parse(file, text)?;
         let basics = common::basics(&mut keys, 1e-6)?;
-        let heads = common::heads(&mut keys, basics.hidden)?;
-        let rope = common::rope(&mut keys, 1e4, basics.context, (heads.head_dim, RopeLayout::Halves))?;
-        let attention = AttentionSpec {
-            heads: heads.heads,
-            kv_heads: heads.kv_heads,
-            head_dim: heads.head_dim,
-            scale: heads.scale(),
-            rope,
-            kind: AttentionKind::Grouped {
-                qkv_bias: keys.flag("qkv_bias")?.unwrap_or(true),
-                output_bias: false,
-                qk_norm: QkNorm::None,
-                clip: None,
-            },
+        let kind = AttentionKind::Grouped {
+            qkv_bias: keys.flag("qkv_bias")?.unwrap_or(true),
+            output_bias: false,
+            qk_norm: QkNorm::None,
+            clip: None,
         };
+        let attention = common::grouped(&mut keys, &basics, 1e4, kind)?;
         let routing = common::softmax_routing(&mut keys)?;
         let is_moe = common::sparse_layers(&mut keys, basics.layers, routing.experts)?;
         let windows = windows(&mut keys, basics.layers)?;
@@ -57,24 +47,13 @@ impl Family for Qwen2Moe {
             },
             window,
         });
-        let spec = ModelSpec {
-            family: self.model_type(),
-            vocab: basics.vocab,
-            hidden: basics.hidden,
-            layers: layers.collect(),
-            attention,
-            norm_eps: basics.norm_eps,
-            tied_embeddings: basics.tied_embeddings,
-            context: basics.context,
-            routing,
-            router_bias: false,
-            further_layers: 0,
-            moe_intermediate,
-            bos: basics.bos,
-            eos: basics.eos,
-        };
         keys.finish()?;
-        Ok(spec)
+        Ok(basics.spec(
+            self.model_type(),
+            attention,
+            layers.collect(),
+            (routing, moe_intermediate),
+        ))
     }
 
     fn tensor_name(&self, tensor: Tensor) -> String {

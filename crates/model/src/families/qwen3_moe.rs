@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::{Family, Tensor, common, gguf};
 use crate::config::{ConfigError, Keys};
-use crate::spec::{AttentionKind, AttentionSpec, LayerKind, LayerSpec, ModelSpec, QkNorm, RopeLayout};
+use crate::spec::{AttentionKind, LayerKind, LayerSpec, ModelSpec, QkNorm};
 
 pub(super) struct Qwen3Moe;
 
@@ -22,22 +22,14 @@ impl Family for Qwen3Moe {
     fn parse_config(&self, file: &Path, text: &str) -> Result<ModelSpec, ConfigError> {
         let mut keys = Keys::parse(file, text)?;
         let basics = common::basics(&mut keys, 1e-6)?;
-        let heads = common::heads(&mut keys, basics.hidden)?;
         let has_bias = keys.flag("attention_bias")?.unwrap_or(false);
-        let rope = common::rope(&mut keys, 1e4, basics.context, (heads.head_dim, RopeLayout::Halves))?;
-        let attention = AttentionSpec {
-            heads: heads.heads,
-            kv_heads: heads.kv_heads,
-            head_dim: heads.head_dim,
-            scale: heads.scale(),
-            rope,
-            kind: AttentionKind::Grouped {
-                qkv_bias: has_bias,
-                output_bias: has_bias,
-                qk_norm: QkNorm::PerHead,
-                clip: None,
-            },
+        let kind = AttentionKind::Grouped {
+            qkv_bias: has_bias,
+            output_bias: has_bias,
+            qk_norm: QkNorm::PerHead,
+            clip: None,
         };
+        let attention = common::grouped(&mut keys, &basics, 1e4, kind)?;
         let routing = common::softmax_routing(&mut keys)?;
         let is_moe = common::sparse_layers(&mut keys, basics.layers, routing.experts)?;
         let intermediate = common::width_of(&mut keys, "intermediate_size", is_moe.contains(&false))?;
@@ -64,24 +56,8 @@ impl Family for Qwen3Moe {
                 window,
             })
             .collect();
-        let spec = ModelSpec {
-            family: self.model_type(),
-            vocab: basics.vocab,
-            hidden: basics.hidden,
-            layers,
-            attention,
-            norm_eps: basics.norm_eps,
-            tied_embeddings: basics.tied_embeddings,
-            context: basics.context,
-            routing,
-            router_bias: false,
-            further_layers: 0,
-            moe_intermediate,
-            bos: basics.bos,
-            eos: basics.eos,
-        };
         keys.finish()?;
-        Ok(spec)
+        Ok(basics.spec(self.model_type(), attention, layers, (routing, moe_intermediate)))
     }
 
     fn tensor_name(&self, tensor: Tensor) -> String {
