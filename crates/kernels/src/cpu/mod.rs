@@ -11,6 +11,7 @@ pub mod expert;
 pub mod gemm;
 pub mod half_matrix;
 pub mod noise;
+pub mod peak;
 pub mod reference;
 pub mod weights;
 

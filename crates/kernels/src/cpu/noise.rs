@@ -157,7 +157,6 @@ impl NoiseExpert {
                 }
             }
             Form::Code(code, bits) => {
-                let planes = code.prefix_index(bits)? + 1;
                 // Uniform codes of b bits have a standard deviation of 2^b / √12.
                 #[expect(clippy::cast_precision_loss, reason = "at most 256")]
                 let scale = WEIGHT_STD * 12f32.sqrt() / (1u32 << code.full().get()) as f32;
@@ -173,42 +172,62 @@ impl NoiseExpert {
                     .zip(seed.wrapping_mul(7)..)
                     .map(|(shape, seed)| matrix(shape, seed))
                     .collect::<Result<_, _>>()?;
-                let mut part = |matrix: &CodedMatrix, placement, planes| {
-                    parts.push(Part::Coded {
-                        format: matrix.format,
-                        bits,
-                        placement,
-                        planes,
-                        zero_points: matrix.zero_points.clone(),
-                    });
-                };
-                let mut alone = made.as_slice();
-                let mut paired = Vec::new();
-                if let ([gate, up, down], 0) = (made.as_slice(), r) {
-                    paired = CodedMatrix::interleave(gate, up)?;
-                    paired.truncate(planes);
-                    alone = std::slice::from_ref(down);
-                }
-                // Plane by plane, as sections follow each other.
-                let mut ranges = vec![Vec::new(); alone.len() + 1];
-                for plane in 0..planes {
-                    if let Some(pair) = paired.get(plane) {
-                        ranges[0].push(store.put(pair));
-                    }
-                    for (matrix, ranges) in alone.iter().zip(&mut ranges[1..]) {
-                        ranges.push(store.put(&matrix.planes[plane]));
-                    }
-                }
-                let mut ranges = ranges.into_iter();
-                let pair = ranges.next().expect("one more than matrices");
-                if !pair.is_empty() {
-                    part(&made[0], Placement::PairFirst, pair.clone());
-                    part(&made[1], Placement::PairSecond, pair);
-                }
-                for (matrix, ranges) in alone.iter().zip(ranges) {
-                    part(matrix, Placement::Alone, ranges);
-                }
+                return Self::laid(&made, bits, r == 0);
             }
+        }
+        Ok(Self {
+            bytes: aligned(&store.0),
+            parts,
+        })
+    }
+
+    /// Gate, up and down in memory as they lie in a record, at the width `bits` of their code.
+    ///
+    /// # Errors
+    /// A code without this prefix; formats of gate and up that differ.
+    pub fn of_coded(gate: CodedMatrix, up: CodedMatrix, down: CodedMatrix, bits: Bits) -> Result<Self, QuantError> {
+        Self::laid(&[gate, up, down], bits, true)
+    }
+
+    /// Lays matrices out, gate and up in turn where they are whole.
+    fn laid(made: &[CodedMatrix], bits: Bits, is_whole: bool) -> Result<Self, QuantError> {
+        let planes = made[0].format.code().prefix_index(bits)? + 1;
+        let mut store = Store(Vec::new());
+        let mut parts = Vec::with_capacity(made.len());
+        let mut part = |matrix: &CodedMatrix, placement, planes| {
+            parts.push(Part::Coded {
+                format: matrix.format,
+                bits,
+                placement,
+                planes,
+                zero_points: matrix.zero_points.clone(),
+            });
+        };
+        let mut alone = made;
+        let mut paired = Vec::new();
+        if let ([gate, up, down], true) = (made, is_whole) {
+            paired = CodedMatrix::interleave(gate, up)?;
+            paired.truncate(planes);
+            alone = std::slice::from_ref(down);
+        }
+        // Plane by plane, as sections follow each other.
+        let mut ranges = vec![Vec::new(); alone.len() + 1];
+        for plane in 0..planes {
+            if let Some(pair) = paired.get(plane) {
+                ranges[0].push(store.put(pair));
+            }
+            for (matrix, ranges) in alone.iter().zip(&mut ranges[1..]) {
+                ranges.push(store.put(&matrix.planes[plane]));
+            }
+        }
+        let mut ranges = ranges.into_iter();
+        let pair = ranges.next().expect("one more than matrices");
+        if !pair.is_empty() {
+            part(&made[0], Placement::PairFirst, pair.clone());
+            part(&made[1], Placement::PairSecond, pair);
+        }
+        for (matrix, ranges) in alone.iter().zip(ranges) {
+            part(matrix, Placement::Alone, ranges);
         }
         Ok(Self {
             bytes: aligned(&store.0),
@@ -264,7 +283,8 @@ impl NoiseExpert {
         &self.bytes[self.bytes.as_ptr().align_offset(ALIGN)..]
     }
 
-    fn weights(&self, part: usize) -> Weights<'_> {
+    /// Matrix number `part`: gate, up, down; or left and right factor of each.
+    pub fn weights(&self, part: usize) -> Weights<'_> {
         let bytes = self.aligned_bytes();
         match &self.parts[part] {
             Part::Half {
