@@ -5,10 +5,10 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use cotk_quant::layout::BLOCK_ROWS;
-use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
 use super::activations::Activations;
 use super::dispatch::{BlockOut, Isa, TOKENS};
+use super::team;
 use super::weights::Weights;
 
 /// Who computes.
@@ -16,7 +16,7 @@ use super::weights::Weights;
 pub enum Threads {
     /// The calling thread: for callers that split work over experts themselves. Allocates nothing.
     One,
-    /// The current rayon pool.
+    /// The team of this thread: [`team::run`].
     Pool,
 }
 
@@ -69,10 +69,7 @@ pub(super) fn for_tokens(tokens: usize, mut f: impl FnMut(usize, &mut [BlockOut]
 pub(super) fn in_chunks(count: usize, chunk: usize, threads: Threads, f: impl Fn(Range<usize>) + Sync) {
     match threads {
         Threads::One => f(0..count),
-        Threads::Pool if count <= chunk => f(0..count),
-        Threads::Pool => (0..count.div_ceil(chunk))
-            .into_par_iter()
-            .for_each(|i| f(i * chunk..((i + 1) * chunk).min(count))),
+        Threads::Pool => team::run_chunks(count, chunk, f),
     }
 }
 
