@@ -2,6 +2,7 @@
 
 use std::io::{Read, Seek, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -97,22 +98,29 @@ impl FolderLock {
     /// [`Error::Locked`] with the holder's process id.
     pub fn take(folder: &Path) -> Result<Self> {
         let path = folder.join(".lock");
-        let mut file = std::fs::OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(&path)
-            .map_err(Error::io("open", &path))?;
-        // SAFETY: `file` is open, so its descriptor is valid for the call.
-        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
-            let mut holder = String::new();
-            let _ = (&mut file).take(32).read_to_string(&mut holder);
-            return Err(Error::Locked {
-                file: folder.to_owned(),
-                holder: holder.trim().to_owned(),
-            });
-        }
+        let mut file = loop {
+            let mut file = std::fs::OpenOptions::new()
+                .create(true)
+                .truncate(false)
+                .read(true)
+                .write(true)
+                .open(&path)
+                .map_err(Error::io("open", &path))?;
+            // SAFETY: `file` is open, so its descriptor is valid for the call.
+            if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+                let mut holder = String::new();
+                let _ = (&mut file).take(32).read_to_string(&mut holder);
+                return Err(Error::Locked {
+                    file: folder.to_owned(),
+                    holder: holder.trim().to_owned(),
+                });
+            }
+            // The last holder may have removed the folder between the two steps: its lock then guards nothing.
+            let held = file.metadata().map_err(Error::io("read", &path))?.ino();
+            if path.metadata().is_ok_and(|found| found.ino() == held) {
+                break file;
+            }
+        };
         let fail = |source| Error::Io {
             action: "write",
             file: path.clone(),
