@@ -121,7 +121,7 @@ pub fn run(model: &Path, args: &Args, batch: u32, cx: &Context) -> Result<Outcom
     let batch = batch as usize;
     let mode = args.mode.into();
     let step = |pass: Pass, bits: u32| -> MoeStep {
-        cost::step(spec, pass, threads, |layer| match &container {
+        cost::step(spec, pass, threads, &cost::Held::F32, |layer| match &container {
             Some(container) => cost::container_experts(container.manifest(), spec, layer, mode, threads),
             None => cost::uniform_experts(spec, bits, threads),
         })

@@ -278,6 +278,8 @@ fn canaries(has_runtime: bool) -> Vec<Key> {
         keys.push(Key::Dense(DenseKey {
             inputs,
             outputs,
+            bits: 32,
+            group: 0,
             tokens: 1,
             threads: 1,
             heat: Heat::Cold,

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::correct::Correction;
 use crate::fit::joint::{self, Calibration, Measured};
+use crate::fit::team::Team;
 use crate::fit::{Coefficient, PathFit, Sample};
 use crate::identity::Identity;
 use crate::predict::{Flag, Model};
@@ -211,12 +212,14 @@ struct CoeffsPath {
     rows: usize,
     cv_mape_pct: f64,
     spread_ln: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    team: Option<Team>,
     term: Vec<Coefficient>,
 }
 
 impl Profile {
     /// Version of the folder's layout; others are refused by name.
-    pub const FORMAT: u32 = 2;
+    pub const FORMAT: u32 = 3;
 
     /// A profile's folder, whoever's machine it is of.
     ///
@@ -268,12 +271,16 @@ impl Profile {
                 );
                 return Err(fail(detail));
             }
+            if let Some(detail) = path.team.as_ref().and_then(Team::complaint) {
+                return Err(fail(format!("path {}: {detail}", path.name)));
+            }
             Ok(PathFit {
                 path: path.name.parse().map_err(fail)?,
                 coefficients: path.term,
                 rows: path.rows,
                 cv_mape_pct: path.cv_mape_pct,
                 spread_ln: path.spread_ln,
+                team: path.team,
             })
         };
         let fits = parsed.path.into_iter().map(fit).collect::<Result<_>>()?;
@@ -318,6 +325,7 @@ impl Profile {
                     rows: fit.rows,
                     cv_mape_pct: fit.cv_mape_pct,
                     spread_ln: fit.spread_ln,
+                    team: fit.team,
                     term: fit.coefficients.clone(),
                 })
                 .collect(),

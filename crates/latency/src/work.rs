@@ -18,7 +18,7 @@ use self::cnn::{
 };
 
 pub use self::edges::{EdgeKey, EdgeKind, ElementwiseKey, ElementwiseKind, LowRankKey, PoolKey, PoolKind};
-pub use self::moe::{AttentionKey, DenseKey, ExpertKey, GlueKey};
+pub use self::moe::{AttentionKey, DenseKey, ExpertKey, Form, GlueKey};
 pub(crate) use self::names::{heat_name, numerics_name, pool_name, tier_name};
 
 /// Anything whose time on this machine can be asked for.
@@ -63,7 +63,7 @@ pub enum Key {
     LowRank(LowRankKey),
     /// Routed experts of a layer (gate, up, SwiGLU, down) in our kernels.
     Expert(ExpertKey),
-    /// A dense f32 matrix of our engine.
+    /// A dense matrix of our engine.
     Dense(DenseKey),
     /// Attention of our engine, projections apart.
     Attention(AttentionKey),
@@ -206,10 +206,13 @@ pub enum Family {
     },
     /// `many`: more than one row of activations.
     Dense {
+        form: Form,
         many: bool,
         heat: Heat,
     },
+    /// `half`: a cache of 16 bits.
     Attention {
+        half: bool,
         heat: Heat,
     },
     Glue,
@@ -650,8 +653,12 @@ mod tests {
             Family::Pool(Numerics::F32),
             Family::Read(Tier::DiskBuffered),
             Family::Glue,
-            Family::Attention { heat: Heat::Hot },
+            Family::Attention {
+                half: true,
+                heat: Heat::Hot,
+            },
             Family::Dense {
+                form: Form::Half,
                 many: true,
                 heat: Heat::Cold,
             },

@@ -23,6 +23,23 @@ pub enum Pass {
     Prefill { tokens: usize },
 }
 
+/// How the engine holds what is not a routed expert.
+#[derive(Clone, Copy)]
+pub struct Held<'a> {
+    /// Bits of a weight and weights per scale (0 of floats) of a dense matrix.
+    pub dense: &'a dyn Fn(&Tensor) -> (u32, u32),
+    /// Bits of a number of the cache.
+    pub kv_bits: u32,
+}
+
+impl Held<'_> {
+    /// All of it f32.
+    pub const F32: Self = Held {
+        dense: &|_| (32, 0),
+        kv_bits: 32,
+    };
+}
+
 fn small(n: usize) -> u32 {
     u32::try_from(n).expect("model sizes fit 32 bits")
 }
@@ -107,21 +124,30 @@ pub fn decode_step(manifest: &Manifest, spec: &ModelSpec, mode: Mode, threads: u
         context: POSITIONS.min(spec.context),
         batch: 1,
     };
-    step(spec, pass, threads, |layer| {
+    step(spec, pass, threads, &Held::F32, |layer| {
         container_experts(manifest, spec, layer, mode, threads)
     })
 }
 
-/// A pass of a model whose routed experts are what `experts` says. The dense part is f32, as the engine holds it.
-pub fn step(spec: &ModelSpec, pass: Pass, threads: u32, experts: impl Fn(LayerId) -> Vec<RoutedExpert>) -> MoeStep {
+/// A pass of a model whose routed experts are what `experts` says, and whose dense part is `held`.
+pub fn step(
+    spec: &ModelSpec,
+    pass: Pass,
+    threads: u32,
+    held: &Held<'_>,
+    experts: impl Fn(LayerId) -> Vec<RoutedExpert>,
+) -> MoeStep {
     let (tokens, sequences, keys) = match pass {
         Pass::Decode { context, batch } => (batch.max(1), batch.max(1), context.max(1)),
         Pass::Prefill { tokens } => (tokens.max(1), 1, tokens.max(1)),
     };
-    let dense = |shape: &[usize], tokens: usize| {
+    let dense = |tensor: &Tensor, shape: &[usize], tokens: usize| {
+        let (bits, group) = (held.dense)(tensor);
         Key::Dense(DenseKey {
             inputs: small(shape[1]),
             outputs: small(shape[0]),
+            bits,
+            group,
             tokens: small(tokens),
             threads,
             heat: Heat::Cold,
@@ -134,10 +160,13 @@ pub fn step(spec: &ModelSpec, pass: Pass, threads: u32, experts: impl Fn(LayerId
             LayerKind::Moe { shared } => (true, shared.map_or(0, |s| s.intermediate)),
         };
         let seen = layer.window.map_or(keys, |window| keys.min(window));
-        let (kv_heads, head_dim) = match spec.attention.kind {
-            AttentionKind::Grouped { .. } => (spec.attention.kv_heads, spec.attention.head_dim),
+        let (kv_heads, head_dim, value_dim, values_in_keys) = match spec.attention.kind {
+            AttentionKind::Grouped { .. } => {
+                let width = spec.attention.head_dim;
+                (spec.attention.kv_heads, width, width, false)
+            }
             // One key head that all query heads share; its beginning is the value.
-            AttentionKind::Latent { kv_rank, .. } => (1, kv_rank + spec.attention.rope.dim),
+            AttentionKind::Latent { kv_rank, .. } => (1, kv_rank + spec.attention.rope.dim, kv_rank, true),
         };
         layers.push(LayerStep {
             keys: vec![
@@ -153,6 +182,9 @@ pub fn step(spec: &ModelSpec, pass: Pass, threads: u32, experts: impl Fn(LayerId
                     heads: small(spec.attention.heads),
                     kv_heads: small(kv_heads),
                     head_dim: small(head_dim),
+                    value_dim: small(value_dim),
+                    values_in_keys,
+                    kv_bits: held.kv_bits,
                     keys: small(seen),
                     tokens: small((tokens / sequences).min(seen)),
                     sequences: small(sequences),
@@ -168,10 +200,10 @@ pub fn step(spec: &ModelSpec, pass: Pass, threads: u32, experts: impl Fn(LayerId
     for (tensor, shape) in inventory::tensors(spec).iter().filter(|(_, shape)| shape.len() == 2) {
         match tensor {
             Tensor::Layer(_, LayerTensor::Expert(..)) => {}
-            Tensor::Layer(id, _) => layers[id.index()].keys.push(dense(shape, tokens)),
+            Tensor::Layer(id, _) => layers[id.index()].keys.push(dense(tensor, shape, tokens)),
             // One row of logits per sequence. Rows of the embedding are copied, not multiplied.
-            Tensor::Head => ends.push(dense(shape, sequences)),
-            Tensor::Embedding if spec.tied_embeddings => ends.push(dense(shape, sequences)),
+            Tensor::Head => ends.push(dense(tensor, shape, sequences)),
+            Tensor::Embedding if spec.tied_embeddings => ends.push(dense(tensor, shape, sequences)),
             Tensor::Embedding | Tensor::FinalNorm => {}
         }
     }
@@ -225,7 +257,7 @@ mod tests {
         for name in synthetic::names() {
             let spec = synthetic::spec(name, None).unwrap();
             let pass = Pass::Decode { context: 100, batch: 1 };
-            let step = step(&spec, pass, 2, |_| uniform_experts(&spec, 4, 2));
+            let step = step(&spec, pass, 2, &Held::F32, |_| uniform_experts(&spec, 4, 2));
             let (dense, shares) = count(&step);
             let matrices = inventory::tensors(&spec).into_iter().filter(|(tensor, shape)| {
                 let is_read = match tensor {
@@ -246,7 +278,7 @@ mod tests {
     #[test]
     fn a_prefill_has_all_tokens_in_layers_and_one_row_of_logits() {
         let spec = synthetic::spec("olmoe-1b-7b", Some(1)).unwrap();
-        let step = step(&spec, Pass::Prefill { tokens: 300 }, 1, |_| {
+        let step = step(&spec, Pass::Prefill { tokens: 300 }, 1, &Held::F32, |_| {
             uniform_experts(&spec, 4, 1)
         });
         let tokens: Vec<u32> = step.layers[0]
@@ -261,7 +293,9 @@ mod tests {
             .collect();
         assert!(tokens.iter().all(|&t| t == 300), "{tokens:?}");
         assert!(matches!(step.ends[..], [Key::Dense(d)] if d.tokens == 1 && d.outputs == 50304));
-        let batch = self::step(&spec, Pass::Decode { context: 9, batch: 4 }, 1, |_| Vec::new());
+        let batch = self::step(&spec, Pass::Decode { context: 9, batch: 4 }, 1, &Held::F32, |_| {
+            Vec::new()
+        });
         assert!(
             batch.layers[0]
                 .keys

@@ -86,7 +86,7 @@ impl Bench {
             batch: 1,
         };
         let bits = self.case.bits;
-        let step = cost::step(spec, pass, threads, |_| cost::uniform_experts(spec, bits, threads));
+        let step = cost::step(spec, pass, threads, &cost::Held::F32, |_| cost::uniform_experts(spec, bits, threads));
         let predicted = machine.step(&step)?;
         let distinct = self.made.experts.distinct_bytes_per_100_tokens();
         let a = self.session(threads, order)?;

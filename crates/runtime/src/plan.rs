@@ -222,7 +222,7 @@ mod tests {
     fn step() -> (ModelSpec, MoeStep) {
         let spec = synthetic::spec("olmoe-1b-7b", Some(3)).unwrap();
         let pass = Pass::Decode { context: 64, batch: 1 };
-        let mut step = cost::step(&spec, pass, 1, |_| cost::uniform_experts(&spec, 4, 1));
+        let mut step = cost::step(&spec, pass, 1, &cost::Held::F32, |_| cost::uniform_experts(&spec, 4, 1));
         for (i, expert) in step.layers.iter_mut().flat_map(|l| &mut l.experts).enumerate() {
             expert.share = 0.01 + 0.2 * ((i * 37) % 64) as f64 / 64.0;
         }

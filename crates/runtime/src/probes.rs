@@ -97,6 +97,8 @@ impl EngineProbe {
                 Key::Dense(DenseKey {
                     inputs,
                     outputs,
+                    bits: 32,
+                    group: 0,
                     tokens: 1,
                     threads,
                     heat,
@@ -120,6 +122,8 @@ impl EngineProbe {
                 keys.push(Key::Dense(DenseKey {
                     inputs,
                     outputs,
+                    bits: 32,
+                    group: 0,
                     tokens,
                     threads,
                     heat: Heat::Cold,
@@ -130,6 +134,9 @@ impl EngineProbe {
                     heads,
                     kv_heads,
                     head_dim,
+                    value_dim: head_dim,
+                    values_in_keys: false,
+                    kv_bits: 32,
                     keys: tokens,
                     tokens: 1,
                     sequences: 1,
@@ -222,6 +229,8 @@ impl EngineProbe {
             12..17 => Key::Dense(DenseKey {
                 inputs: 16 * log_uniform(rng, 8, 385),
                 outputs: 8 * log_uniform(rng, 4, 1025),
+                bits: 32,
+                group: 0,
                 tokens: if tokens > 8 { 8 * tokens } else { tokens },
                 threads,
                 heat,
@@ -232,10 +241,14 @@ impl EngineProbe {
                 // Decoding, or a prefill from nothing.
                 let is_prefill = tokens > 8;
                 let keys = if is_prefill { keys.min(512) } else { keys };
+                let head_dim = [32, 64, 128][rng.random_range(0..3)];
                 Key::Attention(AttentionKey {
                     heads: kv_heads * [1, 1, 2, 4][rng.random_range(0..4)],
                     kv_heads,
-                    head_dim: [32, 64, 128][rng.random_range(0..3)],
+                    head_dim,
+                    value_dim: head_dim,
+                    values_in_keys: false,
+                    kv_bits: 32,
                     keys,
                     tokens: if is_prefill { keys } else { 1 },
                     sequences: if is_prefill {
@@ -623,6 +636,8 @@ mod tests {
         let dense = DenseKey {
             inputs: 70,
             outputs: 600,
+            bits: 32,
+            group: 0,
             tokens: 2,
             threads: 2,
             heat: Heat::Hot,
@@ -631,6 +646,9 @@ mod tests {
             heads: 4,
             kv_heads: 2,
             head_dim: 8,
+            value_dim: 8,
+            values_in_keys: false,
+            kv_bits: 32,
             keys: 70,
             tokens: 1,
             sequences: 2,

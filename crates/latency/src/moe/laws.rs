@@ -25,6 +25,8 @@ fn dense(inputs: u32, outputs: u32) -> Key {
     Key::Dense(DenseKey {
         inputs,
         outputs,
+        bits: 32,
+        group: 0,
         tokens: 1,
         threads: 1,
         heat: Heat::Cold,
@@ -147,7 +149,7 @@ fn all_in_memory_a_step_is_the_sum_of_its_operators() {
 fn what_was_never_measured_goes_by_its_bytes_and_is_said() {
     let step = step(&[0.25; 8], &[true; 8], 2, 1);
     let found = machine(false, false).step(&step).unwrap();
-    let said = |f: &Flag| matches!(f, Flag::StandIn { path, .. } if path == "dense.gemv.cold/t1");
+    let said = |f: &Flag| matches!(f, Flag::StandIn { path, .. } if path == "dense.f32.gemv.cold/t1");
     assert!(found.whole.flags.iter().any(said), "{:?}", found.whole.flags);
     // Experts have no such stand-in, nor has the disk.
     let mut wide = step.clone();

@@ -17,7 +17,7 @@ use crate::{Error, Result};
 
 /// Columns of a key, in the order of the file; those that an operator does not have stay empty. Of a linear layer `cin` and
 /// `cout` are inputs and outputs.
-const KEY: [&str; 29] = [
+const KEY: [&str; 31] = [
     "operator",
     "batch",
     "cin",
@@ -43,11 +43,15 @@ const KEY: [&str; 29] = [
     "heads",
     "kv_heads",
     "head_dim",
+    "value_dim",
+    "values",
     "keys",
     "sequences",
     "tokens",
     "heat",
 ];
+/// Where attention's values are: rows of their own, or the beginning of their keys.
+const VALUES: [(&str, bool); 2] = [("own", false), ("keys", true)];
 const KEY_TAIL: [&str; 3] = ["tier", "bytes", "threads"];
 const ROW: [&str; 5] = ["sessions", "count", "median_us", "q10_us", "mad_us"];
 const HELDOUT: [&str; 4] = ["predicted_us", "lo_us", "hi_us", "measured_us"];
@@ -205,6 +209,8 @@ fn cells(key: &Key) -> Vec<(&'static str, String)> {
             let numbers = [
                 ("cin", d.inputs),
                 ("cout", d.outputs),
+                ("bits", d.bits),
+                ("group", d.group),
                 ("tokens", d.tokens),
                 ("threads", d.threads),
             ];
@@ -218,6 +224,8 @@ fn cells(key: &Key) -> Vec<(&'static str, String)> {
                 ("heads", a.heads),
                 ("kv_heads", a.kv_heads),
                 ("head_dim", a.head_dim),
+                ("value_dim", a.value_dim),
+                ("bits", a.kv_bits),
                 ("keys", a.keys),
                 ("tokens", a.tokens),
                 ("sequences", a.sequences),
@@ -226,6 +234,7 @@ fn cells(key: &Key) -> Vec<(&'static str, String)> {
             numbers
                 .into_iter()
                 .for_each(|(name, value)| push(name, value.to_string()));
+            push("values", VALUES[usize::from(a.values_in_keys)].0.into());
             push("heat", heat_name(a.heat).into());
         }
         Key::Glue(g) => {
@@ -523,6 +532,8 @@ impl Line<'_> {
             "dense" => Ok(Key::Dense(DenseKey {
                 inputs: self.number("cin")?,
                 outputs: self.number("cout")?,
+                bits: self.number("bits")?,
+                group: self.count("group")?,
                 tokens: self.number("tokens")?,
                 threads,
                 heat: self.heat()?,
@@ -531,6 +542,9 @@ impl Line<'_> {
                 heads: self.number("heads")?,
                 kv_heads: self.number("kv_heads")?,
                 head_dim: self.number("head_dim")?,
+                value_dim: self.number("value_dim")?,
+                values_in_keys: self.one_of("values", &VALUES)?,
+                kv_bits: self.number("bits")?,
                 keys: self.number("keys")?,
                 tokens: self.number("tokens")?,
                 sequences: self.number("sequences")?,

@@ -64,6 +64,8 @@ fn keys() -> Vec<Key> {
         Key::Dense(DenseKey {
             inputs: 64,
             outputs: 48,
+            bits: 8,
+            group: 32,
             tokens: 3,
             threads: 2,
             heat: Heat::Hot,
@@ -72,6 +74,9 @@ fn keys() -> Vec<Key> {
             heads: 8,
             kv_heads: 2,
             head_dim: 32,
+            value_dim: 24,
+            values_in_keys: true,
+            kv_bits: 16,
             keys: 100,
             tokens: 1,
             sequences: 2,
@@ -241,7 +246,7 @@ fn wrong_cells_are_named() {
     );
     check("conv,1,16,32", "conv,1,0,32", "`cin`: found `0`");
     check(",int8,", ",int4,", "`numerics`: found `int4`, expected f32, int8");
-    check("conv,1,16,32", "conv,1,16,32,5", "cells: found 39, expected 38");
+    check("conv,1,16,32", "conv,1,16,32,5", "cells: found 41, expected 40");
 }
 
 #[test]

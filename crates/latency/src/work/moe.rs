@@ -28,22 +28,43 @@ pub struct ExpertKey {
     pub heat: Heat,
 }
 
-/// A dense f32 matrix `[outputs, inputs]` of the engine, for `tokens` rows of activations.
+/// A dense matrix `[outputs, inputs]` of the engine, for `tokens` rows of activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct DenseKey {
     pub inputs: u32,
     pub outputs: u32,
+    /// Bits of a weight in memory: 32 (f32), 16 (f16 or bf16), 8 and fewer are group codes.
+    pub bits: u32,
+    /// Weights per f16 scale, along the input; 0 of floats.
+    pub group: u32,
     pub tokens: u32,
     pub threads: u32,
     pub heat: Heat,
 }
 
-/// Attention between its projections: rotary positions, the cache's new rows, scores, softmax, mix. f32 keys and values.
+/// What weights are in memory: a kernel each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Form {
+    F32,
+    /// f16 or bf16.
+    Half,
+    /// Group codes.
+    Codes,
+}
+
+/// Attention between its projections: rotary positions, the cache's new rows, scores, softmax, mix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct AttentionKey {
     pub heads: u32,
     pub kv_heads: u32,
+    /// Width of a key and of a query of one head.
     pub head_dim: u32,
+    /// Width of a value.
+    pub value_dim: u32,
+    /// A value is the beginning of its key and is not cached again (latent attention).
+    pub values_in_keys: bool,
+    /// Bits of a cached number: 32 or 16.
+    pub kv_bits: u32,
     /// Keys that the last token sees, its own among them.
     pub keys: u32,
     /// New tokens of each sequence, at most `keys`.
@@ -181,9 +202,23 @@ impl ExpertKey {
 }
 
 impl DenseKey {
-    /// Bytes of its weights.
+    /// What its weights are.
+    pub fn form(&self) -> Form {
+        match self.bits {
+            32.. => Form::F32,
+            16..32 => Form::Half,
+            _ => Form::Codes,
+        }
+    }
+
+    /// Bytes of its weights and scales (reference 2.3).
     pub fn weight_bytes(&self) -> f64 {
-        4.0 * f64::from(self.inputs) * f64::from(self.outputs)
+        let (n, k) = (f64::from(self.outputs), f64::from(self.inputs));
+        let scales = match self.form() {
+            Form::Codes => 2.0 * n * f64::from(self.inputs.div_ceil(self.group.max(1))),
+            Form::F32 | Form::Half => 0.0,
+        };
+        n * k * f64::from(self.bits) / 8.0 + scales
     }
 
     pub(super) fn features(&self) -> Features {
@@ -208,6 +243,7 @@ impl DenseKey {
         let (n, k, m) = (f64::from(tokens), f64::from(self.inputs), f64::from(self.outputs));
         Features::new(
             Family::Dense {
+                form: self.form(),
                 many: tokens > 1,
                 heat: self.heat,
             },
@@ -226,7 +262,13 @@ impl DenseKey {
 impl AttentionKey {
     /// Bytes of keys and values that one sequence's last token reads.
     pub fn cache_bytes(&self) -> f64 {
-        8.0 * f64::from(self.keys) * f64::from(self.kv_heads) * f64::from(self.head_dim)
+        let width = self.head_dim + if self.values_in_keys { 0 } else { self.value_dim };
+        f64::from(self.kv_bits) / 8.0 * f64::from(self.keys) * f64::from(self.kv_heads) * f64::from(width)
+    }
+
+    /// Bits of its cache are 16: another kernel than f32.
+    fn is_half(&self) -> bool {
+        self.kv_bits < 32
     }
 
     pub(super) fn features(&self) -> Features {
@@ -238,13 +280,18 @@ impl AttentionKey {
         let (n, past) = (f64::from(tokens), f64::from(self.keys.max(tokens) - tokens));
         let seen = f64::from(sequences) * (n * past + n * (n + 1.0) / 2.0);
         let blocks = f64::from(jobs) * f64::from(self.keys.div_ceil(KEY_BLOCK)) * f64::from(self.kv_heads);
+        // Of keys and of values together: half of it each where they are as wide.
+        let both = f64::from(self.head_dim) + f64::from(self.value_dim);
         let (width, kv_width) = (
-            f64::from(self.heads) * f64::from(self.head_dim),
-            f64::from(self.kv_heads) * f64::from(self.head_dim),
+            f64::from(self.heads) * both / 2.0,
+            f64::from(self.kv_heads) * both / 2.0,
         );
         let rows = f64::from(sequences) * n;
         Features::new(
-            Family::Attention { heat: self.heat },
+            Family::Attention {
+                half: self.is_half(),
+                heat: self.heat,
+            },
             threads,
             &[
                 (Term::Call, 1.0),
@@ -364,8 +411,8 @@ mod tests {
         fn dense_and_attention_are_monotone(
             (inputs, outputs, tokens, keys) in (1u32..4000, 1u32..9000, 1u32..600, 1u32..3000), grow in 0usize..4, by in 1u32..500,
         ) {
-            let dense = DenseKey { inputs, outputs, tokens, threads: 1, heat: Heat::Cold };
-            let attention = AttentionKey { heads: 8, kv_heads: 2, head_dim: 64, keys, tokens: 1, sequences: 1, threads: 1, heat: Heat::Hot };
+            let dense = DenseKey { inputs, outputs, bits: 32, group: 0, tokens, threads: 1, heat: Heat::Cold };
+            let attention = AttentionKey { heads: 8, kv_heads: 2, head_dim: 64, value_dim: 64, values_in_keys: false, kv_bits: 32, keys, tokens: 1, sequences: 1, threads: 1, heat: Heat::Hot };
             let (mut wide, mut long) = (dense, attention);
             match grow {
                 0 => wide.inputs += by,

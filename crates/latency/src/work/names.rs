@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Context, EdgeKind, ElementwiseKind, Family, Heat, Key, Path, PoolKind, Tier};
+use super::{Context, EdgeKind, ElementwiseKind, Family, Form, Heat, Key, Path, PoolKind, Tier};
 use crate::graph::Numerics;
 
 impl fmt::Display for Key {
@@ -106,20 +106,29 @@ impl fmt::Display for Key {
             ),
             Self::Dense(d) => write!(
                 f,
-                "dense {}→{} f32, {} tokens, {} threads, {}",
+                "dense {}→{} {}, {} tokens, {} threads, {}",
                 d.inputs,
                 d.outputs,
+                match d.form() {
+                    Form::Codes => format!("{} bits in groups of {}", d.bits, d.group),
+                    form => form_name(form).to_owned(),
+                },
                 d.tokens,
                 d.threads,
                 heat_name(d.heat)
             ),
             Self::Attention(a) => write!(
                 f,
-                "attention {}/{} heads of {}, {} keys, {} tokens, {} sequences, {} threads, {}",
+                "attention {}/{} heads of {}, {} keys of {} bits, {} tokens, {} sequences, {} threads, {}",
                 a.heads,
                 a.kv_heads,
-                a.head_dim,
+                if a.values_in_keys {
+                    format!("{}, latent", a.head_dim)
+                } else {
+                    a.head_dim.to_string()
+                },
                 a.keys,
+                a.kv_bits,
                 a.tokens,
                 a.sequences,
                 a.threads,
@@ -173,11 +182,14 @@ impl fmt::Display for Path {
                 let weights = if codes { "codes" } else { "floats" };
                 write!(f, "expert.{weights}.{}", heat_name(heat))?;
             }
-            Family::Dense { many, heat } => {
+            Family::Dense { form, many, heat } => {
                 let shape = if many { "gemm" } else { "gemv" };
-                write!(f, "dense.{shape}.{}", heat_name(heat))?;
+                write!(f, "dense.{}.{shape}.{}", form_name(form), heat_name(heat))?;
             }
-            Family::Attention { heat } => write!(f, "attention.{}", heat_name(heat))?,
+            Family::Attention { half, heat } => {
+                let cache = if half { "f16" } else { "f32" };
+                write!(f, "attention.{cache}.{}", heat_name(heat))?;
+            }
             Family::Glue => write!(f, "glue")?,
             Family::Read(tier) => write!(f, "read.{}", tier_name(tier))?,
         }
@@ -232,13 +244,17 @@ impl std::str::FromStr for Path {
             [
                 Family::Expert { codes: true, heat },
                 Family::Expert { codes: false, heat },
-                Family::Attention { heat },
-                Family::Dense { many: true, heat },
-                Family::Dense { many: false, heat },
+                Family::Attention { half: true, heat },
+                Family::Attention { half: false, heat },
             ]
         });
+        let dense = [Heat::Hot, Heat::Cold].into_iter().flat_map(|heat| {
+            [Form::F32, Form::Half, Form::Codes]
+                .into_iter()
+                .flat_map(move |form| [true, false].map(|many| Family::Dense { form, many, heat }))
+        });
         let cnn = simple.into_iter().chain(by_numerics).chain(edges);
-        let known = cnn.chain(by_heat).chain(by_tier);
+        let known = cnn.chain(by_heat).chain(dense).chain(by_tier);
         if let Some(path) = known
             .map(|family| Self { family, threads })
             .find(|path| path.to_string() == text)
@@ -260,6 +276,14 @@ pub(crate) fn pool_name(kind: PoolKind) -> &'static str {
     match kind {
         PoolKind::Max => "max",
         PoolKind::Mean => "mean",
+    }
+}
+
+pub(crate) fn form_name(form: Form) -> &'static str {
+    match form {
+        Form::F32 => "f32",
+        Form::Half => "half",
+        Form::Codes => "codes",
     }
 }
 
