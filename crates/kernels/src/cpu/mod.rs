@@ -13,6 +13,7 @@ pub mod half_matrix;
 pub mod noise;
 pub mod peak;
 pub mod reference;
+pub mod rows;
 pub mod team;
 pub mod weights;
 
