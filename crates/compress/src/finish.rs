@@ -79,6 +79,7 @@ impl Job<'_> {
             little_bits: has_little.then_some(little),
             dropped: recipe.compress.dropped,
             hidden: self.source.files.spec.hidden,
+            dense: Default::default(),
         };
         let writer = ContainerWriter::resume(&out, entries)?;
         let extra: Vec<&str> = copied.into_iter().chain([DENSE]).collect();

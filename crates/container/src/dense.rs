@@ -1,13 +1,52 @@
-//! Writes `dense.safetensors`, tensor by tensor: only one is in memory at a time. Reading it is `cotk-model`'s.
+//! Writes `dense.safetensors`, tensor by tensor: only one is in memory at a time. Reading it is `cotk-model`'s. A matrix
+//! `X` that is coded is the U8 tensor `X.planes` with the bytes that kernels read, described in the manifest's `dense`.
 //! Law: any safetensors reader reads it back; equal tensors make equal bytes.
 
+use std::cmp::Reverse;
 use std::io::Write;
 use std::path::Path;
 
+use cotk_quant::QuantError;
+use cotk_quant::code::{Bits, Code};
+use cotk_quant::encode::encode;
+use cotk_quant::layout::MatrixFormat;
 use cotk_run::Error;
 use cotk_run::files::AtomicFile;
 
+use crate::manifest::Matrix;
 use crate::{ContainerError, Result};
+
+/// What the name of a coded matrix' tensor ends in.
+pub const PLANES: &str = ".planes";
+
+/// Planes begin at multiples of this: a cache line.
+const LINE: usize = 64;
+
+/// Codes weights `[rows, cols]` as one plain plane of groups of 32: what the manifest says, and the tensor's bytes.
+///
+/// # Errors
+/// A weight that is NaN or infinite or too large for its scale; a shape that no format has.
+pub fn code_matrix(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    bits: Bits,
+) -> std::result::Result<(Matrix, Vec<u8>), QuantError> {
+    let mut coded = encode(weights, plain_format(rows, cols, bits)?)?;
+    let matrix = Matrix {
+        format: coded.format,
+        zero_points: coded.zero_points,
+    };
+    Ok((matrix, coded.planes.swap_remove(0)))
+}
+
+/// The format that [`code_matrix`] gives a matrix.
+///
+/// # Errors
+/// Rows or columns outside `1..=2^24`.
+pub fn plain_format(rows: usize, cols: usize, bits: Bits) -> std::result::Result<MatrixFormat, QuantError> {
+    MatrixFormat::try_new(rows, cols, Code::Plain(bits), 32)
+}
 
 /// What the header says about one tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,14 +70,15 @@ pub fn dense_file_bytes(tensors: &[DenseTensor]) -> u64 {
     header(&order).len() as u64 + order.iter().map(|t| t.bytes).sum::<u64>()
 }
 
-/// Widest type first, so that each tensor is aligned; then by name.
+/// Planes first, at lines; then the widest type, so that each tensor is aligned; then by name.
 fn in_order(tensors: &[DenseTensor]) -> Vec<&DenseTensor> {
     let mut order: Vec<&DenseTensor> = tensors.iter().collect();
-    order.sort_by(|a, b| (b.element_bytes(), &a.name).cmp(&(a.element_bytes(), &b.name)));
+    let key = |t: &DenseTensor| (!t.name.ends_with(PLANES), Reverse(t.element_bytes()));
+    order.sort_by(|a, b| (key(a), &a.name).cmp(&(key(b), &b.name)));
     order
 }
 
-/// Writes the tensors, widest type first (so that each is aligned), then by name; `data` gives one's bytes.
+/// Writes the tensors, planes first, then the widest type (so that each is aligned), then by name; `data` gives one's bytes.
 ///
 /// # Errors
 /// Those of `data`; the file system's; [`ContainerError::Value`] when `data` gives another length than promised.
@@ -68,7 +108,7 @@ pub fn write_dense<E: From<ContainerError>>(
     Ok(())
 }
 
-/// Length, then JSON padded by spaces to a multiple of 8.
+/// Length, then JSON padded by spaces so that the data begins at a line.
 fn header(order: &[&DenseTensor]) -> Vec<u8> {
     let mut fields = serde_json::Map::new();
     let mut at = 0u64;
@@ -80,7 +120,7 @@ fn header(order: &[&DenseTensor]) -> Vec<u8> {
         at += tensor.bytes;
     }
     let mut json = serde_json::Value::Object(fields).to_string().into_bytes();
-    json.resize(json.len().next_multiple_of(8), b' ');
+    json.resize((8 + json.len()).next_multiple_of(LINE) - 8, b' ');
     let mut header = (json.len() as u64).to_le_bytes().to_vec();
     header.append(&mut json);
     header
@@ -98,6 +138,7 @@ mod tests {
             ("b", "BF16", vec![3], 6),
             ("a", "F32", vec![2, 1], 8),
             ("c", "BF16", vec![1], 2),
+            ("z.planes", "U8", vec![544], 544),
         ]
         .map(|(name, dtype, shape, bytes)| DenseTensor {
             name: name.to_owned(),
@@ -110,12 +151,15 @@ mod tests {
         let bytes = fs_err::read(&path).unwrap();
         assert_eq!(bytes.len() as u64, dense_file_bytes(&tensors));
         let read = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        assert_eq!(read.len(), 3);
+        assert_eq!(read.len(), 4);
         for tensor in &tensors {
             let view = read.tensor(&tensor.name).unwrap();
             assert_eq!(view.shape(), tensor.shape);
             assert_eq!(view.data(), data(tensor).unwrap());
         }
+        let planes = read.tensor("z.planes").unwrap().data();
+        let at = planes.as_ptr() as usize - bytes.as_ptr() as usize;
+        assert_eq!(at % LINE, 0, "planes begin at a line");
         let short = |_: &DenseTensor| Ok::<_, ContainerError>(vec![0]);
         assert!(write_dense(&folder.path().join("other"), &tensors, short).is_err());
         assert_eq!(fs_err::read_dir(folder.path()).unwrap().count(), 1);

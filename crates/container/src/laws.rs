@@ -14,9 +14,9 @@ use cotk_run::units::{ExpertId, LayerId};
 use tempfile::TempDir;
 
 use crate::ContainerError;
-use crate::dense::{DenseTensor, write_dense};
+use crate::dense::{DenseTensor, PLANES, code_matrix, write_dense};
 use crate::manifest::{
-    Checksum, DENSE, DroppedMeaning, EXPERTS, Layer, MANIFEST, Manifest, Origin, Prefix, SourceModel, Why, seal,
+    Checksum, DENSE, DroppedMeaning, EXPERTS, Layer, MANIFEST, Manifest, Matrix, Origin, Prefix, SourceModel, Why, seal,
 };
 use crate::reader::Container;
 use crate::writer::{CodedExpert, ContainerWriter, Head, NewExpert};
@@ -103,7 +103,14 @@ fn head() -> Head {
         little_bits: Some(4),
         dropped: DroppedMeaning::Masked,
         hidden: HIDDEN,
+        dense: [("proj".to_owned(), dense_matrix().0)].into(),
     }
+}
+
+/// A coded matrix of the dense part, and its plane.
+fn dense_matrix() -> (Matrix, Vec<u8>) {
+    let weights: Vec<f32> = (0..20 * 70).map(|i| (i as f32 * 0.3).sin()).collect();
+    code_matrix(&weights, 20, 70, Bits::B8).unwrap()
 }
 
 fn write_all(folder: &Path) -> Manifest {
@@ -120,7 +127,15 @@ fn finish(folder: &Path, mut writer: ContainerWriter, rest: Vec<(LayerId, Vec<Ne
         shape: vec![2],
         bytes: 8,
     };
-    write_dense(&folder.join(DENSE), &[tensor], |_| Ok::<_, ContainerError>(vec![1; 8])).unwrap();
+    let plane = dense_matrix().1;
+    let planes = DenseTensor {
+        name: format!("proj{PLANES}"),
+        dtype: "U8",
+        shape: vec![plane.len()],
+        bytes: plane.len() as u64,
+    };
+    let data = |t: &DenseTensor| Ok::<_, ContainerError>(if t.dtype == "U8" { plane.clone() } else { vec![1; 8] });
+    write_dense(&folder.join(DENSE), &[tensor, planes], data).unwrap();
     writer.finish(head(), &[DENSE]).unwrap()
 }
 
@@ -145,6 +160,22 @@ fn use_all(folder: &Path) -> Result<(), ContainerError> {
                 container.expert(layer, expert, bits)?;
             }
         }
+    }
+    // As `cotk-model` uses them.
+    let path = folder.join(DENSE);
+    let file = fs_err::read(&path).unwrap();
+    for (name, matrix) in &container.manifest().dense {
+        let wrong = |found: String| ContainerError::Value {
+            file: path.clone(),
+            key: name.clone(),
+            found,
+            expected: "the planes that the manifest describes".to_owned(),
+        };
+        let read = safetensors::SafeTensors::deserialize(&file).map_err(|e| wrong(e.to_string()))?;
+        let planes = read
+            .tensor(&format!("{name}{PLANES}"))
+            .map_err(|e| wrong(e.to_string()))?;
+        matrix.plain(planes.data()).map_err(|e| wrong(e.to_string()))?;
     }
     container.verify()
 }
@@ -411,4 +442,39 @@ fn matrices_that_do_not_fit_are_not_written() {
         writer.append_layer(LayerId(0), 1.0, vec![wrong]),
         Err(ContainerError::Unwritable { .. })
     ));
+}
+
+#[test]
+fn a_coded_dense_matrix_reads_back_and_other_entries_are_refused() {
+    let folder = tiny();
+    let container = Container::open(folder.path()).unwrap();
+    let (matrix, plane) = dense_matrix();
+    assert_eq!(container.manifest().dense["proj"], matrix);
+    let file = fs_err::read(folder.path().join(DENSE)).unwrap();
+    let read = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let stored = read.tensor("proj.planes").unwrap();
+    assert_eq!(stored.data(), plane);
+    let decoded = decode(&matrix.plain(stored.data()).unwrap());
+    let largest = decoded
+        .iter()
+        .enumerate()
+        .map(|(i, w)| (w - (i as f32 * 0.3).sin()).abs());
+    assert!(largest.fold(0.0, f32::max) < 0.005);
+    assert!(matrix.plain(&plane[1..]).is_err());
+
+    let text = String::from_utf8(fs_err::read(folder.path().join(MANIFEST)).unwrap()).unwrap();
+    let at = text.find("\"dense\": {").unwrap();
+    for (from, to) in [
+        ("\"plain8\"", "\"nested2+2+4\""),
+        ("\"group\": 32", "\"group\": 48"),
+        ("\"rows\": 20", "\"rows\": 0"),
+        ("128.0", "128.0, 1.0"),
+        ("\"rows\"", "\"raws\""),
+    ] {
+        let dense = text[at..].replacen(from, to, 1);
+        let mut broken = format!("{}{dense}", &text[..at]).into_bytes();
+        assert_ne!(broken, text.as_bytes(), "{from}");
+        seal(&mut broken);
+        assert!(Manifest::parse(&broken, folder.path()).is_err(), "{to}");
+    }
 }

@@ -6,7 +6,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use cotk_quant::layout::{MAX_DIM, MatrixFormat};
+use cotk_quant::QuantError;
+use cotk_quant::coded::{self, CodedView};
+use cotk_quant::layout::{MAX_DIM, MatrixFormat, Placement};
 use cotk_run::files;
 use cotk_run::units::{ExpertId, LayerId};
 use serde::{Deserialize, Serialize};
@@ -32,6 +34,7 @@ pub(crate) const MANIFEST_LIMIT_BYTES: u64 = 1 << 28;
 const LAYERS_LIMIT: usize = 1 << 14;
 const EXPERTS_LIMIT: usize = 1 << 16;
 const FILES_LIMIT: usize = 64;
+const DENSE_LIMIT: usize = 1 << 20;
 
 /// An xxh3-64, in JSON 16 hexadecimal digits (a JSON number would lose its low bits elsewhere).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +79,9 @@ pub struct Manifest {
     pub hidden: usize,
     /// MoE layers in ascending order; dense layers do not stand here.
     pub layers: Vec<Layer>,
+    /// Matrices `X` of the dense part that are coded: plain codes whose bytes are the U8 tensor `X.planes`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub dense: BTreeMap<String, Matrix>,
     /// Every other file but `report.md`.
     pub files: BTreeMap<String, FileEntry>,
     /// xxh3-64 of the file's bytes before this value.
@@ -225,6 +231,17 @@ pub struct Matrix {
     pub zero_points: Vec<f32>,
 }
 
+impl Matrix {
+    /// The whole of a plain matrix that lies alone in `plane`.
+    ///
+    /// # Errors
+    /// Bytes of another length, a code of several planes.
+    pub fn plain<'a>(&self, plane: &'a [u8]) -> std::result::Result<coded::Prefix<'a>, QuantError> {
+        let view = CodedView::try_new(self.format, &[plane], &self.zero_points, Placement::Alone)?;
+        view.prefix(self.format.code().full())
+    }
+}
+
 /// A prefix against the source expert, over the calibration tokens routed to it, weighted by squared gates.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -337,6 +354,27 @@ impl Manifest {
         for required in [DENSE, EXPERTS] {
             if !self.files.contains_key(required) {
                 return wrong("files".into(), format!("no {required}"), required.to_owned());
+            }
+        }
+        if self.dense.len() > DENSE_LIMIT {
+            return wrong(
+                "dense".into(),
+                self.dense.len().to_string(),
+                format!("at most {DENSE_LIMIT}"),
+            );
+        }
+        for (name, matrix) in &self.dense {
+            let code = matrix.format.code();
+            if code.planes() != 1 {
+                return wrong(
+                    format!("dense.{name}.format.code"),
+                    code.to_string(),
+                    "a plain code".into(),
+                );
+            }
+            if matrix.zero_points.len() != 1 || !matrix.zero_points[0].is_finite() {
+                let found = format!("{:?}", matrix.zero_points);
+                return wrong(format!("dense.{name}.zero_points"), found, "1 finite number".into());
             }
         }
         for name in self.files.keys() {

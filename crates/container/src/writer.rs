@@ -49,6 +49,8 @@ pub struct Head {
     pub little_bits: Option<u32>,
     pub dropped: DroppedMeaning,
     pub hidden: usize,
+    /// Coded matrices of the dense part.
+    pub dense: BTreeMap<String, Matrix>,
 }
 
 /// A container under construction.
@@ -166,6 +168,7 @@ impl ContainerWriter {
             little_bits: head.little_bits,
             dropped: head.dropped,
             hidden: head.hidden,
+            dense: head.dense,
             layers: self.layers,
             files: entries,
             checksum: Checksum(0),

@@ -111,6 +111,7 @@ fn write(folder: &Path, code: Code, dropped: &[u32], meaning: DroppedMeaning, no
         little_bits: (code.planes() > 1).then_some(4),
         dropped: meaning,
         hidden: HIDDEN,
+        dense: Default::default(),
     };
     writer.finish(head, &[DENSE]).unwrap();
 }
