@@ -288,6 +288,18 @@ pub struct Target {
     truth: Option<Truth>,
 }
 
+impl Target {
+    /// −ln of the probability of the token that came, nats.
+    pub fn nll_nats(&self) -> f64 {
+        self.nll
+    }
+
+    /// KL(reference ‖ model) at this position, nats; `None` without a reference.
+    pub fn kl_nats(&self) -> Option<f64> {
+        self.truth.map(|truth| truth.kl)
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Truth {
     nll: f64,

@@ -122,6 +122,11 @@ impl<'a> RouterScores<'a> {
         &self.scores[token * self.rule.experts..][..self.rule.experts]
     }
 
+    /// What is added to scores for the choice, `[experts]`; empty where there is none.
+    pub fn bias(&self) -> &'a [f32] {
+        self.bias
+    }
+
     /// The rule that turns them into gates.
     pub fn rule(&self) -> &'a RoutingRule {
         self.rule
