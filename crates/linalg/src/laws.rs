@@ -8,7 +8,7 @@ use rand::RngExt;
 use crate::backend::ALL;
 use crate::cholesky::cholesky_on;
 use crate::svd::svd_on;
-use crate::{Error, cholesky, svd};
+use crate::{Error, cholesky, invert_lower, invert_symmetric, svd};
 
 /// Entries between -1 and 1; `rank` below both sides makes it singular.
 fn draw(seed: u64, rows: usize, cols: usize, rank: usize) -> Array2<f64> {
@@ -103,6 +103,33 @@ proptest! {
             prop_assert_eq!((r, c), (row, col));
         }
     }
+}
+
+#[test]
+fn an_inverse_times_its_matrix_is_the_identity() {
+    for size in [1, 2, 63, 64, 65, 150, 260] {
+        let half = draw(size as u64, size, size + 3, size + 3);
+        let mut matrix = half.dot(&half.t());
+        matrix.diag_mut().map_inplace(|d| *d += size as f64);
+        let lower = cholesky(matrix.view()).unwrap();
+        let (inverse, whole) = (
+            invert_lower(lower.view()).unwrap(),
+            invert_symmetric(matrix.view()).unwrap(),
+        );
+        let identity = Array2::<f64>::eye(size);
+        assert!(largest((inverse.dot(&lower) - &identity).view()) < 1e-11, "{size}");
+        assert!(largest((whole.dot(&matrix) - &identity).view()) < 1e-11, "{size}");
+        assert!(inverse.indexed_iter().all(|((row, col), &x)| col <= row || x == 0.0));
+    }
+    let flat = array![[1.0, 0.0], [3.0, 0.0]];
+    assert_eq!(
+        invert_lower(flat.view()),
+        Err(Error::NotPositiveDefinite { pivot: 1, size: 2 })
+    );
+    assert_eq!(
+        invert_lower(flat.t().split_at(ndarray::Axis(0), 1).0),
+        Err(Error::NotSquare { rows: 1, cols: 2 })
+    );
 }
 
 #[test]

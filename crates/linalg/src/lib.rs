@@ -10,7 +10,9 @@ mod error;
 #[cfg(test)]
 mod laws;
 mod svd;
+mod triangular;
 
 pub use self::cholesky::cholesky;
 pub use self::error::Error;
 pub use self::svd::{Svd, svd};
+pub use self::triangular::{invert_lower, invert_symmetric};
