@@ -9,6 +9,9 @@ use crate::probe::{median, quantile};
 use crate::work::{Block, Features, Key, Path, Term};
 
 pub mod joint;
+pub mod team;
+
+use self::team::Team;
 
 /// One measured key.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,8 +44,10 @@ pub struct PathFit {
     pub rows: usize,
     /// Mean absolute percentage error on shape families that were left out; on the fitted rows when there is one family.
     pub cv_mape_pct: f64,
-    /// Nine in ten left-out errors are below this: |ln(measured / predicted)|.
+    /// Nine in ten left-out errors beside measured keys are below this: |ln(measured / predicted)|.
     pub spread_ln: f64,
+    /// Of several threads: the terms are those of one thread, and this is what sharing makes of their sum.
+    pub team: Option<Team>,
 }
 
 /// The spread assumed of a fit that nothing could be left out of.
@@ -56,6 +61,24 @@ impl PathFit {
 
     /// µs by term.
     pub fn parts<'a>(&'a self, features: &'a Features) -> impl Iterator<Item = (Term, f64)> + 'a {
+        let alone = self.alone(features);
+        let (scale, call_us) = match &self.team {
+            Some(team) => {
+                let alone_us: f64 = self.alone(features).map(|(_, us)| us).sum();
+                let shared_us = team.us(alone_us) - team.call_us;
+                let scale = if alone_us > 0.0 { shared_us / alone_us } else { 1.0 };
+                (scale, team.call_us)
+            }
+            None => (1.0, 0.0),
+        };
+        alone.map(move |(term, us)| {
+            let call_us = if term == Term::Call { call_us } else { 0.0 };
+            (term, scale * us + call_us)
+        })
+    }
+
+    /// The terms as they are fitted.
+    fn alone<'a>(&'a self, features: &'a Features) -> impl Iterator<Item = (Term, f64)> + 'a {
         features.terms().iter().map(|&(term, count)| {
             let coefficient = self.coefficients.iter().find(|c| c.term == term);
             (term, coefficient.map_or(0.0, |c| c.us_per_unit * count))
@@ -105,6 +128,7 @@ fn fit_path(path: Path, rows: &[(Features, Sample)], noise_floor: f64) -> PathFi
         rows: rows.len(),
         cv_mape_pct: 0.0,
         spread_ln: UNTESTED_LN,
+        team: None,
     };
     // Rows of one shape family (all but batch, size and tokens) leave together: copies of a shape must not leak.
     let mut families: BTreeMap<String, Vec<usize>> = BTreeMap::new();

@@ -45,6 +45,8 @@ pub enum Flag {
     OtherMachine,
     /// Another machine's profile, scaled by a few networks measured here.
     Transferred { from: String, networks: usize },
+    /// `profile.toml` was edited by hand, here first.
+    Edited { line: u64 },
 }
 
 impl std::fmt::Display for Flag {
@@ -58,6 +60,7 @@ impl std::fmt::Display for Flag {
             Self::Reference => write!(f, "reference profile, not this machine's"),
             Self::OtherMachine => write!(f, "profile of another machine, forced"),
             Self::Transferred { from, networks } => write!(f, "carried over from {from} by {networks} networks"),
+            Self::Edited { line } => write!(f, "profile.toml was edited by hand, line {line}"),
         }
     }
 }
@@ -172,20 +175,44 @@ impl Model {
     ) -> Self {
         let table: HashMap<Key, (f64, f64)> = rows.into_iter().map(|(key, us, spread)| (key, (us, spread))).collect();
         let fits: BTreeMap<Path, PathFit> = fits.into_iter().map(|fit| (fit.path, fit)).collect();
-        let times = table.iter().map(|(key, (us, _))| (key, *us));
-        let smoother = Smoother::new(times, |path| fits.get(path), block);
-        Self {
+        let mut model = Self {
             name: name.into(),
             block,
             table,
             fits,
-            smoother,
+            smoother: Smoother::default(),
             noise_floor,
             flags,
             transfer: None,
             corrections: Vec::new(),
             cache_bytes: 0,
             calibrations: Vec::new(),
+        };
+        // What several threads make of one thread's time rests on what the rows of one thread say: those first.
+        for of_teams in [false, true] {
+            let is_next = |key: &Key| {
+                let fit = model.fits.get(&key.path(block));
+                of_teams || fit.is_none_or(|fit| fit.team.is_none())
+            };
+            let rows = model.table.iter().filter(|(key, _)| is_next(key));
+            let rows: Vec<(Key, f64, f64)> = rows.map(|(key, (us, _))| (*key, *us, model.bare_us(key))).collect();
+            model.smoother = Smoother::new(rows.into_iter(), block);
+        }
+        model
+    }
+
+    /// What a key's path says, neighbours of its own number of threads aside. µs; 0 without a fit.
+    fn bare_us(&self, key: &Key) -> f64 {
+        let features = key.features(self.block);
+        let Some(fit) = self.fits.get(&features.path) else {
+            return 0.0;
+        };
+        match (fit.team, key.with_threads(1)) {
+            (Some(team), Some(one)) => {
+                let alone = self.own_part(&one, &mut Vec::new());
+                alone.map_or_else(|_| fit.us(&features), |alone| team.us(1e3 * alone.ms))
+            }
+            _ => fit.us(&features),
         }
     }
 
@@ -346,11 +373,22 @@ impl Model {
         let fit = self.fit(key, flags)?;
         fit.parts(&features)
             .for_each(|(t, us)| *terms.slot(t.group()) += us / 1e3);
-        let mut spread_ln = fit.spread_ln;
+        let doubt = if fit.team.is_some() {
+            1.0
+        } else {
+            self.smoother.doubt(key, &features.path)
+        };
+        let mut spread_ln = fit.spread_ln * doubt;
         if flags.len() > before {
             spread_ln = spread_ln.max(1.0); // another number of threads: hardly more than the order of magnitude
         }
-        let learnt = self.smoother.factor(key, &features.path);
+        // Of several threads: what one thread takes is known better than by its terms alone.
+        let said_us = if fit.team.is_some() {
+            self.bare_us(key)
+        } else {
+            fit.us(&features)
+        };
+        let learnt = self.smoother.factor(key, &features.path) * said_us / fit.us(&features).max(f64::MIN_POSITIVE);
         terms = {
             let mut scaled = Terms::default();
             scaled.add(&terms, learnt);
@@ -361,7 +399,7 @@ impl Model {
             flags.push(Flag::Extrapolated {
                 path: features.path.to_string(),
             });
-            spread_ln += 0.5 * outside_ln;
+            spread_ln = spread_ln.max(fit.spread_ln + 0.5 * outside_ln);
         }
         Ok(Part {
             path: features.path,
@@ -395,10 +433,8 @@ impl Model {
             terms.add(&part.terms, *times);
             origin = origin.max(part.origin);
         }
-        let shares = parts
-            .iter()
-            .map(|(part, times)| (part.path, times * part.ms, part.spread_ln));
-        self.finish(ms, terms, origin, sum_spread_ln(shares), flags)
+        let spread_ln = Errors::of(parts).spread_ln(Correlation::USUAL);
+        self.finish(ms, terms, origin, spread_ln, flags)
     }
 
     /// A prediction, with what holds for the whole profile.
@@ -445,10 +481,13 @@ impl Model {
         let Some(calibration) = self.calibrations.iter().find(|c| c.threads == threads) else {
             return Ok(sum);
         };
-        let stretched = |bound_ms: f64| sum.ms * (bound_ms / sum.ms).powf(calibration.network_factor);
+        let mut spread_ln = calibration.network_factor * Errors::of(&parts).spread_ln(calibration.correlation);
+        if let Some(transfer) = &self.transfer {
+            spread_ln = spread_ln.max(transfer.spread_ln);
+        }
         Ok(Prediction {
-            lo_ms: stretched(sum.lo_ms),
-            hi_ms: stretched(sum.hi_ms),
+            lo_ms: sum.ms * (-spread_ln).exp(),
+            hi_ms: sum.ms * spread_ln.exp(),
             ..sum
         })
     }
@@ -470,21 +509,62 @@ impl Part {
     }
 }
 
-/// Half interval of a sum, in ln, from its parts: path, time, own half interval. Errors of parts are correlated: fully with
-/// themselves, by half within a kernel path, by a fifth across (reference 2.8).
-pub(crate) fn sum_spread_ln(parts: impl Iterator<Item = (Path, f64, f64)>) -> f64 {
-    let (mut whole, mut squares, mut all) = (0.0, 0.0, 0.0);
-    let mut by_path: BTreeMap<Path, f64> = BTreeMap::new();
-    for (path, time, spread_ln) in parts {
-        let error = time * spread_ln;
-        whole += time;
-        squares += error * error;
-        all += error;
-        *by_path.entry(path).or_default() += error;
+/// How far errors of a sum's parts go together.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Correlation {
+    /// Of two parts of one kernel path, and of two paths.
+    pub within: f64,
+    pub across: f64,
+}
+
+impl Correlation {
+    /// Before measured networks say better (reference 2.8); independence would look far too sure.
+    pub const USUAL: Self = Self {
+        within: 0.5,
+        across: 0.2,
+    };
+}
+
+/// Errors of a sum's parts, added up in the three ways that a spread needs.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Errors {
+    whole: f64,
+    squares: f64,
+    within: f64,
+    all: f64,
+}
+
+impl Errors {
+    fn of(parts: &[(Part, f64)]) -> Self {
+        Self::sum(parts.iter().map(|(p, times)| (p.path, times * p.ms, p.spread_ln)))
     }
-    let within: f64 = by_path.values().map(|e| e * e).sum();
-    let variance = 0.2 * all * all + 0.3 * within + 0.5 * squares;
-    if whole > 0.0 { variance.sqrt() / whole } else { 0.0 }
+
+    /// From path, time and half interval (ln) of each part.
+    pub(crate) fn sum(parts: impl Iterator<Item = (Path, f64, f64)>) -> Self {
+        let mut sum = Self::default();
+        let mut by_path: BTreeMap<Path, f64> = BTreeMap::new();
+        for (path, time, spread_ln) in parts {
+            let error = time * spread_ln;
+            sum.whole += time;
+            sum.squares += error * error;
+            sum.all += error;
+            *by_path.entry(path).or_default() += error;
+        }
+        sum.within = by_path.values().map(|e| e * e).sum();
+        sum
+    }
+
+    /// Half interval of the sum, in ln.
+    pub(crate) fn spread_ln(&self, correlation: Correlation) -> f64 {
+        let Correlation { within, across } = correlation;
+        let variance = across * self.all * self.all + (within - across) * self.within + (1.0 - within) * self.squares;
+        if self.whole > 0.0 {
+            variance.max(0.0).sqrt() / self.whole
+        } else {
+            0.0
+        }
+    }
 }
 
 /// Whether a row says less than the fit of its path: the call of an empty session is not what a session costs a network, and

@@ -6,11 +6,14 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::team::{Team, Teams};
 use super::{Coefficient, PathFit, Sample, UNTESTED_LN, family, fit, nnls};
 use crate::graph::Graph;
+use crate::predict::{Correlation, Errors};
 use crate::probe::{median, quantile};
+use crate::smooth::{self, Place};
 use crate::walk;
-use crate::work::{Block, Key, Path, Term, TermGroup};
+use crate::work::{Block, Family, Key, Path, Term, TermGroup};
 
 /// Something that was timed, as a sum of operators.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,6 +66,13 @@ pub struct Calibration {
     pub network_factor: f64,
     /// Mean absolute percentage error on left-out networks.
     pub network_mape_pct: f64,
+    /// How far errors of operators go together in a network, as left-out networks say.
+    #[serde(default = "usual")]
+    pub correlation: Correlation,
+}
+
+fn usual() -> Correlation {
+    Correlation::USUAL
 }
 
 /// All paths of a machine.
@@ -126,8 +136,16 @@ pub fn fit_all(measured: &[Measured], block: Block, noise_floor: f64) -> Fitted 
         }
     }
     let mut calibrations = Vec::new();
+    let mut one: BTreeMap<Family, PathFit> = BTreeMap::new();
     for (threads, rows) in by_threads {
-        let (fits, judged) = fit_system(&rows, block, noise_floor);
+        let (fits, judged) = if one.is_empty() {
+            fit_system(&rows, block, noise_floor)
+        } else {
+            fit_teams(&rows, &one, threads, block, noise_floor)
+        };
+        if threads == 1 {
+            one = fits.iter().map(|fit| (fit.path.family, fit.clone())).collect();
+        }
         paths.extend(fits);
         calibrations.extend(calibrate(threads, &judged));
     }
@@ -135,28 +153,63 @@ pub fn fit_all(measured: &[Measured], block: Block, noise_floor: f64) -> Fitted 
     Fitted { paths, calibrations }
 }
 
-/// A left-out network: |ln(measured / predicted)| and the spread that its parts say.
+/// A left-out network: |ln(measured / predicted)| and what its parts say of the spread.
 struct Judged {
     error_ln: f64,
-    spread_ln: f64,
+    errors: Errors,
 }
+
+/// Correlations that are tried: within a path, across paths.
+const WITHIN: [f64; 5] = [0.0, 0.1, 0.25, 0.5, 1.0];
+const ACROSS: [f64; 4] = [0.0, 0.05, 0.1, 0.2];
 
 /// Nothing from fewer than ten: they say nothing about a ninth decile.
 fn calibrate(threads: u32, judged: &[Judged]) -> Option<Calibration> {
     if judged.len() < 10 {
         return None;
     }
-    let ratios: Vec<f64> = judged.iter().map(|j| j.error_ln / j.spread_ln.max(1e-6)).collect();
-    let errors = judged.iter().map(|j| 1.0 - (-j.error_ln).exp());
     #[expect(clippy::cast_precision_loss, reason = "counts of networks")]
     let count = judged.len() as f64;
+    // A little beyond the decile: that of a finite sample (conformal prediction).
+    let decile = (0.9 * (count + 1.0) / count).min(1.0);
+    let factor = |correlation: Correlation| {
+        let ratio = |j: &Judged| j.error_ln / j.errors.spread_ln(correlation).max(1e-6);
+        quantile(&judged.iter().map(ratio).collect::<Vec<_>>(), decile)
+    };
+    // All of them cover nine in ten: the best is the one whose intervals are narrowest, by their mean logarithm.
+    let width = |correlation: &Correlation| {
+        let own = judged.iter().map(|j| j.errors.spread_ln(*correlation).max(1e-6).ln());
+        factor(*correlation).max(1e-6).ln() + own.sum::<f64>() / count
+    };
+    let tried = WITHIN.iter().flat_map(|&within| {
+        let across = ACROSS.iter().filter(move |&&across| across <= within);
+        across.map(move |&across| Correlation { within, across })
+    });
+    let correlation = if judged.len() < FEW_NETWORKS {
+        Correlation::USUAL
+    } else {
+        tried.min_by(|a, b| width(a).total_cmp(&width(b))).expect("a list")
+    };
+    let errors = judged.iter().map(|j| 1.0 - (-j.error_ln).exp());
     Some(Calibration {
         threads,
         networks: judged.len(),
-        // A little beyond the decile: that of a finite sample (conformal prediction).
-        network_factor: quantile(&ratios, (0.9 * (count + 1.0) / count).min(1.0)),
+        network_factor: factor(correlation),
         network_mape_pct: 100.0 * errors.sum::<f64>() / count,
+        correlation,
     })
+}
+
+/// Fewer say nothing about correlations.
+const FEW_NETWORKS: usize = 40;
+
+/// How much a row counts.
+fn weight(row: &Measured) -> f64 {
+    row.weight
+        * match row.key {
+            None => 1.0,
+            Some(_) => OPERATOR_WEIGHT * row.us / (row.us + RESOLUTION_US),
+        }
 }
 
 struct System {
@@ -184,18 +237,11 @@ impl System {
         }
         let mut in_order: Vec<(Column, usize)> = columns.into_iter().collect();
         in_order.sort_by_key(|c| c.1);
-        let weight = |m: &&Measured| {
-            m.weight
-                * match m.key {
-                    None => 1.0,
-                    Some(_) => OPERATOR_WEIGHT * m.us / (m.us + RESOLUTION_US),
-                }
-        };
         Self {
             columns: in_order.into_iter().map(|c| c.0).collect(),
             rows,
             us: measured.iter().map(|m| m.us).collect(),
-            weights: measured.iter().map(weight).collect(),
+            weights: measured.iter().map(|m| weight(m)).collect(),
         }
     }
 
@@ -259,44 +305,39 @@ impl System {
     }
 }
 
-fn fit_system(measured: &[&Measured], block: Block, noise_floor: f64) -> (Vec<PathFit>, Vec<Judged>) {
-    let system = System::new(measured, block);
-    let all: Vec<usize> = (0..measured.len()).collect();
-    let found = system.solve(&all);
-    // Families of operators and single networks leave together.
-    let fold = |index: usize| match measured[index].key {
+/// The fold that a row leaves with: families of operators and single networks leave together.
+fn fold(index: usize, row: &Measured) -> u64 {
+    match row.key {
         Some(key) => cotk_run::files::checksum(family(&key).as_bytes()) % FOLDS,
         None => index as u64 % FOLDS,
-    };
+    }
+}
+
+/// What each row is predicted at by a fit of the others; NaN where there are too few for folds, or nothing is known of it.
+fn left_out(measured: &[&Measured], mut predict: impl FnMut(&[usize], &[usize]) -> Vec<f64>) -> Vec<f64> {
     let mut left_out = vec![f64::NAN; measured.len()];
-    if measured.len() >= 3 * usize::try_from(FOLDS).expect("eight") {
-        for out in 0..FOLDS {
-            let (test, train): (Vec<usize>, Vec<usize>) = all.iter().partition(|&&i| fold(i) == out);
-            let without = system.solve(&train);
-            for row in test {
-                left_out[row] = system.predict(row, &without);
-            }
+    if measured.len() < 3 * usize::try_from(FOLDS).expect("eight") {
+        return left_out;
+    }
+    for out in 0..FOLDS {
+        let of_fold = |&i: &usize| fold(i, measured[i]) == out;
+        let (test, train): (Vec<usize>, Vec<usize>) = (0..measured.len()).partition(of_fold);
+        for (row, predicted) in test.iter().zip(predict(&train, &test)) {
+            left_out[*row] = predicted;
         }
     }
-    let error = |row: usize| (system.us[row] / left_out[row].max(1e-9)).ln().abs();
-    let mut by_path: BTreeMap<Path, Vec<f64>> = BTreeMap::new();
-    let mut rows_of: BTreeMap<Path, usize> = BTreeMap::new();
-    for &row in &all {
-        let Some(key) = measured[row].key else { continue };
-        let path = key.path(block);
-        *rows_of.entry(path).or_default() += 1;
-        if left_out[row].is_finite() {
-            by_path.entry(path).or_default().push(error(row));
-        }
-    }
-    let errors: Vec<f64> = by_path.values().flatten().copied().collect();
-    let typical = if errors.len() < 20 {
-        UNTESTED_LN
-    } else {
-        quantile(&errors, 0.9)
-    };
-    let mut paths: BTreeMap<Path, Vec<Coefficient>> = BTreeMap::new();
+    left_out
+}
+
+fn fit_system(measured: &[&Measured], block: Block, noise_floor: f64) -> (Vec<PathFit>, Vec<Judged>) {
+    let system = System::new(measured, block);
+    let found = system.solve(&(0..measured.len()).collect::<Vec<_>>());
+    let left_out = left_out(measured, |train, test| {
+        let without = system.solve(train);
+        test.iter().map(|&row| system.predict(row, &without)).collect()
+    });
     let ranges = ranges(measured, block);
+    let mut paths: BTreeMap<Path, Vec<Coefficient>> = BTreeMap::new();
     for (&(path, term), &us_per_unit) in system.columns.iter().zip(&found) {
         let (min, max) = ranges.get(&(path, term)).copied().unwrap_or((0.0, 0.0));
         paths.entry(path).or_default().push(Coefficient {
@@ -306,37 +347,133 @@ fn fit_system(measured: &[&Measured], block: Block, noise_floor: f64) -> (Vec<Pa
             max,
         });
     }
-    let fits: Vec<PathFit> = paths
+    let fits = paths
         .into_iter()
-        .map(|(path, coefficients)| {
-            let own = by_path.get(&path).map_or(&[][..], Vec::as_slice);
-            #[expect(clippy::cast_precision_loss, reason = "counts of rows")]
-            let (count, mape) = (own.len() as f64, own.iter().map(|e| 1.0 - (-e).exp()).sum::<f64>());
-            // A decile of few is no decile: what all paths say counts like ten rows of this one.
-            let decile = if own.is_empty() { typical } else { quantile(own, 0.9) };
-            let spread = (count * decile + 10.0 * typical) / (count + 10.0);
-            PathFit {
-                path,
-                coefficients,
-                rows: rows_of.get(&path).copied().unwrap_or(0),
-                cv_mape_pct: 100.0 * mape / count.max(1.0),
-                spread_ln: spread.max(noise_floor),
+        .map(|(path, coefficients)| untested(path, coefficients, None));
+    tested(fits.collect(), measured, &left_out, block, noise_floor)
+}
+
+/// Several threads, from what one thread takes.
+fn fit_teams(
+    measured: &[&Measured],
+    one: &BTreeMap<Family, PathFit>,
+    threads: u32,
+    block: Block,
+    noise_floor: f64,
+) -> (Vec<PathFit>, Vec<Judged>) {
+    let weights: Vec<f64> = measured.iter().map(|m| weight(m)).collect();
+    let teams = Teams::new(measured, &weights, one, threads, block);
+    let found = teams.fit(&(0..measured.len()).collect::<Vec<_>>());
+    let left_out = left_out(measured, |train, test| {
+        let without = teams.fit(train);
+        { test.iter() }
+            .map(|&row| teams.predict(row, &without).unwrap_or(f64::NAN))
+            .collect()
+    });
+    let fits = one.values().map(|fit| {
+        let path = Path {
+            family: fit.path.family,
+            threads,
+        };
+        untested(path, fit.coefficients.clone(), Some(found[&path.family]))
+    });
+    tested(fits.collect(), measured, &left_out, block, noise_floor)
+}
+
+fn untested(path: Path, coefficients: Vec<Coefficient>, team: Option<Team>) -> PathFit {
+    PathFit {
+        path,
+        coefficients,
+        rows: 0,
+        cv_mape_pct: 0.0,
+        spread_ln: UNTESTED_LN,
+        team,
+    }
+}
+
+/// Rows, errors and spreads of fits, from what was left out of them; and the networks among that.
+fn tested(
+    fits: Vec<PathFit>,
+    measured: &[&Measured],
+    left_out: &[f64],
+    block: Block,
+    noise_floor: f64,
+) -> (Vec<PathFit>, Vec<Judged>) {
+    let error = |row: usize| (measured[row].us / left_out[row].max(1e-9)).ln().abs();
+    let mut places: BTreeMap<Path, Vec<(u64, Place)>> = BTreeMap::new();
+    // What several threads make of a time is no matter of places.
+    let is_placed = |path: &Path| !fits.iter().any(|fit| fit.path == *path && fit.team.is_some());
+    for (index, row) in measured.iter().enumerate() {
+        if let Some((key, place)) = row.key.and_then(|key| Some((key, smooth::place(&key)?))) {
+            let path = key.path(block);
+            if is_placed(&path) {
+                places.entry(path).or_default().push((fold(index, row), place));
             }
-        })
-        .collect();
-    let fits: Vec<PathFit> = fits.into_iter().filter(|fit| !says_nothing(fit)).collect();
-    let judged = all
-        .iter()
-        .filter(|&&row| measured[row].key.is_none() && left_out[row].is_finite())
-        .map(|&row| Judged {
+        }
+    }
+    // How far a key lies from what was measured, as its own prediction was made: without its fold.
+    let doubt = |key: &Key, without: Option<u64>| match (smooth::place(key), places.get(&key.path(block))) {
+        (Some(at), Some(rows)) => {
+            let others = rows.iter().filter(|row| Some(row.0) != without).map(|row| &row.1);
+            smooth::doubt(smooth::nearest(&at, others))
+        }
+        _ => 1.0,
+    };
+    // Errors, and errors as they would be beside a measured key.
+    let mut by_path: BTreeMap<Path, Vec<(f64, f64)>> = BTreeMap::new();
+    let mut rows_of: BTreeMap<Path, usize> = BTreeMap::new();
+    for (row, m) in measured.iter().enumerate() {
+        let Some(key) = m.key else { continue };
+        let path = key.path(block);
+        *rows_of.entry(path).or_default() += 1;
+        if left_out[row].is_finite() {
+            let near = error(row) / doubt(&key, Some(fold(row, m)));
+            by_path.entry(path).or_default().push((error(row), near));
+        }
+    }
+    let near = |errors: &[(f64, f64)]| -> Vec<f64> { errors.iter().map(|e| e.1).collect() };
+    let errors: Vec<f64> = by_path.values().flat_map(|errors| near(errors)).collect();
+    let typical = if errors.len() < 20 {
+        UNTESTED_LN
+    } else {
+        quantile(&errors, 0.9)
+    };
+    let test = |fit: PathFit| {
+        let own = by_path.get(&fit.path).map_or(&[][..], Vec::as_slice);
+        #[expect(clippy::cast_precision_loss, reason = "counts of rows")]
+        let (count, mape) = (own.len() as f64, own.iter().map(|e| 1.0 - (-e.0).exp()).sum::<f64>());
+        // A decile of few is no decile: what all paths say counts like ten rows of this one.
+        let decile = if own.is_empty() {
+            typical
+        } else {
+            quantile(&near(own), 0.9)
+        };
+        let spread = (count * decile + 10.0 * typical) / (count + 10.0);
+        PathFit {
+            rows: rows_of.get(&fit.path).copied().unwrap_or(0),
+            cv_mape_pct: 100.0 * mape / count.max(1.0),
+            spread_ln: spread.max(noise_floor),
+            ..fit
+        }
+    };
+    let fits: Vec<PathFit> = fits.into_iter().map(test).filter(|fit| !says_nothing(fit)).collect();
+    let of_path: BTreeMap<Path, &PathFit> = fits.iter().map(|fit| (fit.path, fit)).collect();
+    let judge = |(row, m): (usize, &&Measured)| {
+        let parts = m.parts.iter().filter_map(|(key, times)| {
+            let features = key.features(block);
+            let fit = of_path.get(&features.path)?;
+            Some((
+                features.path,
+                times * fit.us(&features),
+                fit.spread_ln * doubt(key, None),
+            ))
+        });
+        (m.key.is_none() && left_out[row].is_finite()).then(|| Judged {
             error_ln: error(row),
-            spread_ln: crate::predict::sum_spread_ln(measured[row].parts.iter().filter_map(|(key, times)| {
-                let features = key.features(block);
-                let fit = fits.iter().find(|fit| fit.path == features.path)?;
-                Some((features.path, times * fit.us(&features), fit.spread_ln))
-            })),
+            errors: Errors::sum(parts),
         })
-        .collect();
+    };
+    let judged = measured.iter().enumerate().filter_map(judge).collect();
     (fits, judged)
 }
 

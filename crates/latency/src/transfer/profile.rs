@@ -251,7 +251,7 @@ impl Source {
             .retain(|fit| fit.path.threads == from_threads && Group::of(fit.path.family, Term::Call).is_some());
         // Ratios of rows to the fit are the kernels' own staircase: another block has another one.
         kept.rows
-            .retain(|row| same_block && with_threads(&row.key, from_threads) == Some(row.key));
+            .retain(|row| same_block && row.key.with_threads(from_threads) == Some(row.key));
         kept.head.identity = here.clone();
         // They correct sums of the source's.
         kept.networks.clear();
@@ -381,7 +381,10 @@ impl Source {
     fn renamed(&self, transfer: Transfer) -> Profile {
         let mut profile = self.profile.clone();
         for row in &mut profile.rows {
-            row.key = with_threads(&row.key, self.threads).expect("only rows with threads were kept");
+            row.key = row
+                .key
+                .with_threads(self.threads)
+                .expect("only rows with threads were kept");
         }
         profile.rows.sort_by_key(|row| row.key);
         profile.fits.iter_mut().for_each(|fit| fit.path.threads = self.threads);
@@ -459,24 +462,6 @@ fn relative(rows: &[(Vec<f64>, f64)], prior: &[f64], doubts: &[f64]) -> Vec<f64>
         row[i] = row[i] * (1.0 + 1e-9) + doubts[i] + f64::MIN_POSITIVE;
     }
     nnls(&gram, &right)
-}
-
-/// A CNN operator with another number of threads; `None` for what is no part of a CNN.
-fn with_threads(key: &Key, threads: u32) -> Option<Key> {
-    let mut key = *key;
-    let slot = match &mut key {
-        Key::Session { threads } => threads,
-        Key::Conv(c) => &mut c.threads,
-        Key::Linear(l) => &mut l.threads,
-        Key::Add(p) | Key::GlobalAvgPool(p) | Key::Entry(p) => &mut p.threads,
-        Key::Edge(e) => &mut e.threads,
-        Key::Pool(p) => &mut p.threads,
-        Key::Elementwise(e) => &mut e.threads,
-        Key::LowRank(l) => &mut l.conv.threads,
-        Key::Expert(_) | Key::Dense(_) | Key::Attention(_) | Key::Glue(_) | Key::Read(_) => return None,
-    };
-    *slot = threads;
-    Some(key)
 }
 
 #[cfg(test)]

@@ -4,10 +4,29 @@
 //! tiles, since six columns at once cost less than five single ones, and so do eight channels of a plain depthwise kernel.
 
 use super::{
-    Block, Context, ConvKey, EdgeKey, EdgeKind, ElementwiseKey, ElementwiseKind, Family, Features, PlaneKey, PoolKey,
-    Term,
+    Block, Context, ConvKey, EdgeKey, EdgeKind, ElementwiseKey, ElementwiseKind, Family, Features, Key, PlaneKey,
+    PoolKey, Term,
 };
 use crate::graph::Numerics;
+
+impl Key {
+    /// A CNN operator with another number of threads; `None` for what is no part of a CNN.
+    pub(crate) fn with_threads(mut self, threads: u32) -> Option<Self> {
+        let slot = match &mut self {
+            Self::Session { threads } => threads,
+            Self::Conv(c) => &mut c.threads,
+            Self::Linear(l) => &mut l.threads,
+            Self::Add(p) | Self::GlobalAvgPool(p) | Self::Entry(p) => &mut p.threads,
+            Self::Edge(e) => &mut e.threads,
+            Self::Pool(p) => &mut p.threads,
+            Self::Elementwise(e) => &mut e.threads,
+            Self::LowRank(l) => &mut l.conv.threads,
+            Self::Expert(_) | Self::Dense(_) | Self::Attention(_) | Self::Glue(_) | Self::Read(_) => return None,
+        };
+        *slot = threads;
+        Some(self)
+    }
+}
 
 pub(super) fn element_bytes(numerics: Numerics) -> f64 {
     match numerics {

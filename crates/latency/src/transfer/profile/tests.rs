@@ -125,6 +125,7 @@ fn source() -> Profile {
             median_us: us,
             q10_us: us,
             mad_us: 0.01 * us,
+            taken: crate::profile::Taken::default(),
         }
     };
     made.rows = keys.into_iter().map(row).collect();
@@ -238,7 +239,7 @@ fn what_networks_do_not_run_is_left_out() {
         profile
             .rows
             .iter()
-            .all(|row| with_threads(&row.key, 2) == Some(row.key))
+            .all(|row| row.key.with_threads(2) == Some(row.key))
     );
     assert!(profile.heldout.is_empty() && profile.good_for().kinds == ["cnn"]);
     let none = Source::new(&source(), 7, &profile.head.identity, 2)
