@@ -151,13 +151,15 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         networks: version.is_some().then_some(&OnnxNetworks as &dyn NetworkProbe),
     };
     let measured = measure(wanted, &plan, with, &folder, &cx.cancel, &cx.ui).map_err(latency)?;
-    if measured.left_out > 0 {
-        warnings.push(format!(
-            "{} keys were left out: there was no time for them",
-            measured.left_out
-        ));
-    }
     let profile = measured.profile;
+    let conditions = &profile.head.conditions;
+    if let Some(count) = conditions.no_time_for.filter(|count| *count > 0) {
+        warnings.push(format!("{count} keys were left out: there was no time for them"));
+    }
+    if conditions.pinned == Some(false) {
+        warnings
+            .push("this system does not let threads stay on their core: times may hold moves between cores".to_owned());
+    }
     if measured.resumed > 0 {
         warnings.push(format!("went on: {} timings were taken before", measured.resumed));
     }
@@ -187,10 +189,10 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         "timings": profile.rows.len(),
         "heldout": summary,
         "networks": profile.networks.len(),
-        "left_out": measured.left_out,
-        "unmeasurable": measured.unmeasurable,
-        "undisturbed_pct": 100.0 * measured.undisturbed,
-        "disturbed_factor": measured.disturbed_factor,
+        "left_out": conditions.no_time_for,
+        "unmeasurable": profile.head.left_out.len(),
+        "undisturbed_pct": conditions.undisturbed_pct,
+        "disturbed_factor": conditions.disturbed_factor,
         "seconds": profile.head.provenance.seconds,
     });
     let mut text = table(&profile, threads);
@@ -204,16 +206,11 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         folder.display()
     ));
     text.push_str(&format!(
-        "times are those of an undisturbed core: {} % of the slices were; as the machine was, things took {} times as long\n",
-        significant(100.0 * measured.undisturbed, 2),
-        significant(measured.disturbed_factor, 3),
+        "times are those of undisturbed cores: {} % of the slices were; as the machine was, things took {} times as long\n",
+        significant(conditions.undisturbed_pct.unwrap_or_default(), 2),
+        significant(conditions.disturbed_factor.unwrap_or(1.0), 3),
     ));
-    if measured.unmeasurable > 0 {
-        text.push_str(&format!(
-            "{} operators cost less than can be told from noise beside their neighbours: in no table, judged by nothing\n",
-            measured.unmeasurable
-        ));
-    }
+    text.push_str(&unmeasurable(&profile));
     for calibration in &profile.calibrations {
         text.push_str(&format!(
             "{} networks with {} threads, each left out of its fit: mean error {} %\n",
@@ -231,6 +228,40 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         ));
     }
     Ok(Outcome::new(result, text).warn(warnings))
+}
+
+/// What cannot be told from noise, counted by path; by name it stands in profile.toml.
+fn unmeasurable(profile: &Profile) -> String {
+    let left_out = &profile.head.left_out;
+    if left_out.is_empty() {
+        return String::new();
+    }
+    let mut paths: BTreeMap<&str, usize> = BTreeMap::new();
+    for lost in left_out {
+        *paths.entry(&lost.path).or_default() += 1;
+    }
+    let mut paths: Vec<(&str, usize)> = paths.into_iter().collect();
+    paths.sort_by_key(|(path, count)| (std::cmp::Reverse(*count), *path));
+    let heldout = left_out.iter().filter(|lost| lost.is_heldout).count();
+    let mut text = format!(
+        "not measurable here: {} operators cost less than can be told from noise beside their neighbours: in no table, judged by\n\
+         nothing, named in profile.toml ({heldout} of them of the held-out list):",
+        left_out.len(),
+    );
+    let mut column = usize::MAX;
+    for (path, count) in paths {
+        let word = format!(" {path} {count},");
+        // Tables fit 100 columns.
+        if column.saturating_add(word.len()) > 100 {
+            text.push_str("\n ");
+            column = 1;
+        }
+        column += word.len();
+        text.push_str(&word);
+    }
+    text.pop();
+    text.push('\n');
+    text
 }
 
 fn latency(error: cotk_latency::Error) -> Fault {

@@ -2,11 +2,16 @@
 //! only room that touches profile files. Law: what is saved loads to the same predictions; a changed or cut file is refused
 //! by line.
 
+mod conditions;
 mod csv;
 mod networks;
+mod sealed;
 
 use std::collections::BTreeMap;
+use std::fs::TryLockError;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path as FilePath, PathBuf};
+use std::time::{Duration, Instant};
 
 use cotk_run::files;
 use serde::{Deserialize, Serialize};
@@ -21,6 +26,7 @@ use crate::transfer::profile::Transfer;
 use crate::work::Key;
 use crate::{Error, Result};
 
+pub use self::conditions::{Conditions, LeftOut, Level, throttled};
 pub use self::networks::NetworkRow;
 
 const LIMIT_BYTES: u64 = 1 << 28;
@@ -58,6 +64,15 @@ pub struct Head {
     /// What it is good for; filled on save.
     #[serde(default)]
     pub good_for: GoodFor,
+    /// What the machine was like meanwhile.
+    #[serde(default)]
+    pub conditions: Conditions,
+    /// What is in no table, and judged by nothing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<LeftOut>,
+    /// The first line of the file that is not what was written, found on load.
+    #[serde(skip)]
+    pub edited: Option<u64>,
     /// Lengths and checksums of the other files; filled on save.
     #[serde(default)]
     pub files: BTreeMap<String, FileMark>,
@@ -153,6 +168,24 @@ pub struct Row {
     pub q10_us: f64,
     /// Median absolute deviation of slices, or half the range of the sessions' medians if that is larger.
     pub mad_us: f64,
+    /// What went on meanwhile.
+    pub taken: Taken,
+}
+
+/// What the machine did while a key was timed; `None` where that was not recorded.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Taken {
+    /// Slices that were dropped, in all sessions: disturbed ones.
+    pub dropped: Option<u32>,
+    /// Whether the slices that count were undisturbed in every session; else the fastest of all stand in.
+    pub is_quiet: Option<bool>,
+    /// Share of the time that the hypervisor took from all cores while the key and what lived beside it were timed, in
+    /// percent, mean of the sessions.
+    pub steal_pct: Option<f64>,
+    /// Share of the slices' time that went to others on the same core, in percent, mean of the sessions; and involuntary
+    /// switches of the measuring thread in all of them.
+    pub lost_pct: Option<f64>,
+    pub switches: Option<u32>,
 }
 
 impl Row {
@@ -183,6 +216,10 @@ pub struct HeldOut {
     pub lo_us: f64,
     pub hi_us: f64,
     pub measured_us: f64,
+    /// How far apart repeats of the measurement are.
+    pub repeat_us: Option<f64>,
+    /// Checksum of the coefficients that predicted it, see [`Profile::coeffs_checksum`].
+    pub coeffs: Option<u64>,
 }
 
 /// How well held-out shapes were predicted.
@@ -192,6 +229,13 @@ pub struct HeldOutSummary {
     pub mape_pct: f64,
     /// Share of them within 15 %, in percent.
     pub within_15_pct: f64,
+    /// Share of them inside their predicted intervals, in percent.
+    pub covered_pct: f64,
+    /// Median of how far apart repeats of one of them are, in percent: no prediction can be nearer.
+    pub repeat_pct: Option<f64>,
+    /// Whether they judge the coefficients that the profile has now: since it was measured, networks from use may have
+    /// changed them.
+    pub is_of_these_coefficients: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -219,22 +263,29 @@ struct CoeffsPath {
 
 impl Profile {
     /// Version of the folder's layout; others are refused by name.
-    pub const FORMAT: u32 = 3;
+    pub const FORMAT: u32 = 4;
 
-    /// A profile's folder, whoever's machine it is of.
+    /// A profile's folder, whoever's machine it is of. While another process exchanges it, one of the two is read.
     ///
     /// # Errors
     /// [`Error::Run`] for a missing file, [`Error::Format`], [`Error::Line`].
     pub fn load(folder: &FilePath) -> Result<Self> {
-        let head: Head = toml(&folder.join("profile.toml"), None)?;
-        if head.format != Self::FORMAT {
+        for _ in 0..EXCHANGES {
+            let before = inode(folder);
+            let read = Self::read(folder);
+            if read.is_ok() || inode(folder) == before {
+                return read;
+            }
+        }
+        Self::read(folder)
+    }
+
+    fn read(folder: &FilePath) -> Result<Self> {
+        let head = head(&folder.join("profile.toml"))?;
+        if let Some(detail) = conditions::complaint(&head.conditions, &head.left_out) {
             return Err(Error::Format {
                 file: folder.join("profile.toml"),
-                detail: format!(
-                    "format {}, expected {}: measure again with `cotk profile`",
-                    head.format,
-                    Self::FORMAT
-                ),
+                detail,
             });
         }
         if let Some(detail) = head.transfer.as_ref().and_then(Transfer::complaint) {
@@ -252,7 +303,7 @@ impl Profile {
         let rows = csv::rows(&folder.join("timings.csv"), mark("timings.csv")?)?;
         let heldout = csv::heldout(&folder.join("heldout.csv"), mark("heldout.csv")?)?;
         let coeffs = folder.join("coeffs.toml");
-        let parsed: CoeffsFile = toml(&coeffs, Some(mark("coeffs.toml")?))?;
+        let parsed: CoeffsFile = coefficients(&coeffs, mark("coeffs.toml")?)?;
         let fit = |path: CoeffsPath| {
             let fail = |detail| Error::Format {
                 file: coeffs.clone(),
@@ -305,38 +356,42 @@ impl Profile {
         })
     }
 
+    /// Loads a folder, changes it and saves it, alone: another process that does the same waits.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load) and [`save`](Self::save); what `change` returns: the old profile then stands.
+    pub fn update<T, E: From<Error>>(
+        folder: &FilePath,
+        change: impl FnOnce(&mut Self) -> std::result::Result<T, E>,
+    ) -> std::result::Result<T, E> {
+        let _held = hold(folder)?;
+        let mut profile = Self::load(folder)?;
+        let changed = change(&mut profile)?;
+        profile.replace(folder)?;
+        Ok(changed)
+    }
+
     /// Writes the folder anew: whole beside it, then exchanged.
     ///
     /// # Errors
     /// [`Error::Run`]; the old profile then stands.
     pub fn save(&self, folder: &FilePath) -> Result<()> {
+        let _held = folder.join("profile.toml").exists().then(|| hold(folder)).transpose()?;
+        self.replace(folder)
+    }
+
+    fn replace(&self, folder: &FilePath) -> Result<()> {
         let partial = with_suffix(folder, ".partial-new");
         remove(&partial)?;
         files::create_folder(&partial)?;
         let timings = csv::write_rows(&self.rows);
         let heldout = csv::write_heldout(&self.heldout);
         let networks = networks::write(&self.networks);
-        let coeffs = CoeffsFile {
-            path: self
-                .fits
-                .iter()
-                .map(|fit| CoeffsPath {
-                    name: fit.path.to_string(),
-                    rows: fit.rows,
-                    cv_mape_pct: fit.cv_mape_pct,
-                    spread_ln: fit.spread_ln,
-                    team: fit.team,
-                    term: fit.coefficients.clone(),
-                })
-                .collect(),
-            networks: self.calibrations.clone(),
-            correction: self.corrections.clone(),
-        };
         let encode = |e: toml::ser::Error| Error::Format {
             file: folder.to_owned(),
             detail: e.to_string(),
         };
-        let coeffs = ::toml::to_string(&coeffs).map_err(encode)?;
+        let coeffs = sealed::seal(&self.coeffs_text().map_err(encode)?);
         let mut head = self.head.clone();
         head.good_for = self.good_for();
         let mark = |text: &str| FileMark {
@@ -356,15 +411,45 @@ impl Profile {
         for (name, text) in all {
             files::write_atomic(partial.join(name), text.as_bytes())?;
         }
-        let head = ::toml::to_string(&head).map_err(encode)?;
+        let head = sealed::seal(&::toml::to_string(&head).map_err(encode)?);
         files::write_atomic(partial.join("profile.toml"), head.as_bytes())?;
+        // From the moment that it has its name, the next writer waits for the end of this one.
+        let _held = hold(&partial)?;
+        if !folder.exists() {
+            return Ok(files::publish_folder(&partial, folder)?);
+        }
+        if cotk_run::system::exchange_folders(&partial, folder)? {
+            return remove(&partial);
+        }
         let old = with_suffix(folder, ".partial-old");
         remove(&old)?;
-        if folder.exists() {
-            files::publish_folder(folder, &old)?;
-        }
+        files::publish_folder(folder, &old)?;
         files::publish_folder(&partial, folder)?;
         remove(&old)
+    }
+
+    fn coeffs_text(&self) -> std::result::Result<String, toml::ser::Error> {
+        ::toml::to_string(&CoeffsFile {
+            path: self
+                .fits
+                .iter()
+                .map(|fit| CoeffsPath {
+                    name: fit.path.to_string(),
+                    rows: fit.rows,
+                    cv_mape_pct: fit.cv_mape_pct,
+                    spread_ln: fit.spread_ln,
+                    team: fit.team,
+                    term: fit.coefficients.clone(),
+                })
+                .collect(),
+            networks: self.calibrations.clone(),
+            correction: self.corrections.clone(),
+        })
+    }
+
+    /// Checksum of everything that was fitted: what a held-out row names as its judge.
+    pub fn coeffs_checksum(&self) -> u64 {
+        files::checksum(self.coeffs_text().unwrap_or_default().as_bytes())
     }
 
     /// What was measured.
@@ -391,6 +476,9 @@ impl Profile {
         }
         if self.head.provenance.quick {
             flags.push(Flag::Quick);
+        }
+        if let Some(line) = self.head.edited {
+            flags.push(Flag::Edited { line });
         }
         if self.head.purpose == Purpose::Reference {
             flags.push(Flag::Reference);
@@ -432,7 +520,7 @@ impl Profile {
 
     fn refit_operators(&mut self) {
         let block = self.head.identity.block();
-        let rows = self.rows.iter().map(|row| Measured::operator(&row.sample()));
+        let rows = self.rows.iter().map(|row| Measured::of_table(&row.sample(), block));
         let networks = self.networks.iter().map(|network| network.measured(block));
         let measured: Vec<Measured> = rows.chain(networks).collect();
         let fitted = joint::fit_all(&measured, block, self.head.noise.floor_pct / 100.0);
@@ -448,12 +536,21 @@ impl Profile {
             .map(|h| (h.predicted_us / h.measured_us - 1.0).abs())
             .collect();
         #[expect(clippy::cast_precision_loss, reason = "counts of shapes")]
-        let count = errors.len() as f64;
+        let share = |is: &dyn Fn(&HeldOut) -> bool| {
+            100.0 * self.heldout.iter().filter(|h| is(h)).count() as f64 / self.heldout.len() as f64
+        };
+        let repeats: Vec<f64> = { self.heldout.iter() }
+            .filter_map(|h| Some(100.0 * h.repeat_us? / h.measured_us))
+            .collect();
+        let coeffs = self.coeffs_checksum();
         #[expect(clippy::cast_precision_loss, reason = "counts of shapes")]
-        (count > 0.0).then(|| HeldOutSummary {
+        (!errors.is_empty()).then(|| HeldOutSummary {
             count: errors.len(),
-            mape_pct: 100.0 * errors.iter().sum::<f64>() / count,
-            within_15_pct: 100.0 * errors.iter().filter(|e| **e <= 0.15).count() as f64 / count,
+            mape_pct: 100.0 * errors.iter().sum::<f64>() / errors.len() as f64,
+            within_15_pct: share(&|h| (h.predicted_us / h.measured_us - 1.0).abs() <= 0.15),
+            covered_pct: share(&|h| (h.lo_us..=h.hi_us).contains(&h.measured_us)),
+            repeat_pct: (!repeats.is_empty()).then(|| crate::probe::median(&repeats)),
+            is_of_these_coefficients: self.heldout.iter().all(|h| h.coeffs == Some(coeffs)),
         })
     }
 }
@@ -556,25 +653,112 @@ fn remove(folder: &FilePath) -> Result<()> {
     }
 }
 
-fn toml<T: serde::de::DeserializeOwned>(file: &FilePath, mark: Option<&FileMark>) -> Result<T> {
-    let text = files::read_text(file, LIMIT_BYTES)?;
-    let fail = |detail: String| Error::Format {
-        file: file.to_owned(),
-        detail,
-    };
-    let parsed = ::toml::from_str(&text).map_err(|e| fail(e.to_string().trim_end().to_owned()))?;
-    if let Some(mark) = mark {
-        let found = format!("{:016x}", files::checksum(text.as_bytes()));
-        if found != mark.xxh3 {
-            let lines = text.lines().count();
-            return Err(fail(format!(
-                "changed since it was measured: {lines} lines with checksum {found}, expected {} with {}",
-                mark.rows, mark.xxh3
-            )));
-        }
-    }
-    Ok(parsed)
+/// How often a folder may be exchanged while it is read.
+const EXCHANGES: u32 = 8;
+/// Longest that a writer waits for another one.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn inode(folder: &FilePath) -> Option<u64> {
+    folder.join("profile.toml").metadata().ok().map(|found| found.ino())
 }
 
+/// Holds a folder for writing until dropped. What is locked is the file that every exchange replaces: whoever waited for
+/// the old one begins anew with the new one, and nothing is left behind.
+fn hold(folder: &FilePath) -> Result<std::fs::File> {
+    let path = folder.join("profile.toml");
+    let begin = Instant::now();
+    loop {
+        let file = files::open(&path)?;
+        match file.try_lock() {
+            Ok(()) => {
+                let held = file.metadata().map_err(cotk_run::Error::io("read", &path))?.ino();
+                if inode(folder) == Some(held) {
+                    return Ok(file);
+                }
+            }
+            Err(TryLockError::WouldBlock) if begin.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::Run(cotk_run::Error::Locked {
+                    file: folder.to_owned(),
+                    holder: "?".to_owned(),
+                }));
+            }
+            Err(TryLockError::Error(error)) => return Err(Error::Run(cotk_run::Error::io("lock", &path)(error))),
+        }
+    }
+}
+
+fn read_toml<T: serde::de::DeserializeOwned>(file: &FilePath, text: &str) -> Result<T> {
+    ::toml::from_str(text).map_err(|e| Error::Format {
+        file: file.to_owned(),
+        detail: e.to_string().trim_end().to_owned(),
+    })
+}
+
+/// `profile.toml`. It says what is so of the machine: a line edited by hand is named with every prediction, and not refused.
+fn head(file: &FilePath) -> Result<Head> {
+    #[derive(Deserialize)]
+    struct Version {
+        format: u32,
+    }
+    let text = files::read_text(file, LIMIT_BYTES)?;
+    if let Ok(Version { format }) = ::toml::from_str::<Version>(&text)
+        && format != Profile::FORMAT
+    {
+        return Err(Error::Format {
+            file: file.to_owned(),
+            detail: format!(
+                "format {format}, expected {}: measure again with `cotk profile`",
+                Profile::FORMAT
+            ),
+        });
+    }
+    let (body, edited) = match sealed::unseal(file, &text) {
+        Ok(found) => found,
+        // What does not even parse says so with its own line.
+        Err(error) => return Err(read_toml::<Head>(file, &text).err().unwrap_or(error)),
+    };
+    Ok(Head {
+        edited,
+        ..read_toml(file, body)?
+    })
+}
+
+/// `coeffs.toml`, as it was fitted: an edited line is refused by its number.
+fn coefficients(file: &FilePath, mark: &FileMark) -> Result<CoeffsFile> {
+    let text = files::read_text(file, LIMIT_BYTES)?;
+    let (body, edited) = sealed::unseal(file, &text)?;
+    if let Some(line) = edited {
+        let found = body.lines().nth(usize::try_from(line - 1).unwrap_or(usize::MAX));
+        return Err(Error::Line {
+            file: file.to_owned(),
+            line,
+            what: "line".to_owned(),
+            found: found.map_or_else(
+                || "nothing".to_owned(),
+                |l| format!("`{}`", l.chars().take(80).collect::<String>()),
+            ),
+            expected: "what was fitted (its checksum differs)".to_owned(),
+        });
+    }
+    let found = format!("{:016x}", files::checksum(text.as_bytes()));
+    if found != mark.xxh3 {
+        return Err(Error::Format {
+            file: file.to_owned(),
+            detail: format!(
+                "changed since it was measured: {} lines with checksum {found}, expected {} with {}",
+                text.lines().count(),
+                mark.rows,
+                mark.xxh3
+            ),
+        });
+    }
+    read_toml(file, body)
+}
+
+#[cfg(test)]
+mod laws;
 #[cfg(test)]
 pub(crate) mod tests;

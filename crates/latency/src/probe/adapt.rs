@@ -138,6 +138,7 @@ mod tests {
                 median_us: us(i, o),
                 q10_us: us(i, o),
                 mad_us: 0.0,
+                taken: crate::profile::Taken::default(),
             })
             .collect();
         let samples: Vec<Sample> = rows.iter().map(Row::sample).collect();

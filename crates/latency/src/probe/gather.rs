@@ -8,10 +8,11 @@ use cotk_run::seeds::Seeds;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
+use super::core::{stolen_and_total, stolen_share};
 use super::rounds::{self, Pace, Timed};
 use super::{NetworkProbe, Probe, median, quantile};
 use crate::graph::Graph;
-use crate::profile::{NetworkRow, Row};
+use crate::profile::{NetworkRow, Row, Taken};
 use crate::work::Key;
 use crate::{Error, Result};
 
@@ -83,6 +84,9 @@ pub struct Session {
     /// Seconds of measuring until then, those of earlier starts included.
     pub at_s: f64,
     pub timed: Timed,
+    /// Share of the time that the hypervisor took from all cores while this and what lived beside it were timed, in percent.
+    #[serde(default)]
+    pub steal_pct: f64,
 }
 
 /// A network with the threads that it runs on.
@@ -187,13 +191,17 @@ impl Runner for InProcess {
                 } else {
                     &job.settings.pace
                 };
-                for (subject, timed) in batch.iter().zip(rounds::time(prepared, pace, &mut order)?) {
+                let before = stolen_and_total();
+                let timed = rounds::time(prepared, pace, &mut order)?;
+                let steal_pct = 100.0 * stolen_share(before, stolen_and_total());
+                for (subject, timed) in batch.iter().zip(timed) {
                     each(Session {
                         subject: *subject,
                         session: job.session,
                         process: job.process,
                         at_s: begin.elapsed().as_secs_f64(),
                         timed,
+                        steal_pct,
                     })?;
                 }
             }
@@ -235,33 +243,43 @@ pub fn is_apart(sessions: &[Session], subject: Subject) -> bool {
 pub struct Together {
     pub sessions: u32,
     pub count: u32,
-    pub dropped: u32,
     /// Median over sessions of the median over slices.
     pub median_us: f64,
     /// Tenth percentile of slices, smallest session.
     pub q10_us: f64,
     /// Median absolute deviation of slices, or half the range of the sessions' medians if that is larger.
     pub mad_us: f64,
+    pub taken: Taken,
 }
 
 /// The sessions of one thing, `None` when there are none.
 pub fn together(sessions: &[Session], subject: Subject) -> Option<Together> {
-    let of: Vec<&Timed> = sessions
-        .iter()
-        .filter(|s| s.subject == subject)
-        .map(|s| &s.timed)
-        .collect();
+    let of: Vec<&Session> = sessions.iter().filter(|s| s.subject == subject).collect();
+    let steals: Vec<f64> = of.iter().map(|s| s.steal_pct).collect();
+    let of: Vec<&Timed> = of.into_iter().map(|s| &s.timed).collect();
     let medians: Vec<f64> = of.iter().map(|t| t.median_us).collect();
     let mads: Vec<f64> = of.iter().map(|t| t.mad_us).collect();
     let half_range = (quantile(&medians, 1.0) - quantile(&medians, 0.0)) / 2.0;
     (!of.is_empty()).then(|| Together {
         sessions: u32::try_from(of.len()).unwrap_or(u32::MAX),
         count: of.iter().map(|t| t.count).sum(),
-        dropped: of.iter().map(|t| t.dropped).sum(),
         median_us: median(&medians),
         q10_us: of.iter().map(|t| t.q10_us).fold(f64::INFINITY, f64::min),
         mad_us: median(&mads).max(half_range),
+        taken: Taken {
+            dropped: Some(of.iter().map(|t| t.dropped).sum()),
+            is_quiet: Some(of.iter().all(|t| t.quiet)),
+            steal_pct: Some(mean(&steals)),
+            lost_pct: Some(mean(&of.iter().map(|t| t.lost_pct).collect::<Vec<_>>())),
+            switches: Some(of.iter().map(|t| t.switches).fold(0, u32::saturating_add)),
+        },
     })
+}
+
+fn mean(values: &[f64]) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "a handful of sessions")]
+    let count = values.len().max(1) as f64;
+    values.iter().sum::<f64>() / count
 }
 
 /// One row per key, in key order.
@@ -283,6 +301,7 @@ pub fn rows(sessions: &[Session]) -> Vec<Row> {
             median_us: t.median_us,
             q10_us: t.q10_us,
             mad_us: t.mad_us,
+            taken: t.taken,
         })
     };
     keys.into_iter().filter_map(row).collect()

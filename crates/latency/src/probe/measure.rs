@@ -13,15 +13,18 @@ use cotk_run::seeds::Seeds;
 use serde::{Deserialize, Serialize};
 
 use super::adapt;
+use super::core::{stolen_and_total, stolen_share};
 use super::gather::{self, Job, Runner, Session, Settings, Subject, Threaded, Tools};
-use super::rounds::stolen_and_total;
 use super::{NetworkProbe, Probe};
 use crate::Result;
 use crate::fit::fit;
 use crate::fit::joint::{self, Fitted, fit_all};
 use crate::identity::Identity;
 use crate::predict::CostModel;
-use crate::profile::{GoodFor, Head, HeldOut, Noise, Profile, Provenance, Purpose, Row, Verdict, with_suffix};
+use crate::profile::{
+    Conditions, GoodFor, Head, HeldOut, LeftOut, Noise, Profile, Provenance, Purpose, Row, Verdict, throttled,
+    with_suffix,
+};
 use crate::work::{Block, Key, Work};
 
 /// One probe with how much of it is wanted.
@@ -82,13 +85,6 @@ pub struct Measured {
     pub profile: Profile,
     /// Sessions found in the journal of an earlier start.
     pub resumed: usize,
-    /// Keys of the table that there was no time for.
-    pub left_out: usize,
-    /// Keys whose slope was lost in noise: in no table, judged by nothing.
-    pub unmeasurable: usize,
-    /// Share of slices of one core that nothing disturbed; and how much longer things took in all slices than in those.
-    pub undisturbed: f64,
-    pub disturbed_factor: f64,
 }
 
 /// Measures, fits and saves `folder`. Works in `<folder>.partial` until it is whole.
@@ -104,7 +100,8 @@ pub fn measure(
     progress: &dyn Progress,
 ) -> Result<Measured> {
     let begin = Instant::now();
-    let (stolen, total) = stolen_and_total();
+    let before = stolen_and_total();
+    let mut conditions = Conditions::here();
     let work = with_suffix(folder, ".partial");
     cotk_run::files::create_folder(&work)?;
     let lock = FolderLock::take(&work)?;
@@ -192,7 +189,7 @@ pub fn measure(
     adapt_rounds(&mut run, &adapts, &table, &heldout, share)?;
     let mut reached: Vec<Subject> = run.reached();
     reached.retain(|s| !matches!(s, Subject::Key(key) if !table.contains(key) && plan.canaries.contains(key)));
-    let left_out = table
+    let no_time_for = table
         .iter()
         .filter(|key| !reached.contains(&Subject::Key(**key)))
         .count();
@@ -237,13 +234,13 @@ pub fn measure(
     for (row, slope) in rows.iter_mut().zip(&timed) {
         own(row, slope, &fitted, block);
     }
-    let before = rows.len();
+    let mut left_out: Vec<LeftOut> = { rows.iter().zip(&is_kept) }
+        .filter(|(_, is_kept)| !**is_kept)
+        .map(|(row, _)| lost_in_noise(row, block, false))
+        .collect();
     let mut is_kept = is_kept.into_iter();
     rows.retain(|_| is_kept.next().expect("one of each row"));
-    let mut unmeasurable = before - rows.len();
-    let (stolen_now, total_now) = stolen_and_total();
-    #[expect(clippy::cast_precision_loss, reason = "a share")]
-    let steal_pct = 100.0 * (stolen_now - stolen) as f64 / (total_now - total).max(1) as f64;
+    let steal_pct = 100.0 * stolen_share(before, stolen_and_total());
     let mut profile = Profile {
         head: Head {
             format: Profile::FORMAT,
@@ -266,6 +263,9 @@ pub fn measure(
             },
             transfer: None,
             good_for: GoodFor::default(),
+            conditions: Conditions::default(),
+            left_out: Vec::new(),
+            edited: None,
             files: std::collections::BTreeMap::new(),
         },
         rows,
@@ -278,6 +278,7 @@ pub fn measure(
     profile.refit();
 
     // Frozen: predictions come before the measurements that judge them.
+    let coeffs = profile.coeffs_checksum();
     let model = profile.model(&[]);
     // A kind that the table lacks altogether cannot be judged.
     heldout.retain(|key| model.predict(&Work::Operator(*key)).is_ok());
@@ -303,7 +304,7 @@ pub fn measure(
             let slope = slope(run.tools.probes, &row)?;
             own(&mut row, &slope, &fitted, block);
             if !is_measurable(run.tools.probes, &row) {
-                unmeasurable += 1;
+                left_out.push(lost_in_noise(&row, block, true));
                 continue;
             }
             profile.heldout.push(HeldOut {
@@ -312,26 +313,41 @@ pub fn measure(
                 lo_us: p.lo_ms * 1e3,
                 hi_us: p.hi_ms * 1e3,
                 measured_us: row.median_us.max(1e-3),
+                repeat_us: Some(row.mad_us),
+                coeffs: Some(coeffs),
             });
         }
     }
     let (undisturbed, disturbed_factor) = gather::disturbance(&run.sessions);
+    conditions.undisturbed_pct = Some(100.0 * undisturbed);
+    conditions.disturbed_factor = Some(disturbed_factor);
+    conditions.no_time_for = Some(no_time_for as u64);
+    conditions.throttled =
+        { conditions.throttled.zip(throttled()) }.map(|(before, after)| after.saturating_sub(before));
+    for probe in run.tools.probes {
+        conditions.facts.extend(probe.facts());
+    }
+    profile.head.conditions = conditions;
+    profile.head.left_out = left_out;
     profile.head.provenance.seconds = run.before_s + begin.elapsed().as_secs_f64();
     progress.end();
     drop(run);
     drop(probes);
     profile.save(folder)?;
-    drop(lock);
-    // Whole now: nothing of the work folder is needed.
+    // Whole now: nothing of the work folder is needed. It goes before its lock does.
     let _ = std::fs::remove_dir_all(&work);
-    Ok(Measured {
-        profile,
-        resumed,
-        left_out,
-        unmeasurable,
-        undisturbed,
-        disturbed_factor,
-    })
+    drop(lock);
+    Ok(Measured { profile, resumed })
+}
+
+fn lost_in_noise(row: &Row, block: Block, is_heldout: bool) -> LeftOut {
+    LeftOut {
+        path: row.key.path(block).to_string(),
+        key: row.key.to_string(),
+        median_us: row.median_us,
+        mad_us: row.mad_us,
+        is_heldout,
+    }
 }
 
 /// A row as the sum that its probe says it is.

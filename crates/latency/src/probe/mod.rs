@@ -2,6 +2,7 @@
 //! room with a clock.
 
 pub mod adapt;
+pub mod core;
 pub mod disk;
 pub mod gather;
 pub mod measure;
@@ -45,6 +46,11 @@ pub trait Probe {
         Ok(vec![(*key, 1.0)])
     }
 
+    /// What it noticed that is no time, by a short name: goes into the profile as it is.
+    fn facts(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
     /// Builds what one key needs. `session` numbers independent builds of the same key: fresh allocations, fresh
     /// placement.
     ///
@@ -69,6 +75,16 @@ pub trait Prepared {
     /// Cores that it keeps busy.
     fn threads(&self) -> u32 {
         1
+    }
+
+    /// Whether each call touches what no call has touched before: nothing is warmed up, one call is a slice, and all count.
+    fn is_each_once(&self) -> bool {
+        false
+    }
+
+    /// µs of the last call by a clock of its own (events of a GPU's stream), where it has one.
+    fn own_us(&mut self) -> Option<f64> {
+        None
     }
 
     /// One call of one piece. Nothing but the call: it is timed.
@@ -123,6 +139,10 @@ impl Probe for Listed {
 
     fn measures(&self, key: &Key) -> bool {
         self.probe.measures(key)
+    }
+
+    fn facts(&self) -> Vec<(String, String)> {
+        self.probe.facts()
     }
 
     fn prepare(&self, key: &Key, session: u32) -> Result<Box<dyn Prepared>> {

@@ -6,7 +6,7 @@ use std::path::Path as FilePath;
 
 use cotk_run::files;
 
-use super::{FileMark, HeldOut, LIMIT_BYTES, Row};
+use super::{FileMark, HeldOut, LIMIT_BYTES, Row, Taken};
 use crate::graph::Numerics;
 use crate::work::{
     AttentionKey, Context, ConvKey, DenseKey, EdgeKey, EdgeKind, ElementwiseKey, ElementwiseKind, ExpertKey, GlueKey,
@@ -53,25 +53,52 @@ const KEY: [&str; 31] = [
 /// Where attention's values are: rows of their own, or the beginning of their keys.
 const VALUES: [(&str, bool); 2] = [("own", false), ("keys", true)];
 const KEY_TAIL: [&str; 3] = ["tier", "bytes", "threads"];
-const ROW: [&str; 5] = ["sessions", "count", "median_us", "q10_us", "mad_us"];
-const HELDOUT: [&str; 4] = ["predicted_us", "lo_us", "hi_us", "measured_us"];
+const ROW: [&str; 10] = [
+    "sessions",
+    "count",
+    "median_us",
+    "q10_us",
+    "mad_us",
+    "dropped",
+    "quiet",
+    "steal_pct",
+    "lost_pct",
+    "switches",
+];
+const HELDOUT: [&str; 6] = ["predicted_us", "lo_us", "hi_us", "measured_us", "repeat_us", "coeffs"];
+/// No time of ours comes near this: eleven days.
+const MOST_US: f64 = 1e12;
 
 pub(super) fn write_rows(rows: &[Row]) -> String {
     let values = |r: &Row| {
-        [
+        vec![
             r.sessions.to_string(),
             r.count.to_string(),
             number(r.median_us),
             number(r.q10_us),
             number(r.mad_us),
+            optional(r.taken.dropped),
+            optional(r.taken.is_quiet),
+            optional(r.taken.steal_pct),
+            optional(r.taken.lost_pct),
+            optional(r.taken.switches),
         ]
     };
-    write(&ROW, rows.iter().map(|r| (r.key, values(r).to_vec())))
+    write(&ROW, rows.iter().map(|r| (r.key, values(r))))
 }
 
 pub(super) fn write_heldout(rows: &[HeldOut]) -> String {
-    let values = |h: &HeldOut| [h.predicted_us, h.lo_us, h.hi_us, h.measured_us].map(number);
-    write(&HELDOUT, rows.iter().map(|h| (h.key, values(h).to_vec())))
+    let values = |h: &HeldOut| {
+        let times = [h.predicted_us, h.lo_us, h.hi_us, h.measured_us].map(number);
+        let rest = [optional(h.repeat_us), optional(h.coeffs.map(|c| format!("{c:016x}")))];
+        times.into_iter().chain(rest).collect()
+    };
+    write(&HELDOUT, rows.iter().map(|h| (h.key, values(h))))
+}
+
+/// An empty cell for what was not recorded.
+fn optional<T: ToString>(value: Option<T>) -> String {
+    value.map_or_else(String::new, |v| v.to_string())
 }
 
 /// Shortest text that reads back to the same number.
@@ -293,6 +320,13 @@ pub(super) fn rows(file: &FilePath, mark: &FileMark) -> Result<Vec<Row>> {
             median_us: line.time("median_us")?,
             q10_us: line.time("q10_us")?,
             mad_us: line.time("mad_us")?,
+            taken: Taken {
+                dropped: line.recorded("dropped", "a whole number", |_| true)?,
+                is_quiet: line.recorded("quiet", "true or false", |_| true)?,
+                steal_pct: line.recorded("steal_pct", "0 to 100", is_share)?,
+                lost_pct: line.recorded("lost_pct", "0 to 100", is_share)?,
+                switches: line.recorded("switches", "a whole number", |_| true)?,
+            },
         })
     })
 }
@@ -305,8 +339,14 @@ pub(super) fn heldout(file: &FilePath, mark: &FileMark) -> Result<Vec<HeldOut>> 
             lo_us: line.time("lo_us")?,
             hi_us: line.time("hi_us")?,
             measured_us: line.time("measured_us")?,
+            repeat_us: line.recorded("repeat_us", "a time of 0 or more", |us| (0.0..=MOST_US).contains(us))?,
+            coeffs: line.checksum("coeffs")?,
         })
     })
+}
+
+fn is_share(pct: &f64) -> bool {
+    (0.0..=100.0).contains(pct)
 }
 
 fn read<T>(file: &FilePath, extra: &[&str], mark: &FileMark, parse: impl Fn(&Line<'_>) -> Result<T>) -> Result<Vec<T>> {
@@ -421,8 +461,31 @@ impl Line<'_> {
     fn time(&self, name: &str) -> Result<f64> {
         let value: Option<f64> = self.cells.get(name).and_then(|cell| cell.parse().ok());
         value
-            .filter(|v| v.is_finite() && *v >= 0.0)
+            .filter(|v| (0.0..=MOST_US).contains(v))
             .ok_or_else(|| self.fail(name, "a time of 0 or more"))
+    }
+
+    /// A cell that is empty where nothing was recorded.
+    fn recorded<T: std::str::FromStr>(&self, name: &str, expected: &str, is: impl Fn(&T) -> bool) -> Result<Option<T>> {
+        match self.cells.get(name).copied().unwrap_or_default() {
+            "" => Ok(None),
+            cell => match cell.parse().ok().filter(is) {
+                Some(value) => Ok(Some(value)),
+                None => Err(self.fail(name, &format!("{expected}, or nothing"))),
+            },
+        }
+    }
+
+    /// Sixteen hexadecimal digits, or nothing.
+    fn checksum(&self, name: &str) -> Result<Option<u64>> {
+        match self.cells.get(name).copied().unwrap_or_default() {
+            "" => Ok(None),
+            cell if cell.len() == 16 => match u64::from_str_radix(cell, 16) {
+                Ok(value) => Ok(Some(value)),
+                Err(_) => Err(self.fail(name, "16 hexadecimal digits, or nothing")),
+            },
+            _ => Err(self.fail(name, "16 hexadecimal digits, or nothing")),
+        }
     }
 
     fn one_of<T: Copy>(&self, name: &str, known: &[(&str, T)]) -> Result<T> {

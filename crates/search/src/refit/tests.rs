@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use cotk_latency::profile::{GoodFor, Head, Noise, Provenance, Row, Verdict};
+use cotk_latency::profile::{Conditions, GoodFor, Head, Noise, Provenance, Row, Taken, Verdict};
 use cotk_latency::walk::operators;
 use cotk_run::seeds::Seeds;
 
@@ -30,6 +30,7 @@ fn machine(purpose: Purpose, here: &Identity, space: &Space) -> Profile {
             median_us: us,
             q10_us: us,
             mad_us: 0.01 * us,
+            taken: Taken::default(),
         }
     };
     let mut profile = Profile {
@@ -54,6 +55,9 @@ fn machine(purpose: Purpose, here: &Identity, space: &Space) -> Profile {
             },
             transfer: None,
             good_for: GoodFor::default(),
+            conditions: Conditions::default(),
+            left_out: vec![],
+            edited: None,
             files: BTreeMap::new(),
         },
         rows: keys.into_iter().map(row).collect(),
