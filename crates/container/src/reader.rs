@@ -50,14 +50,19 @@ pub struct ExpertView<'a> {
     pub down: Prefix<'a>,
 }
 
-impl ExpertView<'_> {
+impl<'a> ExpertView<'a> {
+    /// One matrix.
+    pub fn part(&self, part: Part) -> Prefix<'a> {
+        match part {
+            Part::Gate => self.gate,
+            Part::Up => self.up,
+            Part::Down => self.down,
+        }
+    }
+
     /// One matrix decoded, row major: what every kernel computes with, up to rounding.
     pub fn weights(&self, part: Part) -> Vec<f32> {
-        cotk_quant::decode::decode(match part {
-            Part::Gate => &self.gate,
-            Part::Up => &self.up,
-            Part::Down => &self.down,
-        })
+        cotk_quant::decode::decode(&self.part(part))
     }
 
     /// Rows of gate and up.
