@@ -158,6 +158,8 @@ pub(crate) struct Part {
     pub(crate) ms: f64,
     /// ln of the half interval that holds nine in ten.
     pub(crate) spread_ln: f64,
+    /// The same without a row of its own, as left-out networks judge sums.
+    pub(crate) unseen_ln: f64,
     pub(crate) terms: Terms,
     pub(crate) origin: Origin,
 }
@@ -358,10 +360,12 @@ impl Model {
                     .for_each(|(t, part)| *terms.slot(t.group()) += us / 1e3 * part / predicted),
                 None => *terms.slot(TermGroup::Launch) += us / 1e3,
             }
+            let spread_ln = NINE_IN_TEN * spread.max(self.noise_floor);
             return Ok(Part {
                 path: features.path,
                 ms: us / 1e3,
-                spread_ln: NINE_IN_TEN * spread.max(self.noise_floor),
+                spread_ln,
+                unseen_ln: fit.map_or(spread_ln, |fit| fit.spread_ln),
                 terms,
                 origin: Origin::Table,
             });
@@ -405,6 +409,7 @@ impl Model {
             path: features.path,
             ms: terms.sum_ms(),
             spread_ln,
+            unseen_ln: spread_ln,
             terms,
             origin: Origin::Fit,
         })
@@ -415,10 +420,12 @@ impl Model {
         let keys = triple.keys(self.block);
         let parts = keys.iter().map(|key| Ok((self.own_part(key, flags)?, 1.0)));
         let sum = self.sum(&parts.collect::<Result<Vec<_>>>()?, Vec::new());
+        let spread_ln = if sum.ms > 0.0 { (sum.hi_ms / sum.ms).ln() } else { 0.0 };
         Ok(Part {
             path,
             ms: sum.ms,
-            spread_ln: if sum.ms > 0.0 { (sum.hi_ms / sum.ms).ln() } else { 0.0 },
+            spread_ln,
+            unseen_ln: spread_ln,
             terms: sum.terms,
             origin: Origin::Fit,
         })
@@ -481,7 +488,9 @@ impl Model {
         let Some(calibration) = self.calibrations.iter().find(|c| c.threads == threads) else {
             return Ok(sum);
         };
-        let mut spread_ln = calibration.network_factor * Errors::of(&parts).spread_ln(calibration.correlation);
+        let mut spread_ln = calibration.network_factor * Errors::unseen(&parts).spread_ln(calibration.correlation);
+        // Left-out networks were timed in the same minutes as the others: another day adds what repeats differ by.
+        spread_ln = spread_ln.hypot(NINE_IN_TEN * self.noise_floor);
         if let Some(transfer) = &self.transfer {
             spread_ln = spread_ln.max(transfer.spread_ln);
         }
@@ -538,6 +547,11 @@ pub(crate) struct Errors {
 impl Errors {
     fn of(parts: &[(Part, f64)]) -> Self {
         Self::sum(parts.iter().map(|(p, times)| (p.path, times * p.ms, p.spread_ln)))
+    }
+
+    /// As if no part had a row of its own: what was left out had none.
+    fn unseen(parts: &[(Part, f64)]) -> Self {
+        Self::sum(parts.iter().map(|(p, times)| (p.path, times * p.ms, p.unseen_ln)))
     }
 
     /// From path, time and half interval (ln) of each part.

@@ -534,7 +534,7 @@ impl Key {
                 plane_features(Family::Entry(key.numerics), &key, Term::EdgeKib, bytes_per_element)
             }
             Self::Edge(key) => edge_features(&key, block),
-            Self::Pool(key) => pool_features(&key),
+            Self::Pool(key) => pool_features(&key, block),
             Self::Elementwise(key) => elementwise_features(&key),
             Self::LowRank(key) => {
                 let family = Family::LowRank(key.conv.numerics);

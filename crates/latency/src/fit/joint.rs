@@ -40,6 +40,15 @@ impl Measured {
         }
     }
 
+    /// A row of a table: one operator, or a triple as the chain that it stands in.
+    pub fn of_table(sample: &Sample, block: Block) -> Self {
+        let mut row = Self::operator(sample);
+        if let Key::LowRank(triple) = sample.key {
+            row.parts = triple.keys(block).into_iter().map(|key| (key, 1.0)).collect();
+        }
+        row
+    }
+
     /// One inference of a network.
     pub fn network(graph: &Graph, threads: u32, block: Block, us: f64, relative_spread: f64) -> Self {
         Self {
@@ -159,9 +168,9 @@ struct Judged {
     errors: Errors,
 }
 
-/// Correlations that are tried: within a path, across paths.
-const WITHIN: [f64; 5] = [0.0, 0.1, 0.25, 0.5, 1.0];
-const ACROSS: [f64; 4] = [0.0, 0.05, 0.1, 0.2];
+/// Correlations that are tried: within a path, across paths. Never none: a network of many equal layers is wrong by one error.
+const WITHIN: [f64; 4] = [0.1, 0.25, 0.5, 1.0];
+const ACROSS: [f64; 4] = [0.05, 0.1, 0.2, 0.4];
 
 /// Nothing from fewer than ten: they say nothing about a ninth decile.
 fn calibrate(threads: u32, judged: &[Judged]) -> Option<Calibration> {

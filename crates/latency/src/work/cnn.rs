@@ -72,22 +72,31 @@ pub(super) fn edge_features(key: &EdgeKey, block: Block) -> Features {
     Features::new(family, key.threads, &terms)
 }
 
-pub(super) fn pool_features(key: &PoolKey) -> Features {
+pub(super) fn pool_features(key: &PoolKey, block: Block) -> Features {
     let element = element_bytes(key.numerics);
     let (height, width) = (key.height.div_ceil(key.stride), key.width.div_ceil(key.stride));
     let taps = f64::from(key.kernel).powi(2);
     let read = kib(key.batch, key.channels, key.height, key.width, element);
     let written = kib(key.batch, key.channels, height, width, element);
     let looked_at = f64::from(key.batch) * f64::from(height) * f64::from(width) * f64::from(key.channels) * taps;
-    Features::new(
-        Family::Window(key.kind, key.numerics),
-        key.threads,
-        &[
+    let features = |terms: &[(Term, f64)]| Features::new(Family::Window(key.kind, key.numerics), key.threads, terms);
+    if key.numerics == Numerics::F32 && !key.channels.is_multiple_of(block.0) {
+        // Channels that do not fill their blocks: another kernel, one channel after the other, row by row.
+        let planes = f64::from(key.batch) * f64::from(key.channels);
+        let rows = planes * f64::from(height);
+        return features(&[
             (Term::Call, 1.0),
-            (Term::MegaMacs, looked_at / 1e6),
-            (Term::ActivationKib, read + written),
-        ],
-    )
+            (Term::KiloChannels, planes / 1e3),
+            (Term::KiloRows, rows / 1e3),
+            (Term::KiloOutputs, rows * f64::from(width) / 1e3),
+            (Term::MegaMacsWide, looked_at / 1e6),
+        ]);
+    }
+    features(&[
+        (Term::Call, 1.0),
+        (Term::MegaMacs, looked_at / 1e6),
+        (Term::ActivationKib, read + written),
+    ])
 }
 
 pub(super) fn elementwise_features(key: &ElementwiseKey) -> Features {
@@ -326,7 +335,8 @@ pub(super) fn conv_features(key: &ConvKey, block: Block) -> Features {
                 (Term::MegaMacsWide, s.points * depth * pad(key.cout, 16) / 1e6),
                 (Term::MegaMacsPointwise, points_padded * depth * s.cout / 1e6),
                 (Term::PatchKib, when(copies, 4.0 * s.points * s.taps * s.cin / 1024.0)),
-                (Term::KiloPacked, depth * s.cout / 1e3),
+                // For every image anew.
+                (Term::KiloPacked, s.batch * depth * s.cout / 1e3),
                 (Term::ActivationKib, s.read + s.written),
                 (Term::WeightKib, s.weights),
             ])
