@@ -64,6 +64,36 @@ impl DenseTensor {
     }
 }
 
+/// The widths that a dense matrix can be coded at: 8 and 4.
+pub fn dense_bits(bits: u32) -> Option<Bits> {
+    Bits::try_from(bits).ok().filter(|b| matches!(b, Bits::B4 | Bits::B8))
+}
+
+/// The weights `[rows, cols]` that a plane stands for.
+///
+/// # Errors
+/// A plane of another length than the matrix needs.
+pub fn decode(matrix: &Matrix, plane: &[u8]) -> std::result::Result<Vec<f32>, QuantError> {
+    Ok(cotk_quant::decode::decode(&matrix.plain(plane)?))
+}
+
+/// One row of them, into `weights` `[cols]`.
+///
+/// # Errors
+/// As [`decode`].
+///
+/// # Panics
+/// No such row, another number of weights.
+pub fn decode_row(
+    matrix: &Matrix,
+    plane: &[u8],
+    row: usize,
+    weights: &mut [f32],
+) -> std::result::Result<(), QuantError> {
+    cotk_quant::decode::decode_row(&matrix.plain(plane)?, row, weights);
+    Ok(())
+}
+
 /// Size of the file that [`write_dense`] makes.
 pub fn dense_file_bytes(tensors: &[DenseTensor]) -> u64 {
     let order = in_order(tensors);

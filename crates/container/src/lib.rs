@@ -14,6 +14,8 @@ pub mod record;
 pub mod writer;
 
 pub use self::error::{ContainerError, Result};
+/// Why a code cannot be read.
+pub use cotk_quant::QuantError;
 
 mod error;
 #[cfg(test)]

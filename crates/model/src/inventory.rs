@@ -150,7 +150,7 @@ pub fn check(spec: &ModelSpec, source: &dyn TensorSource, has_experts: bool) -> 
         if has_experts || !is_expert(tensor) {
             for (name, shape) in stored(spec, source, tensor, &shape) {
                 let info = source.require(&name, &shape)?;
-                if !info.dtype.is_weight() {
+                if !info.dtype.is_weight() && source.codes(&name).is_none() {
                     return Err(CheckpointError::not_a_weight(source.file(&name), &name, info.dtype));
                 }
                 known.insert(name);

@@ -68,7 +68,7 @@ impl Ends {
                     vocab: self.embedding.outputs(),
                 });
             }
-            hidden.extend_from_slice(self.embedding.row(token as usize));
+            hidden.extend_from_slice(&self.embedding.row(token as usize));
         }
         Ok(hidden)
     }

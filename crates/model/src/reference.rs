@@ -229,12 +229,12 @@ mod tests {
                     let mlp = self.0.experts[at][expert.index()].as_ref().unwrap();
                     let inner: Vec<f64> = (0..mlp.gate.outputs())
                         .map(|i| {
-                            let g = dot(mlp.gate.row(i), &x);
-                            g / (1.0 + (-g).exp()) * dot(mlp.up.row(i), &x)
+                            let g = dot(&mlp.gate.row(i), &x);
+                            g / (1.0 + (-g).exp()) * dot(&mlp.up.row(i), &x)
                         })
                         .collect();
                     for (i, sum) in sum.iter_mut().enumerate() {
-                        *sum += f64::from(gate) * dot(mlp.down.row(i), &inner);
+                        *sum += f64::from(gate) * dot(&mlp.down.row(i), &inner);
                     }
                     uses.push(ExpertUse {
                         expert,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use cotk_container::manifest::{DENSE, MANIFEST};
 use cotk_container::reader::{Container, is_container};
+use cotk_model::checkpoint::coded::CodedSource;
 use cotk_model::checkpoint::safetensors::Safetensors;
 use cotk_model::folder::ModelFolder;
 use cotk_model::model::Model;
@@ -41,7 +42,8 @@ pub fn open_folder(path: &Path) -> Result<Folder> {
         });
     }
     let container = Arc::new(Container::open(path)?);
-    let source = Arc::new(Safetensors::open_file(&path.join(DENSE))?);
+    let stored = Arc::new(Safetensors::open_file(&path.join(DENSE))?);
+    let source = Arc::new(CodedSource::new(stored, container.manifest().dense.clone())?);
     let config = container.manifest().config.to_string();
     Ok(Folder {
         files: ModelFolder::with_source(path, &path.join(MANIFEST), config, source)?,

@@ -182,6 +182,58 @@ pub fn weigh(isa: Isa, scores: &mut [f32], max: f32) -> f32 {
     }
 }
 
+/// Stored elements as f32, exactly.
+///
+/// # Panics
+/// Another number of elements.
+pub fn widen(isa: Isa, kind: RowKind, bytes: &[u8], out: &mut [f32]) {
+    assert_eq!(bytes.len(), out.len() * kind.bytes(), "elements");
+    // SAFETY: `isa` exists, so its path's features are here; lengths are checked above.
+    unsafe {
+        match isa.name() {
+            #[cfg(target_arch = "x86_64")]
+            "avx512vnni" => x86::widen_avx512(kind, bytes, out),
+            #[cfg(target_arch = "x86_64")]
+            "avx2" => x86::widen_avx2(kind, bytes, out),
+            _ => widen_with::<Plain>(kind, bytes, out),
+        }
+    }
+}
+
+/// # Safety
+/// The caller has the path's features; `bytes` are as many elements as `out` has.
+#[inline(always)]
+unsafe fn widen_with<L: Lanes>(kind: RowKind, bytes: &[u8], out: &mut [f32]) {
+    // SAFETY: the caller's.
+    unsafe {
+        match kind {
+            RowKind::F32 => widen_kind::<L, F32>(bytes, out),
+            RowKind::F16 => widen_kind::<L, F16>(bytes, out),
+            RowKind::Bf16 => widen_kind::<L, BF16>(bytes, out),
+            RowKind::I8 => widen_kind::<L, I8>(bytes, out),
+        }
+    }
+}
+
+/// # Safety
+/// As [`widen_with`].
+#[inline(always)]
+unsafe fn widen_kind<L: Lanes, const KIND: u8>(bytes: &[u8], out: &mut [f32]) {
+    for (i, out) in out.chunks_mut(LANES).enumerate() {
+        // SAFETY: the caller's; the last chunk is read and written in part.
+        unsafe {
+            let at = bytes.as_ptr().add(i * LANES * width(KIND));
+            if out.len() == LANES {
+                load::<L, KIND>(at).store(out.as_mut_ptr());
+            } else {
+                let mut lanes = [0.0; LANES];
+                load_part::<L, KIND>(at, out.len()).store(lanes.as_mut_ptr());
+                out.copy_from_slice(&lanes[..out.len()]);
+            }
+        }
+    }
+}
+
 /// Up to 16 rows for up to 8 tokens.
 fn dot_block(isa: Isa, rows: &Rows<'_>, first: usize, count: usize, x: &[f32], out: &mut [BlockOut]) {
     assert!(first + count <= rows.rows && count <= BLOCK_ROWS, "inside");
@@ -554,7 +606,7 @@ mod x86 {
         _mm512_loadu_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_slli_epi32, _mm512_storeu_ps,
     };
 
-    use super::{BlockOut, Lanes, Rows, dot_with, mix_with, weigh_with};
+    use super::{BlockOut, Lanes, RowKind, Rows, dot_with, mix_with, weigh_with, widen_with};
 
     #[derive(Clone, Copy)]
     struct Zmm(__m512);
@@ -694,6 +746,18 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")]
+    pub(super) fn widen_avx512(kind: RowKind, bytes: &[u8], out: &mut [f32]) {
+        // SAFETY: this function has the features; `widen` has checked the lengths.
+        unsafe { widen_with::<Zmm>(kind, bytes, out) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn widen_avx2(kind: RowKind, bytes: &[u8], out: &mut [f32]) {
+        // SAFETY: this function has the features; `widen` has checked the lengths.
+        unsafe { widen_with::<Ymms>(kind, bytes, out) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")]
     pub(super) fn weigh_avx512(scores: &mut [f32], max: f32) -> f32 {
         weigh_with(scores, max)
     }
@@ -759,6 +823,13 @@ mod tests {
                         let truth: f64 = (0..rows).map(|r| f64::from(matrix.at(r, c)) * f64::from(p[t * rows + r])).sum();
                         let found = f64::from(mixed[t * cols + c]);
                         prop_assert!((found - truth - start).abs() < 1e-5 * unit * rows as f64, "{kind:?} {found} {truth}");
+                    }
+                }
+                if gap == 0 {
+                    let mut wide = vec![f32::NAN; rows * cols];
+                    widen(isa, kind, &bytes, &mut wide);
+                    for (i, wide) in wide.iter().enumerate() {
+                        prop_assert_eq!(*wide, matrix.at(i / cols, i % cols));
                     }
                 }
                 let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();

@@ -5,8 +5,14 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
+use cotk_container::dense::decode;
+use cotk_container::manifest::Matrix;
+
+pub use self::bytes::SharedBytes;
 pub use self::decode::decode_f32;
 
+mod bytes;
+pub mod coded;
 mod decode;
 pub mod safetensors;
 pub mod views;
@@ -197,6 +203,20 @@ pub trait TensorSource: Send + Sync {
     /// [`CheckpointError::Missing`], or what reading meets.
     fn raw(&self, name: &str) -> Result<Cow<'_, [u8]>, CheckpointError>;
 
+    /// The same with an owner of their own: of a mapped file, without a copy.
+    ///
+    /// # Errors
+    /// As [`raw`](Self::raw).
+    fn shared(&self, name: &str) -> Result<SharedBytes, CheckpointError> {
+        Ok(self.raw(name)?.into_owned().into())
+    }
+
+    /// How a matrix is coded; `None` where its stored bytes are its weights. Of a coded matrix [`raw`](Self::raw) is the
+    /// plane, and [`info`](Self::info) says U8 and the shape of its weights.
+    fn codes(&self, _name: &str) -> Option<&Matrix> {
+        None
+    }
+
     /// Bytes of all tensors as stored, headers not counted.
     fn bytes(&self) -> u64 {
         self.names()
@@ -206,13 +226,25 @@ pub trait TensorSource: Send + Sync {
             .sum()
     }
 
-    /// The tensor as f32, row major, in exactly the `expected` shape. FP8 is multiplied by its scales.
+    /// The tensor as f32, row major, in exactly the `expected` shape. FP8 is multiplied by its scales, codes are decoded.
     ///
     /// # Errors
     /// Missing, another shape, a type that is no weight's, or a value that is not finite.
     fn load_f32(&self, name: &str, expected: &[usize]) -> Result<Vec<f32>, CheckpointError> {
         let info = self.require(name, expected)?;
         let bytes = self.raw(name)?;
+        if let Some(matrix) = self.codes(name) {
+            let values = decode(matrix, &bytes).map_err(|e| not_codes(self.file(name), name, &e))?;
+            return match values.iter().position(|v| !v.is_finite()) {
+                None => Ok(values),
+                Some(index) => Err(CheckpointError::NotFinite {
+                    file: self.file(name).to_owned(),
+                    tensor: name.to_owned(),
+                    index,
+                    found: values[index],
+                }),
+            };
+        }
         let (values, not_finite) = match (info.dtype, expected) {
             (DType::F8E4M3, &[rows, columns]) => {
                 let scales = self.load_f32(&scales_of(name), &scale_shape(rows, columns))?;
@@ -254,6 +286,16 @@ pub trait TensorSource: Send + Sync {
             });
         }
         Ok(info)
+    }
+}
+
+/// A plane that its description does not fit.
+pub(crate) fn not_codes(file: &Path, name: &str, error: &dyn std::fmt::Display) -> CheckpointError {
+    CheckpointError::Header {
+        file: file.to_owned(),
+        what: format!("codes of `{name}`"),
+        found: error.to_string(),
+        expected: "a plain code with its zero point".to_owned(),
     }
 }
 

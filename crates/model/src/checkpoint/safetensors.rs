@@ -6,13 +6,14 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use cotk_run::files;
 use memmap2::Mmap;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
-use super::{CheckpointError, DType, TensorInfo, TensorSource};
+use super::{CheckpointError, DType, SharedBytes, TensorInfo, TensorSource};
 
 /// The format's own cap.
 const HEADER_LIMIT_BYTES: u64 = 100 << 20;
@@ -153,11 +154,18 @@ impl TensorSource for Safetensors {
         };
         Ok(Cow::Borrowed(&file.map[entry.range.clone()]))
     }
+
+    fn shared(&self, name: &str) -> Result<SharedBytes, CheckpointError> {
+        match self.find(name) {
+            Some((file, entry)) => Ok(SharedBytes::mapped(file.map.clone(), entry.range.clone())),
+            None => Ok(self.raw(name)?.into_owned().into()),
+        }
+    }
 }
 
 struct File {
     path: PathBuf,
-    map: Mmap,
+    map: Arc<Mmap>,
     tensors: BTreeMap<String, Entry>,
 }
 
@@ -184,7 +192,7 @@ impl File {
         let tensors = parse_header(path, &map)?;
         Ok(Self {
             path: path.to_owned(),
-            map,
+            map: Arc::new(map),
             tensors,
         })
     }

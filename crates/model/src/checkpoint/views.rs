@@ -7,7 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{CheckpointError, TensorInfo, TensorSource};
+use cotk_container::manifest::Matrix;
+
+use super::{CheckpointError, SharedBytes, TensorInfo, TensorSource};
 
 /// Where a shown tensor lies in a stored one, in elements.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -120,5 +122,28 @@ impl TensorSource for Views {
             }
         }
         Ok(Cow::Owned(gathered))
+    }
+
+    fn shared(&self, name: &str) -> Result<SharedBytes, CheckpointError> {
+        let Some(view) = self.views.get(name) else {
+            return self.inner.shared(self.stored(name));
+        };
+        let Some(info) = self
+            .inner
+            .info(&view.stored)
+            .filter(|_| view.strides == [view.shape[1], 1])
+        else {
+            return Ok(self.raw(name)?.into_owned().into());
+        };
+        let size = info.dtype.size_bytes();
+        let whole = self.inner.shared(&view.stored)?;
+        Ok(whole.slice(view.start * size..view.end() * size))
+    }
+
+    fn codes(&self, name: &str) -> Option<&Matrix> {
+        match self.views.get(name) {
+            Some(_) => None,
+            None => self.inner.codes(self.stored(name)),
+        }
     }
 }

@@ -7,7 +7,8 @@ use rayon::prelude::*;
 
 use super::grouped::Grouped;
 use super::latent::Latent;
-use super::linear::{Linear, Tile, mix, product};
+use super::linear::Linear;
+use super::product::{Tile, mix, product};
 use super::norm::rms_norm;
 use super::rope::Rope;
 use super::router::max;

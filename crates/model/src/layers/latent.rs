@@ -6,7 +6,8 @@
 use rayon::prelude::*;
 
 use super::attention::Rows;
-use super::linear::{Linear, Tile, mix, product};
+use super::linear::Linear;
+use super::product::{Tile, mix, product};
 use super::norm::rms_norm;
 use super::rope::Rope;
 use crate::checkpoint::{CheckpointError, TensorSource};

@@ -8,73 +8,22 @@ pub mod attention;
 mod grouped;
 mod latent;
 pub mod linear;
+mod mlp;
 pub mod norm;
+mod product;
 pub mod rope;
 pub mod router;
+
+pub use self::mlp::{Mlp, sigmoid, silu};
 
 use self::attention::{Attention, Span};
 use self::linear::Linear;
 use self::norm::rms_norm;
 use self::rope::Rope;
 use crate::checkpoint::{CheckpointError, TensorSource};
-use crate::families::{self, LayerTensor, Matrix, Tensor};
+use crate::families::{self, LayerTensor, Tensor};
 use crate::moe::{Mode, MoeRecord, MoeRuntime, RouterScores, RoutingRule, RuntimeError, Scoring};
 use crate::spec::{LayerKind, ModelSpec, SharedGate};
-
-/// Rows of one chunk of an MLP: fixed, so that the bits do not depend on the thread count.
-const MLP_ROWS: usize = 256;
-
-/// `down(silu(gate(x)) · up(x))`.
-#[derive(Debug, Clone)]
-pub struct Mlp {
-    pub gate: Linear,
-    pub up: Linear,
-    pub down: Linear,
-}
-
-impl Mlp {
-    /// `x` is `[rows, hidden]`; returns `[rows, hidden]`.
-    pub fn apply(&self, x: &[f32]) -> Vec<f32> {
-        let (width, rows) = (self.gate.inputs(), x.len() / self.gate.inputs());
-        let mut out = vec![0.0; rows * self.down.outputs()];
-        let chunks = x.par_chunks(MLP_ROWS * width);
-        chunks
-            .zip(out.par_chunks_mut(MLP_ROWS * self.down.outputs()))
-            .for_each(|(x, out)| {
-                let mut inner = self.gate.apply(x);
-                let up = self.up.apply(x);
-                for (gate, up) in inner.iter_mut().zip(&up) {
-                    *gate = silu(*gate) * up;
-                }
-                self.down.apply_to(&inner, out);
-            });
-        out
-    }
-
-    fn load(
-        source: &dyn TensorSource,
-        hidden: usize,
-        intermediate: usize,
-        name: impl Fn(Matrix) -> String,
-    ) -> Result<Self, CheckpointError> {
-        let load = |matrix: Matrix| Linear::load(source, &name(matrix), matrix.shape(hidden, intermediate));
-        Ok(Self {
-            gate: load(Matrix::Gate)?,
-            up: load(Matrix::Up)?,
-            down: load(Matrix::Down)?,
-        })
-    }
-}
-
-/// x · sigmoid(x).
-pub fn silu(x: f32) -> f32 {
-    x * sigmoid(x)
-}
-
-/// 1 / (1 + exp(−x)).
-pub fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
-}
 
 /// What follows attention.
 #[derive(Debug, Clone)]

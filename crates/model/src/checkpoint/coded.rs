@@ -1,0 +1,178 @@
+//! [`CodedSource`]: the dense part of a container, where a matrix `X` may be codes: the U8 tensor `X.planes` and what the
+//! manifest says of it. Law: `load_f32` gives the weights that the codes stand for; planes of another length, planes
+//! without a description and descriptions without planes are refused by name.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use cotk_container::dense::PLANES;
+use cotk_container::manifest::Matrix;
+
+use super::{CheckpointError, DType, SharedBytes, TensorInfo, TensorSource, not_codes};
+
+/// A source some of whose matrices are coded.
+pub struct CodedSource {
+    inner: Arc<dyn TensorSource>,
+    matrices: BTreeMap<String, Matrix>,
+}
+
+impl CodedSource {
+    /// `matrices` by their names without [`PLANES`].
+    ///
+    /// # Errors
+    /// Planes that are missing, of another type or of another length than their matrix needs.
+    pub fn new(inner: Arc<dyn TensorSource>, matrices: BTreeMap<String, Matrix>) -> Result<Self, CheckpointError> {
+        for (name, matrix) in &matrices {
+            let planes = planes_of(name);
+            let info = inner.require(&planes, &[matrix.format.total_bytes()])?;
+            if info.dtype != DType::U8 {
+                return Err(CheckpointError::Type {
+                    file: inner.file(&planes).to_owned(),
+                    tensor: planes,
+                    found: info.dtype.name().to_owned(),
+                    expected: DType::U8.name().to_owned(),
+                });
+            }
+            // The gate of codes: zero points too.
+            let bytes = inner.raw(&planes)?;
+            matrix
+                .plain(&bytes)
+                .map_err(|e| not_codes(inner.file(&planes), name, &e))?;
+        }
+        Ok(Self { inner, matrices })
+    }
+}
+
+fn planes_of(name: &str) -> String {
+    format!("{name}{PLANES}")
+}
+
+impl TensorSource for CodedSource {
+    fn names(&self) -> Vec<String> {
+        let is_plane = |name: &String| {
+            let matrix = name.strip_suffix(PLANES);
+            matrix.is_some_and(|matrix| self.matrices.contains_key(matrix))
+        };
+        let mut names = self.inner.names();
+        names.retain(|name| !is_plane(name));
+        names.extend(self.matrices.keys().cloned());
+        names.sort();
+        names
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        match self.matrices.get(name) {
+            Some(matrix) => Some(TensorInfo {
+                dtype: DType::U8,
+                shape: vec![matrix.format.rows(), matrix.format.cols()],
+            }),
+            None => self.inner.info(name),
+        }
+    }
+
+    fn file(&self, name: &str) -> &Path {
+        match self.matrices.get(name) {
+            Some(_) => self.inner.file(&planes_of(name)),
+            None => self.inner.file(name),
+        }
+    }
+
+    fn raw(&self, name: &str) -> Result<Cow<'_, [u8]>, CheckpointError> {
+        match self.matrices.get(name) {
+            Some(_) => self.inner.raw(&planes_of(name)),
+            None => self.inner.raw(name),
+        }
+    }
+
+    fn shared(&self, name: &str) -> Result<SharedBytes, CheckpointError> {
+        match self.matrices.get(name) {
+            Some(_) => self.inner.shared(&planes_of(name)),
+            None => self.inner.shared(name),
+        }
+    }
+
+    fn codes(&self, name: &str) -> Option<&Matrix> {
+        self.matrices.get(name)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.inner.bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cotk_container::ContainerError;
+    use cotk_container::dense::{DenseTensor, code_matrix, decode, dense_bits, write_dense};
+
+    use super::*;
+    use crate::checkpoint::safetensors::Safetensors;
+
+    const SHAPE: [usize; 2] = [20, 70];
+
+    fn coded() -> (Vec<f32>, Matrix, Vec<u8>) {
+        let weights: Vec<f32> = (0..SHAPE[0] * SHAPE[1]).map(|i| (i as f32 * 0.3).sin()).collect();
+        let (matrix, plane) = code_matrix(&weights, SHAPE[0], SHAPE[1], dense_bits(8).unwrap()).unwrap();
+        (weights, matrix, plane)
+    }
+
+    fn source(folder: &Path, name: &str, dtype: &'static str, plane: &[u8]) -> Arc<dyn TensorSource> {
+        let file = folder.join("dense.safetensors");
+        let tensor = DenseTensor {
+            name: name.to_owned(),
+            dtype,
+            shape: vec![plane.len()],
+            bytes: plane.len() as u64,
+        };
+        write_dense(&file, &[tensor], |_| Ok::<_, ContainerError>(plane.to_vec())).unwrap();
+        Arc::new(Safetensors::open_file(&file).unwrap())
+    }
+
+    #[test]
+    fn a_coded_matrix_is_shown_as_its_weights() {
+        let folder = tempfile::tempdir().unwrap();
+        let (weights, matrix, plane) = coded();
+        let inner = source(folder.path(), "w.planes", "U8", &plane);
+        let source = CodedSource::new(inner, [("w".to_owned(), matrix.clone())].into()).unwrap();
+        assert_eq!(source.names(), ["w"]);
+        assert_eq!(source.info("w").unwrap().shape, SHAPE);
+        assert!(source.info("w.planes").is_some() && source.codes("w.planes").is_none());
+        let loaded = source.load_f32("w", &SHAPE).unwrap();
+        assert_eq!(loaded, decode(&matrix, &plane).unwrap());
+        assert!(loaded.iter().zip(&weights).all(|(a, b)| (a - b).abs() < 0.005));
+        let shared = source.shared("w").unwrap();
+        assert!(shared.is_mapped());
+        assert_eq!(
+            (&*shared, &*source.raw("w").unwrap()),
+            (plane.as_slice(), plane.as_slice())
+        );
+        assert_eq!(source.bytes(), plane.len() as u64);
+        assert!(matches!(
+            source.load_f32("w", &[70, 20]),
+            Err(CheckpointError::Shape { .. })
+        ));
+    }
+
+    #[test]
+    fn planes_that_are_not_what_the_manifest_says_are_refused() {
+        let (_, matrix, plane) = coded();
+        let mut odd = matrix.clone();
+        odd.zero_points = vec![f32::NAN];
+        for (name, dtype, bytes, matrix) in [
+            ("w.planes", "U8", &plane[1..], &matrix),
+            ("v.planes", "U8", &plane, &matrix),
+            ("w.planes", "I8", &plane, &matrix),
+            ("w.planes", "U8", &plane, &odd),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let inner = source(folder.path(), name, dtype, bytes);
+            let text = match CodedSource::new(inner, [("w".to_owned(), matrix.clone())].into()) {
+                Ok(_) => panic!("{name} {dtype} was believed"),
+                Err(error) => error.to_string(),
+            };
+            assert!(text.contains("`w"), "{text}");
+        }
+    }
+}
