@@ -123,7 +123,7 @@ fn pack_plane(format: &MatrixFormat, plane: usize, codes: &[u8]) -> Vec<u8> {
     bytes
 }
 
-fn check(weights: &[f32], format: &MatrixFormat) -> Result<(), QuantError> {
+pub(crate) fn check(weights: &[f32], format: &MatrixFormat) -> Result<(), QuantError> {
     let expected = format.rows() * format.cols();
     if weights.len() != expected {
         return Err(QuantError::Length {
@@ -142,7 +142,7 @@ fn check(weights: &[f32], format: &MatrixFormat) -> Result<(), QuantError> {
     }
 }
 
-fn overflow(group: &[f32], row: usize, first_col: usize) -> QuantError {
+pub(crate) fn overflow(group: &[f32], row: usize, first_col: usize) -> QuantError {
     let (at, extreme) = extreme(group);
     QuantError::ScaleOverflow {
         row,

@@ -44,6 +44,12 @@ pub enum QuantError {
     MissingPlane { bits: u32, found: usize, expected: usize },
     #[error("a pair needs two matrices of one format")]
     PairFormat,
+    #[error("{what} of the Hessian is {found}, expected finite numbers, not negative on the diagonal")]
+    Hessian { what: &'static str, found: f64 },
+    #[error("scale factors {found:?}, expected at least one, each above 0")]
+    ScaleFactors { found: Vec<f32> },
+    #[error(transparent)]
+    Linalg(#[from] cotk_linalg::Error),
     #[error("no choice fits: the least that any allocation needs is {least} {unit}, the budget is {budget}")]
     NothingFits {
         least: f64,

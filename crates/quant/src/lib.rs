@@ -10,6 +10,7 @@ pub mod code;
 pub mod coded;
 pub mod decode;
 pub mod encode;
+pub mod gptq;
 pub mod layout;
 pub mod noise;
 
@@ -19,3 +20,4 @@ mod laws;
 pub use self::error::QuantError;
 
 mod error;
+mod scales;
