@@ -46,6 +46,10 @@ pub enum QuantError {
     PairFormat,
     #[error("{what} of the Hessian is {found}, expected finite numbers, not negative on the diagonal")]
     Hessian { what: &'static str, found: f64 },
+    #[error("input of token {token}, column {col} is {value}, expected a finite number")]
+    Input { token: usize, col: usize, value: f32 },
+    #[error("{what} is {found}, expected a finite number, not negative")]
+    Weight { what: String, found: f64 },
     #[error("scale factors {found:?}, expected at least one, each above 0")]
     ScaleFactors { found: Vec<f32> },
     #[error(transparent)]

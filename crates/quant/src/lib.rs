@@ -11,6 +11,7 @@ pub mod coded;
 pub mod decode;
 pub mod encode;
 pub mod gptq;
+pub mod hessian;
 pub mod layout;
 pub mod noise;
 
