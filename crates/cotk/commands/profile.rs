@@ -14,7 +14,8 @@ use cotk_latency::probe::{Listed, NetworkProbe, median};
 use cotk_latency::profile::{self, Profile, Purpose, Row, Verdict};
 use cotk_latency::walk::operators;
 use cotk_latency::work::{
-    Block, Context as Place, ConvKey, DenseKey, EdgeKey, ElementwiseKey, Heat, Key, PlaneKey, PoolKey, Tier,
+    Block, Context as Place, ConvKey, DenseKey, EdgeKey, ElementwiseKey, Family, Heat, Key, PlaneKey, PoolKey, Term,
+    Tier,
 };
 use cotk_onnx::probe::OnnxProbe;
 use cotk_onnx::zoo::{OnnxNetworks, random_networks};
@@ -195,7 +196,7 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         "disturbed_factor": conditions.disturbed_factor,
         "seconds": profile.head.provenance.seconds,
     });
-    let mut text = table(&profile, threads);
+    let mut text = table(&profile);
     text.push_str(&format!(
         "\n{} timings and {} networks in {} s, noise floor {} % ({:?}), written to {}\n",
         profile.rows.len(),
@@ -244,7 +245,7 @@ fn unmeasurable(profile: &Profile) -> String {
     paths.sort_by_key(|(path, count)| (std::cmp::Reverse(*count), *path));
     let heldout = left_out.iter().filter(|lost| lost.is_heldout).count();
     let mut text = format!(
-        "not measurable here: {} operators cost less than can be told from noise beside their neighbours: in no table, judged by\n\
+        "not measurable here: {} operators, lost in the noise of their neighbours: in no table, judged by\n\
          nothing, named in profile.toml ({heldout} of them of the held-out list):",
         left_out.len(),
     );
@@ -329,8 +330,8 @@ fn networks(cx: &Context, threads: u32, has_runtime: bool, quick: bool) -> Vec<T
     let drawn = random_networks(count, &[], &mut cx.seeds(0).stream("networks of a profile"));
     let pair = |(at, (_, graph)): (usize, (_, _))| Threaded {
         graph,
-        // Every fifth with all threads; four kinds in turn, so that each kind has some.
-        threads: if at % 5 == 4 { threads } else { 1 },
+        // A third with all threads; four kinds in turn, so that each kind has some.
+        threads: if at % 3 == 2 { threads } else { 1 },
     };
     drawn.into_iter().enumerate().map(pair).collect()
 }
@@ -466,14 +467,17 @@ fn engine(threads: u32, cache_bytes: u64, quick: bool) -> Result<Wanted, Fault> 
 
 fn disk(folder: &std::path::Path, quick: bool) -> Result<Wanted, Fault> {
     let (bytes, sizes, depths) = if quick {
-        (64 << 20, vec![64 << 10, 1 << 20, 4 << 20], vec![1])
+        (192 << 20, vec![64 << 10, 1 << 20, 4 << 20], vec![1])
     } else {
         (
-            512 << 20,
+            1 << 30,
             vec![64 << 10, 256 << 10, 1 << 20, 4 << 20, 8 << 20],
-            vec![1, 4],
+            vec![1, 2, 4, 8],
         )
     };
+    // A third of what is free is enough taken from others.
+    let free = cotk_run::files::free_bytes(folder)?;
+    let bytes = bytes.min(free / 3);
     let probe = DiskProbe::new(folder, bytes, sizes, depths).map_err(latency)?;
     Ok(Wanted {
         probe: Box::new(probe),
@@ -484,8 +488,8 @@ fn disk(folder: &std::path::Path, quick: bool) -> Result<Wanted, Fault> {
     })
 }
 
-/// Paths with their errors, then what memory and disk give.
-fn table(profile: &Profile, threads: u32) -> String {
+/// Paths with their errors, then what memory, disk and a GPU's links give: µs before the first byte, and speed.
+fn table(profile: &Profile) -> String {
     let mut table = Table::new(&["kernel path", "keys", "repeat %", "error %", "90 % within %"]);
     let block = profile.head.identity.block();
     for fit in profile.fits.iter().filter(|f| !f.path.to_string().starts_with("read.")) {
@@ -506,25 +510,51 @@ fn table(profile: &Profile, threads: u32) -> String {
         }
     }
     let model = profile.model(&[]);
-    let mut speed = Table::new(&["read", "threads", "GB/s"]);
-    for (tier, name) in [
-        (Tier::L2, "L2"),
-        (Tier::L3, "L3"),
-        (Tier::Memory, "memory"),
-        (Tier::Disk, "disk"),
-        (Tier::DiskBuffered, "disk (buffered)"),
-    ] {
-        for count in one_and(threads) {
-            let is_measured = profile
-                .rows
+    let mut speed = Table::new(&["read", "threads", "µs", "GB/s"]);
+    for tier in Tier::ALL.into_iter().filter(|tier| *tier != Tier::WorkingSet) {
+        let counts = profile.rows.iter().filter_map(|r| match r.key {
+            Key::Read(read) if read.tier == tier => Some(read.threads),
+            _ => None,
+        });
+        for count in counts.collect::<std::collections::BTreeSet<u32>>() {
+            let Ok(bytes_per_s) = model.bytes_per_s(tier, count) else {
+                continue;
+            };
+            let first = profile
+                .fits
                 .iter()
-                .any(|r| matches!(r.key, Key::Read(k) if k.tier == tier && k.threads == count));
-            if let Ok(bytes_per_s) = model.bytes_per_s(tier, count)
-                && is_measured
-            {
-                speed.row([name.to_owned(), count.to_string(), significant(bytes_per_s / 1e9, 3)]);
-            }
+                .find(|f| f.path.family == Family::Read(tier) && f.path.threads == count);
+            let first = first.and_then(|f| f.coefficients.iter().find(|c| c.term == Term::Call));
+            speed.row([
+                tier.name().replace('_', " "),
+                count.to_string(),
+                first.map_or_else(String::new, |c| significant(c.us_per_unit, 3)),
+                significant(bytes_per_s / 1e9, 3),
+            ]);
         }
+    }
+    let levels = &profile.head.conditions.levels;
+    if !levels.is_empty() {
+        let mut found = Table::new(&["working set up to", "threads", "GB/s"]);
+        for level in levels {
+            found.row([
+                level
+                    .bytes
+                    .map_or_else(|| "any size".to_owned(), |bytes| format!("{} KiB", bytes >> 10)),
+                level.threads.to_string(),
+                significant(level.gb_per_s, 3),
+            ]);
+        }
+        let told: Vec<String> = { profile.head.conditions.caches.iter() }
+            .map(|(name, bytes)| format!("{name} {} KiB", bytes >> 10))
+            .collect();
+        return format!(
+            "{}\n{}\n{}the system tells: {}\n",
+            table.render(),
+            speed.render(),
+            found.render(),
+            told.join(", ")
+        );
     }
     format!("{}\n{}", table.render(), speed.render())
 }

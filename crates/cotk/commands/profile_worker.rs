@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use cotk_latency::probe::gather::{InProcess, Job, Runner, Session, Subject, Tools};
 use cotk_latency::probe::memory::MemoryProbe;
 use cotk_latency::probe::{NetworkProbe, Probe};
-use cotk_latency::work::{Block, Key, Tier};
+use cotk_latency::work::{Block, Key};
 use cotk_latency::{Error, Result};
 use cotk_onnx::probe::OnnxProbe;
 use cotk_onnx::zoo::OnnxNetworks;
@@ -66,7 +66,7 @@ impl Runner for Processes {
         cancel: &Cancel,
         each: &mut dyn FnMut(Session) -> Result<()>,
     ) -> Result<()> {
-        let is_disk = |subject: &Subject| matches!(subject, Subject::Key(Key::Read(r)) if matches!(r.tier, Tier::Disk | Tier::DiskBuffered));
+        let is_disk = |subject: &Subject| matches!(subject, Subject::Key(Key::Read(r)) if r.tier.is_disk());
         let part = |disk: bool| Job {
             subjects: { job.subjects.iter() }
                 .map(|group| group.iter().filter(|s| is_disk(s) == disk).copied().collect())

@@ -697,8 +697,9 @@ pub(crate) fn kind(family: Family) -> &'static str {
         | Family::Elementwise(..)
         | Family::LowRank(_) => "cnn",
         Family::Expert { .. } | Family::Dense { .. } | Family::Attention { .. } | Family::Glue => "experts",
-        Family::Read(Tier::L2 | Tier::L3 | Tier::Memory) => "memory",
-        Family::Read(Tier::Disk | Tier::DiskBuffered) => "disk",
+        Family::Read(tier) if tier.is_disk() => "disk",
+        Family::Read(tier) if tier.is_of_a_gpu() => "gpu",
+        Family::Read(_) => "memory",
     }
 }
 

@@ -23,7 +23,7 @@ use crate::fit::{Coefficient, PathFit, Sample};
 use crate::identity::Identity;
 use crate::predict::{Flag, Model};
 use crate::transfer::profile::Transfer;
-use crate::work::Key;
+use crate::work::{Key, Tier};
 use crate::{Error, Result};
 
 pub use self::conditions::{Conditions, LeftOut, Level, throttled};
@@ -162,11 +162,13 @@ pub struct Row {
     pub sessions: u32,
     /// Slices in all sessions.
     pub count: u32,
-    /// Median over sessions of the median over slices.
+    /// Median over sessions of the median over slices; of the least disturbed session where that counts
+    /// ([`crate::probe::gather::takes_best`]).
     pub median_us: f64,
     /// Tenth percentile of slices, smallest session.
     pub q10_us: f64,
-    /// Median absolute deviation of slices, or half the range of the sessions' medians if that is larger.
+    /// Median absolute deviation of slices, or half the range of the sessions' medians if that is larger; how far the next
+    /// session is where the best one counts.
     pub mad_us: f64,
     /// What went on meanwhile.
     pub taken: Taken,
@@ -520,7 +522,9 @@ impl Profile {
 
     fn refit_operators(&mut self) {
         let block = self.head.identity.block();
-        let rows = self.rows.iter().map(|row| Measured::of_table(&row.sample(), block));
+        let rows = { self.rows.iter() }
+            .filter(|row| is_fitted(&row.key))
+            .map(|row| Measured::of_table(&row.sample(), block));
         let networks = self.networks.iter().map(|network| network.measured(block));
         let measured: Vec<Measured> = rows.chain(networks).collect();
         let fitted = joint::fit_all(&measured, block, self.head.noise.floor_pct / 100.0);
@@ -651,6 +655,11 @@ fn remove(folder: &FilePath) -> Result<()> {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::Run(cotk_run::Error::io("remove", folder)(e))),
         _ => Ok(()),
     }
+}
+
+/// Whether a line through its path's times says anything: a working set of any size lies in one level or another.
+pub(crate) fn is_fitted(key: &Key) -> bool {
+    !matches!(key, Key::Read(read) if read.tier == Tier::WorkingSet)
 }
 
 /// How often a folder may be exchanged while it is read.

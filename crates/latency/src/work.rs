@@ -128,7 +128,7 @@ pub enum Heat {
     Cold,
 }
 
-/// Where bytes are read from.
+/// Where bytes are read from, or between what they are copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Tier {
@@ -138,10 +138,68 @@ pub enum Tier {
     L3,
     /// A working set far beyond every cache.
     Memory,
-    /// Direct reads, past the page cache.
+    /// Direct reads, past the page cache; each region for the first time.
     Disk,
-    /// The same where direct reads are refused: through the page cache, so an upper bound of the disk.
+    /// The same where direct reads are refused: through the page cache, which was told to forget the file.
     DiskBuffered,
+    /// A working set of any size, at the ends of levels too: shows where they end, and predicts nothing else.
+    WorkingSet,
+    /// Direct reads of a region that was read just before: what lies between this and [`Tier::Disk`] is somebody's cache.
+    DiskAgain,
+    /// From the memory of a GPU's host to its own, out of pages that stay where they are.
+    HostToDevicePinned,
+    /// The same out of ordinary pages.
+    HostToDevice,
+    DeviceToHostPinned,
+    DeviceToHost,
+    /// A GPU's own memory, read by all of it.
+    DeviceMemory,
+}
+
+impl Tier {
+    /// All of them, in the order of files.
+    pub const ALL: [Self; 12] = [
+        Self::L2,
+        Self::L3,
+        Self::Memory,
+        Self::Disk,
+        Self::DiskBuffered,
+        Self::WorkingSet,
+        Self::DiskAgain,
+        Self::HostToDevicePinned,
+        Self::HostToDevice,
+        Self::DeviceToHostPinned,
+        Self::DeviceToHost,
+        Self::DeviceMemory,
+    ];
+
+    /// As files and tables call it.
+    pub fn name(self) -> &'static str {
+        tier_name(self)
+    }
+
+    /// Whether it is a disk.
+    pub fn is_disk(self) -> bool {
+        matches!(self, Self::Disk | Self::DiskBuffered | Self::DiskAgain)
+    }
+
+    /// Whether a GPU is one end of it.
+    pub fn is_of_a_gpu(self) -> bool {
+        match self {
+            Self::HostToDevicePinned
+            | Self::HostToDevice
+            | Self::DeviceToHostPinned
+            | Self::DeviceToHost
+            | Self::DeviceMemory => true,
+            Self::L2
+            | Self::L3
+            | Self::Memory
+            | Self::Disk
+            | Self::DiskBuffered
+            | Self::WorkingSet
+            | Self::DiskAgain => false,
+        }
+    }
 }
 
 /// One read of `bytes` bytes: by `threads` threads in memory, with `threads` requests in flight on disk.
@@ -546,8 +604,14 @@ impl Key {
             Self::Glue(key) => key.features(),
             Self::Read(key) => {
                 let term = match key.tier {
-                    Tier::L2 | Tier::L3 | Tier::Memory => Term::ReadKib,
-                    Tier::Disk | Tier::DiskBuffered => Term::LinkKib,
+                    Tier::L2 | Tier::L3 | Tier::Memory | Tier::WorkingSet | Tier::DeviceMemory => Term::ReadKib,
+                    Tier::Disk
+                    | Tier::DiskBuffered
+                    | Tier::DiskAgain
+                    | Tier::HostToDevicePinned
+                    | Tier::HostToDevice
+                    | Tier::DeviceToHostPinned
+                    | Tier::DeviceToHost => Term::LinkKib,
                 };
                 #[expect(clippy::cast_precision_loss, reason = "sizes of reads stay far below 2^52")]
                 let kib = key.bytes as f64 / 1024.0;

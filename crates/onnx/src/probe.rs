@@ -58,6 +58,36 @@ impl OnnxProbe {
         Self { threads, ..self }
     }
 
+    /// `per_path` keys of every path and kernel size with so many threads, over all sizes; seeds count.
+    fn spread_of(&self, threads_each: u32, per_path: usize, rng: &mut Stream) -> Vec<Key> {
+        let only = [threads_each];
+        let mut draw = draw::Draw::new(&self.seeds, self.block, &only, rng);
+        let mut counts: std::collections::HashMap<(Family, u32), usize> = std::collections::HashMap::new();
+        let stratum = |key: &Key| {
+            let kernel = if let Key::Conv(c) = key { c.kernel } else { 0 };
+            (key.path(self.block).family, kernel)
+        };
+        let mut keys: Vec<Key> = Vec::new();
+        let is_chain = |key: &&Key| threads(key) == threads_each && !is_alone(key);
+        for seed in self.seeds.iter().filter(is_chain) {
+            *counts.entry(stratum(seed)).or_default() += 1;
+        }
+        for _ in 0..200 * per_path {
+            let key = draw.key();
+            let wanted = match key {
+                // Never fitted: their own times and those of their neighbours are all that is known.
+                Key::LowRank(_) => 2 * per_path,
+                _ => per_path,
+            };
+            let count = counts.entry(stratum(&key)).or_default();
+            if is_ours(&key) && *count < wanted && !keys.contains(&key) && !self.seeds.contains(&key) {
+                *count += 1;
+                keys.push(key);
+            }
+        }
+        keys
+    }
+
     /// What the long model of a key has more than its short one, by operator of the optimized graph: the kernels that its
     /// time is the sum of. Empty for a key that is no slope.
     ///
@@ -145,30 +175,12 @@ impl Probe for OnnxProbe {
         is_ours(key)
     }
 
+    /// For one thread; half as many for several, of which more is known by what they share with one.
     fn spread(&self, per_path: usize, rng: &mut Stream) -> Vec<Key> {
-        let mut draw = draw::Draw::new(&self.seeds, self.block, &[1], rng);
-        let mut counts: std::collections::HashMap<(Family, u32), usize> = std::collections::HashMap::new();
-        let stratum = |key: &Key| {
-            let kernel = if let Key::Conv(c) = key { c.kernel } else { 0 };
-            (key.path(self.block).family, kernel)
-        };
         let mut keys: Vec<Key> = Vec::new();
-        let is_chain = |key: &&Key| threads(key) == 1 && !is_alone(key);
-        for seed in self.seeds.iter().filter(is_chain) {
-            *counts.entry(stratum(seed)).or_default() += 1;
-        }
-        for _ in 0..200 * per_path {
-            let key = draw.key();
-            let wanted = match key {
-                // Never fitted: their own times and those of their neighbours are all that is known.
-                Key::LowRank(_) => 2 * per_path,
-                _ => per_path,
-            };
-            let count = counts.entry(stratum(&key)).or_default();
-            if is_ours(&key) && *count < wanted && !keys.contains(&key) && !self.seeds.contains(&key) {
-                *count += 1;
-                keys.push(key);
-            }
+        for (at, &count) in self.threads.iter().enumerate() {
+            let per_path = if at == 0 { per_path } else { per_path / 2 };
+            keys.extend(self.spread_of(count, per_path, rng));
         }
         keys
     }

@@ -2,7 +2,7 @@
 //! (reference section 4). Error is taken from the residuals of the nearest measured keys rather than from bootstrap fits: a
 //! term that is missing shows in residuals, and not in how much refits differ. Pure.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use crate::fit::PathFit;
 use crate::profile::Row;
@@ -61,6 +61,49 @@ pub fn best(wishes: &[Key], rows: &[Row], fits: &[PathFit], block: Block, count:
         }
     }
     chosen.into_iter().map(|(_, key)| key).collect()
+}
+
+/// More keys than this and a path is not thin.
+const THICK: usize = 80;
+
+/// At most `count` of `wishes`, of the paths that rest on the fewest keys, none beside a known one.
+pub fn thinnest(wishes: &[Key], rows: &[Row], block: Block, count: usize) -> Vec<Key> {
+    let mut known: HashMap<Path, Vec<Features>> = HashMap::new();
+    for row in rows {
+        let features = row.key.features(block);
+        known.entry(features.path).or_default().push(features);
+    }
+    let mut left: BTreeMap<String, Vec<(Features, Key)>> = BTreeMap::new();
+    for key in wishes.iter().rev() {
+        let features = key.features(block);
+        left.entry(features.path.to_string())
+            .or_default()
+            .push((features, *key));
+    }
+    let mut chosen = Vec::new();
+    while chosen.len() < count {
+        let size = |wishes: &[(Features, Key)]| {
+            let path = wishes.first().map(|(features, _)| features.path);
+            path.and_then(|path| known.get(&path)).map_or(0, Vec::len)
+        };
+        // In order of names where they are equal: the same choice every time.
+        let thinnest = left
+            .iter_mut()
+            .min_by_key(|(_, wishes)| size(wishes))
+            .filter(|(_, wishes)| size(wishes) < THICK);
+        let Some((name, wishes)) = thinnest else { break };
+        let Some((features, key)) = wishes.pop() else {
+            let name = name.clone();
+            left.remove(&name);
+            continue;
+        };
+        let of_path = known.entry(features.path).or_default();
+        if of_path.iter().all(|other| distance(other, &features) > APART_LN) {
+            of_path.push(features);
+            chosen.push(key);
+        }
+    }
+    chosen
 }
 
 /// Distance to the nearest row, and the mean residual of a few near ones.
@@ -151,6 +194,23 @@ mod tests {
             .filter(|k| matches!(k, Key::Linear(l) if l.inputs > 300))
             .count();
         assert_eq!(at_300, 1);
+        // The path that has fewer keys comes first, and no two keys of one place.
+        let threaded = |key: Key, threads| match key {
+            Key::Linear(l) => Key::Linear(LinearKey { threads, ..l }),
+            other => other,
+        };
+        let wishes: Vec<Key> = wishes.iter().flat_map(|k| [*k, threaded(*k, 2)]).collect();
+        let thin = thinnest(&wishes, &rows, block, 2);
+        assert_eq!(thin.len(), 2);
+        assert!(
+            thin.iter().all(|k| matches!(k, Key::Linear(l) if l.threads == 2)),
+            "{thin:?}"
+        );
+        let all = thinnest(&wishes, &rows, block, 100);
+        assert!(
+            all.contains(&threaded(key(320, 150), 2)) != all.contains(&threaded(key(321, 150), 2)),
+            "{all:?}"
+        );
         let mut stopping = Stopping::default();
         let over = (0..=ROUNDS)
             .map(|_| stopping.is_over(&fits))

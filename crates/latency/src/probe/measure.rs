@@ -15,15 +15,15 @@ use serde::{Deserialize, Serialize};
 use super::adapt;
 use super::core::{stolen_and_total, stolen_share};
 use super::gather::{self, Job, Runner, Session, Settings, Subject, Threaded, Tools};
-use super::{NetworkProbe, Probe};
+use super::{NetworkProbe, Probe, memory};
 use crate::Result;
 use crate::fit::fit;
 use crate::fit::joint::{self, Fitted, fit_all};
 use crate::identity::Identity;
 use crate::predict::CostModel;
 use crate::profile::{
-    Conditions, GoodFor, Head, HeldOut, LeftOut, Noise, Profile, Provenance, Purpose, Row, Verdict, throttled,
-    with_suffix,
+    Conditions, GoodFor, Head, HeldOut, LeftOut, Noise, Profile, Provenance, Purpose, Row, Verdict, is_fitted,
+    throttled, with_suffix,
 };
 use crate::work::{Block, Key, Work};
 
@@ -67,8 +67,11 @@ const CANARIES: usize = 8;
 /// Share of the budget for held-out shapes, and for what is no measuring.
 const HELDOUT_SHARE: f64 = 0.10;
 const REST_SHARE: f64 = 0.05;
-/// Keys of one adaptive round.
+/// Share of a pass for everything once; the rest is a second, short session of what neighbours slow for long.
+const MAIN_SHARE: f64 = 0.85;
+/// Keys of one adaptive round: where the fit is worst, and where it rests on few.
 const ROUND: usize = 24;
+const THIN_ROUND: usize = 48;
 
 /// First line of a journal: what must be equal to go on with it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -185,19 +188,25 @@ pub fn measure(
     ];
     let sessions = plan.settings.sessions.max(1);
     let share = (1.0 - HELDOUT_SHARE - REST_SHARE) / f64::from(sessions);
-    run.job("measuring", 0, groups, run.until(share))?;
-    adapt_rounds(&mut run, &adapts, &table, &heldout, share)?;
+    run.job("measuring", 0, groups, run.until(MAIN_SHARE * share))?;
+    adapt_rounds(&mut run, &adapts, &table, &heldout, MAIN_SHARE * share)?;
     let mut reached: Vec<Subject> = run.reached();
     reached.retain(|s| !matches!(s, Subject::Key(key) if !table.contains(key) && plan.canaries.contains(key)));
     let no_time_for = table
         .iter()
         .filter(|key| !reached.contains(&Subject::Key(**key)))
         .count();
+    // Twice as many sessions for what neighbours slow for long: one of them meets a quiet time.
+    let short: Vec<Subject> = reached.iter().filter(|s| gather::takes_best(**s)).copied().collect();
+    let between = |session: u32| sessions + 1 + session;
+    run.job("measuring again", between(0), vec![short.clone()], run.until(share))?;
     // Again in other processes, canaries first: what one placement or one minute does shows.
     for session in 1..sessions {
         let canaries = canaries.iter().copied().map(Subject::Key).collect();
         let limit = run.until(1.0 - HELDOUT_SHARE - REST_SHARE);
         run.job("measuring again", session, vec![canaries, reached.clone()], limit)?;
+        let limit = run.until(1.0 - HELDOUT_SHARE - REST_SHARE);
+        run.job("measuring again", between(session), vec![short.clone()], limit)?;
     }
     // One more session for those whose sessions disagree: an unlucky placement stays for a whole session.
     let apart: Vec<Subject> = { reached.iter() }
@@ -222,7 +231,7 @@ pub fn measure(
     let whole = networks.iter().map(|network| network.measured(block));
     let is_kept = kept(run.tools.probes, &rows, block);
     let all: Vec<joint::Measured> = { is_kept.iter().zip(&timed) }
-        .filter(|(is_kept, _)| **is_kept)
+        .filter(|(is_kept, timed)| **is_kept && timed.key.is_none_or(|key| is_fitted(&key)))
         .map(|(_, timed)| joint::Measured {
             // Within noise of nothing, or below: a cost that is too small to see is not none.
             us: timed.us.max(LEAST_US / 3.0),
@@ -231,9 +240,17 @@ pub fn measure(
         .chain(whole)
         .collect();
     let fitted = fit_all(&all, block, if floor.is_finite() { floor } else { 0.05 });
-    for (row, slope) in rows.iter_mut().zip(&timed) {
-        own(row, slope, &fitted, block);
-    }
+    let is_own: Vec<bool> = { rows.iter_mut().zip(&timed) }
+        .map(|(row, slope)| own(row, slope, &fitted, block))
+        .collect();
+    // Of those that the fit had: one that is hardly any of its slope says nothing of itself.
+    let is_own = is_own.iter().zip(&is_kept).map(|(is_own, is_kept)| *is_own && *is_kept);
+    let own_kept = priced(&rows, is_own.collect(), block);
+    let is_kept: Vec<bool> = is_kept
+        .iter()
+        .zip(own_kept)
+        .map(|(is_kept, own)| *is_kept && own)
+        .collect();
     let mut left_out: Vec<LeftOut> = { rows.iter().zip(&is_kept) }
         .filter(|(_, is_kept)| !**is_kept)
         .map(|(row, _)| lost_in_noise(row, block, false))
@@ -290,10 +307,12 @@ pub fn measure(
         !heldout.iter().any(|key| profile.rows.iter().any(|r| r.key == *key)),
         "a held-out key was measured for the table"
     );
-    let each = run.left(1.0) / f64::from(sessions);
+    let each = run.left(1.0) / f64::from(2 * sessions);
     for session in 0..sessions {
         let limit = plan.settings.budget.map(|_| Duration::from_secs_f64(each.max(0.5)));
         run.job("held-out shapes", session, vec![subjects(heldout.iter())], limit)?;
+        let short = subjects(heldout.iter()).into_iter().filter(|s| gather::takes_best(*s));
+        run.job("held-out shapes", between(session), vec![short.collect()], limit)?;
     }
     for (key, p) in heldout.iter().zip(predicted) {
         let of_key: Vec<Session> = { run.sessions.iter() }
@@ -302,8 +321,8 @@ pub fn measure(
             .collect();
         if let Some(mut row) = gather::rows(&of_key).pop() {
             let slope = slope(run.tools.probes, &row)?;
-            own(&mut row, &slope, &fitted, block);
-            if !is_measurable(run.tools.probes, &row) {
+            let is_own = own(&mut row, &slope, &fitted, block);
+            if !is_own || !is_measurable(run.tools.probes, &row) {
                 left_out.push(lost_in_noise(&row, block, true));
                 continue;
             }
@@ -326,6 +345,9 @@ pub fn measure(
         { conditions.throttled.zip(throttled()) }.map(|(before, after)| after.saturating_sub(before));
     for probe in run.tools.probes {
         conditions.facts.extend(probe.facts());
+    }
+    for threads in profile.good_for().threads {
+        conditions.levels.extend(memory::levels(&profile.rows, threads));
     }
     profile.head.conditions = conditions;
     profile.head.left_out = left_out;
@@ -371,27 +393,38 @@ fn is_measurable(probes: &[Box<dyn Probe>], row: &Row) -> bool {
     !is_slope || (row.median_us >= LEAST_US && row.relative_spread() <= MOST_SPREAD)
 }
 
-/// Which rows the table and the fit keep: those that can be measured, and all of a path that has none of these: a path that
-/// nobody can price is worse than one whose price is uncertain.
+/// Which rows the table and the fit keep: those that can be measured, and all of a path that has none of these.
 fn kept(probes: &[Box<dyn Probe>], rows: &[Row], block: Block) -> Vec<bool> {
-    let is_measurable: Vec<bool> = rows.iter().map(|row| is_measurable(probes, row)).collect();
+    priced(rows, rows.iter().map(|row| is_measurable(probes, row)).collect(), block)
+}
+
+/// Rows that are good, and all of a path that has no good one: a path that nobody can price is worse than one whose price
+/// is uncertain.
+fn priced(rows: &[Row], is_good: Vec<bool>, block: Block) -> Vec<bool> {
     let paths: Vec<_> = rows.iter().map(|row| row.key.path(block)).collect();
-    let priced: std::collections::BTreeSet<_> = { paths.iter().zip(&is_measurable) }
+    let priced: std::collections::BTreeSet<_> = { paths.iter().zip(&is_good) }
         .filter(|(_, is)| **is)
         .map(|(path, _)| *path)
         .collect();
-    { paths.iter().zip(&is_measurable) }
+    { paths.iter().zip(&is_good) }
         .map(|(path, is)| *is || !priced.contains(path))
         .collect()
 }
 
-/// Leaves a row its own operator's time. One that is no part of its own sum (a triple) stays whole.
-fn own(row: &mut Row, slope: &joint::Measured, fitted: &Fitted, block: Block) {
-    if slope.parts.len() > 1 && slope.parts.iter().any(|part| part.0 == row.key) {
-        let own_us = fitted.own_us(slope, block);
-        let ratio = own_us / row.median_us.max(1e-9);
-        (row.median_us, row.q10_us) = (own_us, row.q10_us * ratio);
+/// Leaves a row its own operator's time; whether that is more than a tenth of its slope, so that it can be told from the
+/// rest. One that is no part of its own sum (a triple) stays whole.
+fn own(row: &mut Row, slope: &joint::Measured, fitted: &Fitted, block: Block) -> bool {
+    let times: f64 = { slope.parts.iter() }
+        .filter(|part| part.0 == row.key)
+        .map(|part| part.1)
+        .sum();
+    if slope.parts.len() < 2 || times <= 0.0 {
+        return true;
     }
+    let own_us = fitted.own_us(slope, block);
+    let ratio = own_us / row.median_us.max(1e-9);
+    (row.median_us, row.q10_us) = (own_us, row.q10_us * ratio);
+    own_us * times > 0.101 * slope.us
 }
 
 fn subjects<'a>(keys: impl Iterator<Item = &'a Key>) -> Vec<Subject> {
@@ -509,20 +542,20 @@ impl Run<'_> {
     }
 }
 
-/// Keys where the fit is worst, a few at a time, until the first session's share of the time is over or they stop helping.
+/// Keys where the fit is worst, a few at a time, until that stops helping; then of the paths that rest on the fewest keys,
+/// until the first session's share of the time is over.
 fn adapt_rounds(run: &mut Run<'_>, adapts: &[bool], table: &[Key], heldout: &[Key], share: f64) -> Result<()> {
     if run.plan.settings.budget.is_none() || !adapts.iter().any(|a| *a) {
         return Ok(());
     }
     let block = run.plan.identity.block();
     let mut progress = adapt::Stopping::default();
+    let mut is_thin = false;
     for round in 0.. {
         let first: Vec<Session> = run.sessions.iter().filter(|s| s.session == 0).copied().collect();
         let rows = gather::rows(&first);
-        let samples: Vec<_> = rows.iter().map(Row::sample).collect();
-        let fits = fit(&samples, block, 0.02);
         // A round shorter than its process takes to begin is none.
-        if run.left(share) < 1.5 || progress.is_over(&fits) {
+        if run.left(share) < 1.5 {
             break;
         }
         let mut wishes = Vec::new();
@@ -530,11 +563,25 @@ fn adapt_rounds(run: &mut Run<'_>, adapts: &[bool], table: &[Key], heldout: &[Ke
             let mut rng = run.plan.seeds.stream(&format!("adapt {} {round}", probe.name()));
             let seeds = table.iter().filter(|k| probe.measures(k)).count();
             wishes.extend(probe.candidates(seeds + 20 * ROUND, &mut rng));
+            if is_thin {
+                wishes.extend(probe.spread(2 * run.plan.settings.per_path, &mut rng));
+            }
         }
         wishes.retain(|key| !heldout.contains(key) && !rows.iter().any(|r| r.key == *key));
-        let best = adapt::best(&wishes, &rows, &fits, block, ROUND);
+        let best = if is_thin {
+            adapt::thinnest(&wishes, &rows, block, THIN_ROUND)
+        } else {
+            let samples: Vec<_> = rows.iter().map(Row::sample).collect();
+            let fits = fit(&samples, block, 0.02);
+            is_thin = progress.is_over(&fits);
+            adapt::best(&wishes, &rows, &fits, block, ROUND)
+        };
         if best.is_empty() {
-            break;
+            if is_thin {
+                break;
+            }
+            is_thin = true;
+            continue;
         }
         run.job("adding shapes", 0, vec![subjects(best.iter())], run.until(share))?;
     }

@@ -202,7 +202,7 @@ fn memory_and_disk_read_what_they_are_asked() {
         assert!(memory.measures(&key));
         memory.prepare(&key, 0).unwrap().run(0).unwrap();
     }
-    let disk = DiskProbe::new(dir.path(), 4 << 20, vec![1 << 16, 1 << 20], vec![1, 3]).unwrap();
+    let disk = DiskProbe::new(dir.path(), 64 << 20, vec![1 << 16, 1 << 20], vec![1, 3]).unwrap();
     assert!(matches!(disk.tier(), Tier::Disk | Tier::DiskBuffered));
     for key in disk.candidates(8, &mut rng) {
         let mut prepared = disk.prepare(&key, 0).unwrap();

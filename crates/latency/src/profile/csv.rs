@@ -623,9 +623,8 @@ impl Line<'_> {
                 threads,
             })),
             "read" => {
-                let tiers = [Tier::L2, Tier::L3, Tier::Memory, Tier::Disk, Tier::DiskBuffered];
                 Ok(Key::Read(ReadKey {
-                    tier: self.one_of("tier", &tiers.map(|t| (tier_name(t), t)))?,
+                    tier: self.one_of("tier", &Tier::ALL.map(|t| (tier_name(t), t)))?,
                     bytes: self.number("bytes")?,
                     threads,
                 }))

@@ -239,7 +239,7 @@ impl std::str::FromStr for Path {
             .chain(ElementwiseKind::ALL.map(|kind| Family::Elementwise(kind, n)))
         });
         let edges = EdgeKind::ALL.map(Family::Edge);
-        let by_tier = [Tier::L2, Tier::L3, Tier::Memory, Tier::Disk, Tier::DiskBuffered].map(Family::Read);
+        let by_tier = Tier::ALL.map(Family::Read);
         let by_heat = [Heat::Hot, Heat::Cold].into_iter().flat_map(|heat| {
             [
                 Family::Expert { codes: true, heat },
@@ -301,5 +301,12 @@ pub(crate) fn tier_name(tier: Tier) -> &'static str {
         Tier::Memory => "memory",
         Tier::Disk => "disk",
         Tier::DiskBuffered => "disk_buffered",
+        Tier::WorkingSet => "working_set",
+        Tier::DiskAgain => "disk_again",
+        Tier::HostToDevicePinned => "host_to_device_pinned",
+        Tier::HostToDevice => "host_to_device",
+        Tier::DeviceToHostPinned => "device_to_host_pinned",
+        Tier::DeviceToHost => "device_to_host",
+        Tier::DeviceMemory => "device_memory",
     }
 }

@@ -67,7 +67,7 @@ impl<'a> Draw<'a> {
         match self.threads {
             [] => 1,
             [only] => *only,
-            [first, more @ ..] if self.rng.random_range(0..6) == 0 => more.choose(self.rng).copied().unwrap_or(*first),
+            [first, more @ ..] if self.rng.random_range(0..3) == 0 => more.choose(self.rng).copied().unwrap_or(*first),
             [first, ..] => *first,
         }
     }
