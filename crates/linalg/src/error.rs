@@ -12,6 +12,15 @@ pub enum Error {
     /// Cholesky needs as many rows as columns.
     #[error("matrix is {rows} x {cols}, expected as many rows as columns")]
     NotSquare { rows: usize, cols: usize },
+    /// Two matrices of one problem do not fit.
+    #[error("{what} is {rows} x {cols}, expected {expected_rows} x {expected_cols}")]
+    Shape {
+        what: &'static str,
+        rows: usize,
+        cols: usize,
+        expected_rows: usize,
+        expected_cols: usize,
+    },
     /// The leading block up to and with row `pivot` is not positive definite.
     #[error("matrix is not positive definite: pivot {pivot} of {size} is not above zero")]
     NotPositiveDefinite { pivot: usize, size: usize },

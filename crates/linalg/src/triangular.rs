@@ -9,6 +9,15 @@ use crate::{Error, cholesky};
 /// Below this size rows are taken one by one; above it halves meet in matrix products.
 const PLAIN: usize = 64;
 
+/// A symmetric matrix with `damping` times its mean diagonal added to the diagonal.
+pub(crate) fn damped(matrix: ArrayView2<'_, f64>, damping: f64) -> Array2<f64> {
+    let mut damped = matrix.to_owned();
+    #[expect(clippy::cast_precision_loss, reason = "a size")]
+    let add = damping * damped.diag().sum() / damped.nrows().max(1) as f64;
+    damped.diag_mut().map_inplace(|d| *d += add);
+    damped
+}
+
 /// Inverse of a lower triangular matrix, lower triangular; entries above the diagonal are not read. `[n, n]`
 ///
 /// # Errors
