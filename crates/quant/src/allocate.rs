@@ -1,7 +1,14 @@
 //! One choice per item under budgets: the multiple-choice knapsack behind drops, ranks and bits.
 //!
-//! Knows losses, bytes and milliseconds, not what a candidate is. Laws: a result meets every budget; under one budget its
-//! loss is above the optimum by at most the gap that it states.
+//! Knows losses, bytes and milliseconds, not what a candidate is. Laws: a result meets every budget; its loss is above
+//! the optimum by at most the gap that it states.
+
+mod knapsack;
+#[cfg(test)]
+mod laws;
+mod repair;
+
+pub use self::knapsack::Knapsack;
 
 use crate::QuantError;
 
@@ -33,7 +40,7 @@ pub struct Allocation {
     /// Dual prices: loss per byte and per millisecond at the margin; 0 where the budget does not bind.
     pub loss_per_byte: f64,
     pub loss_per_ms: f64,
-    /// Under one budget: the loss is at most this above the optimum.
+    /// The loss is at most this above the optimum.
     pub gap: f64,
 }
 
