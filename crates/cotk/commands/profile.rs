@@ -3,14 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
+use cotk_kernels::cuda::links::LinkProbe;
 use cotk_latency::graph::Numerics;
 use cotk_latency::identity::Identity;
 use cotk_latency::probe::disk::DiskProbe;
 use cotk_latency::probe::gather::{Settings, Threaded};
 use cotk_latency::probe::measure::{Plan, Wanted, With, measure};
 use cotk_latency::probe::memory::MemoryProbe;
-use cotk_latency::probe::{Listed, NetworkProbe, median};
+use cotk_latency::probe::{Listed, NetworkProbe, Prepared, Probe, median, refused};
 use cotk_latency::profile::{self, Profile, Purpose, Row, Verdict};
 use cotk_latency::walk::operators;
 use cotk_latency::work::{
@@ -20,6 +22,7 @@ use cotk_latency::work::{
 use cotk_onnx::probe::OnnxProbe;
 use cotk_onnx::zoo::{OnnxNetworks, random_networks};
 use cotk_run::recipe::{Source, parse};
+use cotk_run::seeds::Stream;
 use cotk_run::units::significant;
 use cotk_runtime::mix::Cpu;
 use cotk_runtime::probes::EngineProbe;
@@ -39,12 +42,15 @@ use crate::table::Table;
 /// Measure this machine: CNN operators in ONNX Runtime, experts in our kernels, memory and disk
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  cotk profile --quick\n  cotk profile --for recipes/quickstart.toml\n  cotk profile --from profiles/other --samples 10 --threads 2\n\nInterrupted at any moment, the same command goes on where it was."
+    after_help = "Examples:\n  cotk profile --quick\n  cotk profile --for recipes/quickstart.toml\n  cotk profile --seconds 1200\n  cotk profile --from profiles/other --samples 10 --threads 2\n\nInterrupted at any moment, the same command goes on where it was."
 )]
 pub struct Args {
     /// Only what the recipe's networks need, three sessions each: a minute
     #[arg(long)]
     pub quick: bool,
+    /// How long it may take; what there is no time for is left out, and counted (default: 570, with --quick 56)
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u32).range(2..=86_400))]
+    pub seconds: Option<u32>,
     /// Folder to write (default: ./profiles/MACHINE in a checkout of cotk, else the user's data folder)
     #[arg(long, short, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -55,7 +61,7 @@ pub struct Args {
     #[arg(long)]
     pub reference: bool,
     /// Carry another machine's profile (or another number of threads) over to this one by a few whole networks: seconds
-    #[arg(long, value_name = "PROFILE", conflicts_with_all = ["quick", "recipe"])]
+    #[arg(long, value_name = "PROFILE", conflicts_with_all = ["quick", "recipe", "seconds"])]
     pub from: Option<PathBuf>,
     /// Networks that --from measures here
     #[arg(long, value_name = "N", requires = "from", default_value = "10", value_parser = samples)]
@@ -101,7 +107,9 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         }
     };
     let runtimes: BTreeMap<String, String> = version.iter().map(|v| ("onnxruntime".to_owned(), v.clone())).collect();
-    let identity = Identity::here(runtimes);
+    let mut identity = Identity::here(runtimes);
+    let links = links();
+    identity.gpu = links.as_ref().ok().map(|probe| probe.device().to_owned());
     let folder = args.out.clone().unwrap_or_else(|| profile::home(&identity));
     let threads = u32::try_from(cx.threads).unwrap_or(1);
     let mut wanted = Vec::new();
@@ -126,10 +134,24 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         .map_or_else(|| ".".into(), PathBuf::from);
     cotk_run::files::create_folder(&parent)?;
     wanted.push(disk(&parent, args.quick)?);
+    wanted.push(Wanted {
+        probe: match links {
+            Ok(probe) => Box::new(probe),
+            Err(why) => Box::new(NoGpu(why)),
+        },
+        table: usize::MAX,
+        heldout: 0,
+        live: live("gpu"),
+        adapt: false,
+    });
+    let mut settings = if args.quick { Settings::QUICK } else { Settings::FULL };
+    if let Some(seconds) = args.seconds {
+        settings.budget = Some(Duration::from_secs(seconds.into()));
+    }
 
     let commit = sibling::commit();
     let plan = Plan {
-        settings: if args.quick { Settings::QUICK } else { Settings::FULL },
+        settings,
         seeds: cx.seeds(0),
         quick: args.quick,
         purpose: if args.reference {
@@ -211,6 +233,9 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         significant(conditions.undisturbed_pct.unwrap_or_default(), 2),
         significant(conditions.disturbed_factor.unwrap_or(1.0), 3),
     ));
+    for (name, fact) in &conditions.facts {
+        text.push_str(&format!("{name}: {fact}\n"));
+    }
     text.push_str(&unmeasurable(&profile));
     for calibration in &profile.calibrations {
         text.push_str(&format!(
@@ -222,10 +247,12 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
     }
     if let Some(s) = summary {
         text.push_str(&format!(
-            "held-out shapes: {}, mean error {} %, {} % of them within 15 %\n",
+            "held-out shapes: {}, mean error {} % (repeats: {} %), {} % of them within 15 %, {} % inside their intervals\n",
             s.count,
             significant(s.mape_pct, 3),
-            significant(s.within_15_pct, 3)
+            s.repeat_pct.map_or_else(|| "?".to_owned(), |pct| significant(pct, 2)),
+            significant(s.within_15_pct, 3),
+            significant(s.covered_pct, 3)
         ));
     }
     Ok(Outcome::new(result, text).warn(warnings))
@@ -273,7 +300,7 @@ fn latency(error: cotk_latency::Error) -> Fault {
 pub(crate) fn live(probe: &str) -> usize {
     match probe {
         "onnx" => 12,
-        "memory" | "disk" => 1,
+        "memory" | "disk" | "gpu" => 1,
         _ => 3,
     }
 }
@@ -463,6 +490,36 @@ fn engine(threads: u32, cache_bytes: u64, quick: bool) -> Result<Wanted, Fault> 
         live: live("engine"),
         adapt: true,
     })
+}
+
+/// The first GPU's links, or why there are none.
+pub(crate) fn links() -> Result<LinkProbe, String> {
+    LinkProbe::find()
+}
+
+/// Stands where a GPU would: measures nothing and says why.
+struct NoGpu(String);
+
+impl Probe for NoGpu {
+    fn name(&self) -> &str {
+        "gpu"
+    }
+
+    fn candidates(&self, _count: usize, _rng: &mut Stream) -> Vec<Key> {
+        Vec::new()
+    }
+
+    fn measures(&self, _key: &Key) -> bool {
+        false
+    }
+
+    fn facts(&self) -> Vec<(String, String)> {
+        vec![("gpu".to_owned(), format!("none: {}", self.0))]
+    }
+
+    fn prepare(&self, key: &Key, _session: u32) -> cotk_latency::Result<Box<dyn Prepared>> {
+        Err(refused("gpu", key, &self.0))
+    }
 }
 
 fn disk(folder: &std::path::Path, quick: bool) -> Result<Wanted, Fault> {

@@ -6,10 +6,12 @@ use std::time::{Instant, SystemTime};
 
 use cotk_latency::graph::Graph;
 use cotk_latency::identity::Identity;
+use cotk_latency::predict::{CostModel, Model};
 use cotk_latency::probe::rounds::{Pace, stolen_and_total, time};
 use cotk_latency::probe::{NetworkProbe, Prepared, median, quantile};
-use cotk_latency::profile::{self, Noise, Profile, Provenance, Purpose, Verdict};
+use cotk_latency::profile::{self, Carried, Conditions, Noise, Profile, Provenance, Purpose, Verdict};
 use cotk_latency::transfer::profile::{Sample, Source, nearest_threads};
+use cotk_latency::work::Work;
 use cotk_onnx::zoo::{OnnxNetworks, random_networks};
 use cotk_run::folder::utc_rfc3339;
 use cotk_run::progress::Progress;
@@ -108,6 +110,10 @@ pub(crate) fn run(args: &Args, cx: &Context, from: &Path) -> Result<Outcome, Fau
         quick: source.head.provenance.quick,
         seconds: began.elapsed().as_secs_f64(),
     };
+    carried.head.conditions = Conditions::here();
+    carried.head.left_out.clear();
+    carried.head.carried.clear();
+    carried.head.edited = None;
     carried.head.noise = Noise {
         floor_pct,
         p90_pct: 100.0 * quantile(&repeats, 0.9),
@@ -115,6 +121,23 @@ pub(crate) fn run(args: &Args, cx: &Context, from: &Path) -> Result<Outcome, Fau
         verdict: Verdict::of(floor_pct, steal_pct),
         canaries: chosen.iter().map(|graph| graph.name().to_owned()).collect(),
     };
+    // What it rests on, by name.
+    let (over_there, over_here) = (source.model(&[]), carried.model(&[]));
+    for (i, graph) in chosen.iter().enumerate() {
+        let ms = |model: &Model, threads| -> Result<f64, Fault> {
+            let work = Work::Graph { graph, threads };
+            Ok(model.predict(&work).map_err(latency)?.ms)
+        };
+        let sessions = of(i);
+        carried.head.carried.push(Carried {
+            network: graph.name().to_owned(),
+            threads,
+            source_ms: ms(&over_there, from_threads)?,
+            measured_ms: samples[i].ms,
+            repeat_ms: (quantile(&sessions, 1.0) - quantile(&sessions, 0.0)) / 2e3,
+            predicted_ms: ms(&over_here, threads)?,
+        });
+    }
     if let Some(parent) = folder.parent().filter(|p| !p.as_os_str().is_empty()) {
         cotk_run::files::create_folder(parent)?;
     }
@@ -161,6 +184,14 @@ fn report(profile: &Profile, folder: &Path) -> Result<Outcome, Fault> {
         "timings": profile.rows.len(),
         "heldout": serde_json::Value::Null,
         "transfer": transfer,
+        "networks": head.carried.iter().map(|c| json!({
+            "name": c.network,
+            "threads": c.threads,
+            "source_ms": c.source_ms,
+            "measured_ms": c.measured_ms,
+            "repeat_ms": c.repeat_ms,
+            "predicted_ms": c.predicted_ms,
+        })).collect::<Vec<_>>(),
         "seconds": head.provenance.seconds,
     });
     let mut table = Table::new(&["what time goes into", "here over there"]);
@@ -170,9 +201,20 @@ fn report(profile: &Profile, folder: &Path) -> Result<Outcome, Fault> {
             .and_then(|v| v.as_str().map(str::to_owned));
         table.row([name.unwrap_or_default(), significant(*scale, 3)]);
     }
+    let mut networks = Table::new(&["network", "there, ms", "here, ms", "repeats %", "predicted, ms"]);
+    for c in &head.carried {
+        networks.row([
+            c.network.clone(),
+            significant(c.source_ms, 3),
+            significant(c.measured_ms, 3),
+            significant(100.0 * c.repeat_ms / c.measured_ms, 2),
+            significant(c.predicted_ms, 3),
+        ]);
+    }
     let text = format!(
-        "{}\n{} networks timed with {} threads, carried over from {} ({} threads)\nleft-out error {} %, 90 % within {} %; \
+        "{}\n{}\n{} networks timed with {} threads, carried over from {} ({} threads)\nleft-out error {} %, 90 % within {} %; \
          written to {}\n",
+        networks.render(),
         table.render(),
         transfer.networks,
         transfer.threads,

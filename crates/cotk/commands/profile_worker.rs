@@ -183,5 +183,11 @@ fn probes(order: &Order) -> Result<Found, Fault> {
     let engine = EngineProbe::new(cpu, threads.clone(), order.cache_bytes);
     probes.push(Box::new(engine.map_err(|e| Fault::from(SearchError::Latency(e)))?));
     probes.push(Box::new(MemoryProbe::new(threads, order.cache_bytes)));
+    let is_of_a_gpu = |subject: &Subject| matches!(subject, Subject::Key(Key::Read(r)) if r.tier.is_of_a_gpu());
+    // A driver takes its time to start: only where it is needed.
+    if order.job.subjects.iter().flatten().any(is_of_a_gpu) {
+        let probe = crate::commands::profile::links().map_err(|why| Fault::usage(why, "measure anew"))?;
+        probes.push(Box::new(probe));
+    }
     Ok((probes, networks))
 }

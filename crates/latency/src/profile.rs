@@ -4,6 +4,7 @@
 
 mod conditions;
 mod csv;
+mod find;
 mod networks;
 mod sealed;
 
@@ -26,7 +27,8 @@ use crate::transfer::profile::Transfer;
 use crate::work::{Key, Tier};
 use crate::{Error, Result};
 
-pub use self::conditions::{Conditions, LeftOut, Level, throttled};
+pub use self::conditions::{Carried, Conditions, LeftOut, Level, throttled};
+pub use self::find::{Found, Request, find, home};
 pub use self::networks::NetworkRow;
 
 const LIMIT_BYTES: u64 = 1 << 28;
@@ -61,6 +63,9 @@ pub struct Head {
     /// Carried over from another profile, not measured operator by operator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transfer: Option<Transfer>,
+    /// The networks that it was carried over by.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub carried: Vec<Carried>,
     /// What it is good for; filled on save.
     #[serde(default)]
     pub good_for: GoodFor,
@@ -260,6 +265,8 @@ struct CoeffsPath {
     spread_ln: f64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     team: Option<Team>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    overlap: Option<f64>,
     term: Vec<Coefficient>,
 }
 
@@ -284,7 +291,7 @@ impl Profile {
 
     fn read(folder: &FilePath) -> Result<Self> {
         let head = head(&folder.join("profile.toml"))?;
-        if let Some(detail) = conditions::complaint(&head.conditions, &head.left_out) {
+        if let Some(detail) = conditions::complaint(&head) {
             return Err(Error::Format {
                 file: folder.join("profile.toml"),
                 detail,
@@ -327,6 +334,12 @@ impl Profile {
             if let Some(detail) = path.team.as_ref().and_then(Team::complaint) {
                 return Err(fail(format!("path {}: {detail}", path.name)));
             }
+            if let Some(power) = path.overlap.filter(|power| !(*power >= 1.0 && power.is_finite())) {
+                return Err(fail(format!(
+                    "path {}: overlap: found {power}, expected 1 or more",
+                    path.name
+                )));
+            }
             Ok(PathFit {
                 path: path.name.parse().map_err(fail)?,
                 coefficients: path.term,
@@ -334,6 +347,7 @@ impl Profile {
                 cv_mape_pct: path.cv_mape_pct,
                 spread_ln: path.spread_ln,
                 team: path.team,
+                overlap: path.overlap,
             })
         };
         let fits = parsed.path.into_iter().map(fit).collect::<Result<_>>()?;
@@ -441,6 +455,7 @@ impl Profile {
                     cv_mape_pct: fit.cv_mape_pct,
                     spread_ln: fit.spread_ln,
                     team: fit.team,
+                    overlap: fit.overlap,
                     term: fit.coefficients.clone(),
                 })
                 .collect(),
@@ -556,91 +571,6 @@ impl Profile {
             repeat_pct: (!repeats.is_empty()).then(|| crate::probe::median(&repeats)),
             is_of_these_coefficients: self.heldout.iter().all(|h| h.coeffs == Some(coeffs)),
         })
-    }
-}
-
-/// Which profile to use: the first that is named wins.
-#[derive(Debug, Clone, Default)]
-pub struct Request {
-    /// `--profile`.
-    pub flag: Option<PathBuf>,
-    /// The recipe's `[latency] profile`; `"auto"` goes on.
-    pub recipe: Option<String>,
-    /// `--force`: another machine's profile may be used.
-    pub force: bool,
-}
-
-impl Request {
-    /// Whether somebody asked for a certain profile: finding none is then an error of theirs.
-    pub fn is_named(&self) -> bool {
-        self.flag.is_some()
-            || self.recipe.as_deref().is_some_and(|name| name != "auto")
-            || std::env::var_os("COTK_PROFILE").is_some_and(|name| !name.is_empty())
-    }
-}
-
-/// A profile with where it was found and what to say about it.
-#[derive(Debug, Clone)]
-pub struct Found {
-    pub profile: Profile,
-    pub folder: PathBuf,
-    /// `OtherMachine` when forced.
-    pub flags: Vec<Flag>,
-}
-
-impl Found {
-    /// The profile as something that predicts.
-    pub fn model(&self) -> Model {
-        self.profile.model(&self.flags)
-    }
-}
-
-/// Finds, loads and checks the profile for this machine: `--profile`, the recipe, `$COTK_PROFILE`, `./profiles/<id>`,
-/// `$XDG_DATA_HOME/cotk/profiles/<id>`.
-///
-/// # Errors
-/// [`Error::NoProfile`] with every place looked at; [`Error::OtherMachine`] with every difference; as [`Profile::load`].
-pub fn find(request: &Request, here: &Identity) -> Result<Found> {
-    let recipe = request
-        .recipe
-        .as_deref()
-        .filter(|name| *name != "auto")
-        .map(PathBuf::from);
-    let variable = std::env::var_os("COTK_PROFILE")
-        .filter(|v| !v.is_empty())
-        .map(PathBuf::from);
-    let (folder, looked_at) = match request.flag.clone().or(recipe).or(variable) {
-        Some(named) => (Some(named), Vec::new()),
-        None => {
-            let mut places = vec![PathBuf::from("profiles").join(here.id())];
-            places.extend(files::data_folder().map(|d| d.join("profiles").join(here.id())));
-            (places.iter().find(|p| p.join("profile.toml").exists()).cloned(), places)
-        }
-    };
-    let folder = folder.ok_or(Error::NoProfile { looked_at })?;
-    if !folder.join("profile.toml").exists() {
-        return Err(Error::NoProfile {
-            looked_at: vec![folder],
-        });
-    }
-    let profile = Profile::load(&folder)?;
-    let differences = profile.head.identity.differences(here);
-    let mut flags = Vec::new();
-    if profile.head.purpose == Purpose::Machine && !differences.is_empty() {
-        if !request.force {
-            return Err(Error::OtherMachine { folder, differences });
-        }
-        flags.push(Flag::OtherMachine);
-    }
-    Ok(Found { profile, folder, flags })
-}
-
-/// Where `cotk profile` writes: `./profiles/<id>` inside a checkout of cotk, else the user's data folder.
-pub fn home(here: &Identity) -> PathBuf {
-    let checkout = FilePath::new("crates/cotk").is_dir() && FilePath::new("profiles").is_dir();
-    match files::data_folder().filter(|_| !checkout) {
-        Some(data) => data.join("profiles").join(here.id()),
-        None => PathBuf::from("profiles").join(here.id()),
     }
 }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use cudarc::nvrtc::{CompileError, CompileOptions, compile_ptx_with_opts};
 
-use super::{SOURCE, ptx_head};
+use super::SOURCE;
 use crate::KernelError;
 
 /// The two libraries of the wheel, in the order in which they must be opened.
@@ -18,6 +18,20 @@ const LIBRARIES: [&str; 2] = ["libnvrtc-builtins.so.12.4", "libnvrtc.so.12"];
 /// # Errors
 /// NVRTC is not found, or refuses the text: then with its log.
 pub fn ptx() -> Result<String, KernelError> {
+    ptx_of("expert_q4.cu", SOURCE)
+}
+
+/// First line of a PTX made from `source`, the text of `file`.
+pub fn head(file: &str, source: &str) -> String {
+    let hash = xxhash_rust::xxh3::xxh3_64(source.as_bytes());
+    format!("// {file} {hash:016x}, NVRTC for compute_80, no contraction")
+}
+
+/// As [`ptx`], of any text.
+///
+/// # Errors
+/// NVRTC is not found, or refuses the text: then with its log.
+pub fn ptx_of(file: &str, source: &str) -> Result<String, KernelError> {
     open(std::env::var_os("COTK_NVRTC").map(PathBuf::from).as_deref())?;
     let options = CompileOptions {
         // Every fused multiply-add is written out: the compiler may not add one.
@@ -26,13 +40,15 @@ pub fn ptx() -> Result<String, KernelError> {
         prec_div: Some(true),
         arch: Some("compute_80"),
         // Ends up in symbols of some versions: always the same.
-        name: Some("expert_q4.cu".to_owned()),
+        name: Some(file.to_owned()),
         ..CompileOptions::default()
     };
-    let text = compile_ptx_with_opts(SOURCE, options).map_err(refused)?.to_src();
+    let text = compile_ptx_with_opts(source, options)
+        .map_err(|e| refused(file, e))?
+        .to_src();
     let lines = text.lines().filter(|line| !line.trim_start().starts_with("//"));
     let kept: Vec<&str> = lines.map(str::trim_end).filter(|line| !line.is_empty()).collect();
-    Ok(format!("{}\n{}\n", ptx_head(SOURCE), kept.join("\n")))
+    Ok(format!("{}\n{}\n", head(file, source), kept.join("\n")))
 }
 
 /// Opens NVRTC from `folder` for good, so that later look-ups by name find it.
@@ -62,14 +78,14 @@ fn open(folder: Option<&Path>) -> Result<(), KernelError> {
     }
 }
 
-fn refused(error: CompileError) -> KernelError {
+fn refused(file: &str, error: CompileError) -> KernelError {
     let detail = match &error {
         CompileError::CompileError { log, .. } => log.to_string_lossy().into_owned(),
         other => format!("{other:?}"),
     };
     KernelError::Gpu {
         library: "nvrtc",
-        call: "compile expert_q4.cu".to_owned(),
+        call: format!("compile {file}"),
         detail,
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod check;
 pub mod compile;
+pub mod links;
 pub mod q4;
 
 #[cfg(test)]
@@ -19,8 +20,7 @@ pub const PTX: &str = include_str!("expert_q4.ptx");
 
 /// First line of a PTX made from `source`.
 pub fn ptx_head(source: &str) -> String {
-    let hash = xxhash_rust::xxh3::xxh3_64(source.as_bytes());
-    format!("// expert_q4.cu {hash:016x}, NVRTC for compute_80, no contraction")
+    compile::head("expert_q4.cu", source)
 }
 
 #[cfg(test)]

@@ -147,7 +147,11 @@ pub fn measure(
     let begun = Begun {
         identity: plan.identity.clone(),
         seed: plan.seeds.seed(),
-        settings: plan.settings,
+        // How long it may take changes no time of a key.
+        settings: Settings {
+            budget: None,
+            ..plan.settings
+        },
         keys: table.len() + heldout.len(),
         networks: plan.networks.len(),
     };
@@ -279,6 +283,7 @@ pub fn measure(
                 canaries: canaries.iter().map(Key::to_string).collect(),
             },
             transfer: None,
+            carried: Vec::new(),
             good_for: GoodFor::default(),
             conditions: Conditions::default(),
             left_out: Vec::new(),

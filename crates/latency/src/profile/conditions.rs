@@ -69,11 +69,27 @@ pub struct LeftOut {
     pub is_heldout: bool,
 }
 
+/// A network that carried a profile over: timed here, predicted from there. ms.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Carried {
+    pub network: String,
+    pub threads: u32,
+    /// As the source predicts it, on its own machine and with its own number of threads.
+    pub source_ms: f64,
+    pub measured_ms: f64,
+    /// Half the range of the sessions' medians.
+    pub repeat_ms: f64,
+    /// As the carried profile predicts it, which has seen it.
+    pub predicted_ms: f64,
+}
+
 /// More than this is no list of ours.
 const MOST_LEFT_OUT: usize = 100_000;
 
 /// What is wrong with numbers from a file, if anything.
-pub(super) fn complaint(conditions: &Conditions, left_out: &[LeftOut]) -> Option<String> {
+pub(super) fn complaint(head: &super::Head) -> Option<String> {
+    let (conditions, left_out) = (&head.conditions, &head.left_out);
     let levels = conditions.levels.iter().map(|l| l.gb_per_s);
     let shares = [
         conditions.undisturbed_pct,
@@ -82,12 +98,13 @@ pub(super) fn complaint(conditions: &Conditions, left_out: &[LeftOut]) -> Option
         conditions.load,
     ];
     let times = left_out.iter().flat_map(|l| [l.median_us, l.mad_us]);
-    let mut all = levels.chain(shares.into_iter().flatten()).chain(times);
+    let carried = { head.carried.iter() }.flat_map(|c| [c.source_ms, c.measured_ms, c.repeat_ms, c.predicted_ms]);
+    let mut all = levels.chain(shares.into_iter().flatten()).chain(times).chain(carried);
     if let Some(wrong) = all.find(|x| !(x.is_finite() && *x >= 0.0)) {
-        return Some(format!("conditions: found {wrong}, expected numbers of 0 or more"));
+        return Some(format!("found {wrong}, expected numbers of 0 or more"));
     }
-    (left_out.len() > MOST_LEFT_OUT)
-        .then(|| format!("left_out: found {}, expected {MOST_LEFT_OUT} at most", left_out.len()))
+    let longest = left_out.len().max(head.carried.len());
+    (longest > MOST_LEFT_OUT).then(|| format!("a list of {longest}, expected {MOST_LEFT_OUT} at most"))
 }
 
 const LIMIT_BYTES: u64 = 1 << 20;

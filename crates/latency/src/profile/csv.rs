@@ -622,13 +622,11 @@ impl Line<'_> {
                 tokens: self.number("tokens")?,
                 threads,
             })),
-            "read" => {
-                Ok(Key::Read(ReadKey {
-                    tier: self.one_of("tier", &Tier::ALL.map(|t| (tier_name(t), t)))?,
-                    bytes: self.number("bytes")?,
-                    threads,
-                }))
-            }
+            "read" => Ok(Key::Read(ReadKey {
+                tier: self.one_of("tier", &Tier::ALL.map(|t| (tier_name(t), t)))?,
+                bytes: self.number("bytes")?,
+                threads,
+            })),
             _ => Err(self.fail(
                 "operator",
                 "session, conv, linear, add, global_avg_pool, entry, expert, dense, attention, glue or read",

@@ -156,6 +156,14 @@ pub(crate) fn profile() -> Profile {
                 canaries: vec!["session, 1 threads".into()],
             },
             transfer: None,
+            carried: vec![Carried {
+                network: "dense 3".into(),
+                threads: 2,
+                source_ms: 1.5,
+                measured_ms: 1.25,
+                repeat_ms: 0.01,
+                predicted_ms: 1.3,
+            }],
             good_for: GoodFor::default(),
             conditions: Conditions {
                 levels: vec![Level {

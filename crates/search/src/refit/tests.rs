@@ -54,6 +54,7 @@ fn machine(purpose: Purpose, here: &Identity, space: &Space) -> Profile {
                 canaries: vec![],
             },
             transfer: None,
+            carried: Vec::new(),
             good_for: GoodFor::default(),
             conditions: Conditions::default(),
             left_out: vec![],
