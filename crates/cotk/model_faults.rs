@@ -365,6 +365,21 @@ pub(crate) fn runtime(error: &cotk_runtime::Error) -> Report {
             expected: Some(expected.clone()),
             ..facts("synthetic", WRONG_USE)
         },
+        Error::Coding { what, .. } => Report {
+            key: Some(what.clone()),
+            ..facts("tensor-value", WRONG_USE)
+        },
+        Error::Memory {
+            needed_bytes,
+            available_bytes,
+            ..
+        } => Report {
+            key: Some("memory".to_owned()),
+            found: Some(format!("{available_bytes} bytes available")),
+            expected: Some(format!("{needed_bytes} bytes")),
+            help: Some("free memory, take fewer --bits or --layers, or a shorter --prompt".to_owned()),
+            ..facts("memory", OUT_OF_REACH)
+        },
         Error::Budget { found, least, .. } => Report {
             key: Some("budget-bytes".to_owned()),
             found: Some(found.to_string()),

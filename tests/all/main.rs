@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "clippy knows test functions, not their helpers")]
 
 mod bad_input;
+mod bench;
 mod check;
 mod checkpoint;
 mod elf;

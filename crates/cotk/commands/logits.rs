@@ -3,9 +3,12 @@
 use std::path::PathBuf;
 
 use cotk_model::ModelError;
-use cotk_model::model::{Logits, Sequence};
+use cotk_model::model::{Logits, Model, Sequence};
+use cotk_model::tokenizer::Tokenizer;
 use cotk_run::files;
+use cotk_runtime::in_memory::Routing;
 use cotk_runtime::open::open;
+use cotk_runtime::synthetic::{self, Experts};
 use serde_json::json;
 
 use super::ModeArg;
@@ -20,7 +23,17 @@ use crate::table::Table;
 )]
 pub struct Args {
     /// Hugging Face folder, or output of `cotk compress`
-    pub model: PathBuf,
+    #[arg(required_unless_present = "synthetic")]
+    pub model: Option<PathBuf>,
+    /// Random weights of a real model's shape, as `cotk export --synthetic` writes them, routed as their router says
+    #[arg(long, value_name = "NAME", conflicts_with = "model")]
+    pub synthetic: Option<String>,
+    /// Width of the synthetic model's experts: 2, 3, 4 or 8 (default: 8)
+    #[arg(long, value_name = "N", requires = "synthetic")]
+    pub bits: Option<u32>,
+    /// Another depth of the synthetic model
+    #[arg(long, value_name = "N", requires = "synthetic")]
+    pub layers: Option<usize>,
     /// Token ids, separated by commas
     #[arg(long, value_delimiter = ',', required = true, value_name = "IDS")]
     pub tokens: Vec<u32>,
@@ -34,9 +47,15 @@ pub struct Args {
 
 /// # Errors
 /// What the model refuses; ids outside the vocabulary; more tokens than the context.
-pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
-    let opened = open(&args.model)?;
-    let model = &opened.model;
+pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
+    let (model, tokenizer) = match (&args.synthetic, &args.model) {
+        (Some(name), _) => (synthetic(name, args, cx)?, None),
+        (None, Some(path)) => {
+            let opened = open(path)?;
+            (opened.model, Some(opened.files.tokenizer))
+        }
+        (None, None) => unreachable!("clap asks for one of them"),
+    };
     let mut cache = model.new_cache();
     let mut sequences = [Sequence {
         tokens: &args.tokens,
@@ -49,7 +68,7 @@ pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
         let text = format!("{}: f32 [{}, {}]\n", out.display(), shape[0], shape[1]);
         return Ok(Outcome::new(json!({ "shape": shape, "out": out }), text));
     }
-    let text = table(&args.tokens, &logits, shape[1], &opened.files.tokenizer);
+    let text = table(&args.tokens, &logits, shape[1], tokenizer.as_ref());
     if let Some(index) = logits.iter().position(|l| !l.is_finite()) {
         return Err(Fault::from(ModelError::Setting {
             what: "a logit",
@@ -58,6 +77,19 @@ pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
         }));
     }
     Ok(Outcome::new(json!({ "shape": shape, "logits": logits }), text))
+}
+
+fn synthetic(name: &str, args: &Args, cx: &Context) -> Result<Model, Fault> {
+    if args.layers == Some(0) {
+        return Err(Fault::usage(
+            "--layers 0: expected 1 or more",
+            "leave it out for all layers",
+        ));
+    }
+    let spec = synthetic::spec(name, args.layers)?;
+    let experts = Experts::plain(args.bits.unwrap_or(8));
+    let made = synthetic::routed_model(&spec, experts, cx.seed.unwrap_or(0), Routing::Router)?;
+    Ok(made.model)
 }
 
 /// NumPy's format, version 1.0: <https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html>.
@@ -76,8 +108,8 @@ fn npy(values: &[f32], [rows, columns]: [usize; 2]) -> Vec<u8> {
 }
 
 /// The three most likely next tokens at each position.
-fn table(tokens: &[u32], logits: &[f32], vocab: usize, tokenizer: &cotk_model::tokenizer::Tokenizer) -> String {
-    let spell = |id: u32| tokenizer.token_of(id).unwrap_or_default();
+fn table(tokens: &[u32], logits: &[f32], vocab: usize, tokenizer: Option<&Tokenizer>) -> String {
+    let spell = |id: u32| tokenizer.and_then(|t| t.token_of(id)).unwrap_or_default();
     let mut table = Table::new(&["position", "token", "next, and its logit", "second", "third"]);
     for ((position, &token), row) in tokens.iter().enumerate().zip(logits.chunks_exact(vocab)) {
         let mut order: Vec<u32> = (0..).take(vocab).collect();

@@ -9,6 +9,7 @@ use crate::context::{Context, Outcome};
 use crate::fault::Fault;
 use crate::sibling;
 
+pub mod bench;
 pub mod check;
 pub mod compress;
 pub mod eval;
@@ -74,6 +75,7 @@ pub enum Command {
     Serve(serve::Args),
     Profile(profile::Args),
     Plan(plan::Args),
+    Bench(bench::Args),
     Search(search::Args),
     Check(check::Args),
     GpuCheck(gpu_check::Args),
@@ -110,6 +112,7 @@ impl Command {
             Self::Serve(_) => "serve",
             Self::Profile(_) => "profile",
             Self::Plan(_) => "plan",
+            Self::Bench(_) => "bench",
             Self::Search(_) => "search",
             Self::Check(_) => "check",
             Self::GpuCheck(_) => "gpu-check",
@@ -133,6 +136,7 @@ pub fn run(command: &Command, cx: &Context) -> Result<Outcome, Fault> {
         Command::Serve(args) => serve::run(args, cx),
         Command::Profile(args) => profile::run(args, cx),
         Command::Plan(args) => plan::run(args, cx),
+        Command::Bench(args) => bench::run(args, cx),
         Command::Search(args) => {
             args.check()?;
             Err(sibling::become_trainer())

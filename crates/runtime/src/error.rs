@@ -35,6 +35,16 @@ pub enum Error {
         found: String,
         expected: String,
     },
+    /// Weights that cannot be coded on the way.
+    #[error("{what}: {source}")]
+    Coding { what: String, source: KernelError },
+    /// What would be held does not fit in memory.
+    #[error("{what} needs about {needed_bytes} bytes of memory, {available_bytes} are available")]
+    Memory {
+        what: String,
+        needed_bytes: u64,
+        available_bytes: u64,
+    },
     /// A budget that cannot hold one step.
     #[error(
         "budget of {found} bytes: at least {least} are needed, {dense_bytes} for the dense part, {kv_bytes} for keys and values, {largest_set_bytes} for the experts that one step can touch in a layer"

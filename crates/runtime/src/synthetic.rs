@@ -3,24 +3,23 @@
 //! repeats would come from cache. Nothing here speaks sense. Law: the same seed is the same model and the same routing.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
+use cotk_container::dense;
+use cotk_container::manifest::Matrix;
 use cotk_kernels::cpu::noise::{self, NoiseExpert, NoiseShape, Width};
 use cotk_model::ModelError;
 use cotk_model::checkpoint::{CheckpointError, DType, TensorInfo, TensorSource};
 use cotk_model::families::{self, LayerTensor, Tensor};
 use cotk_model::inventory;
 use cotk_model::model::Model;
-use cotk_model::moe::{
-    Alive, ExpertUse, Mode, MoeRecord, MoeRuntime, MoeShape, Precision, RouterScores, RuntimeError, route,
-};
+use cotk_model::moe::MoeRuntime;
 use cotk_model::spec::ModelSpec;
-use cotk_run::units::{ExpertId, LayerId};
 
-use crate::mix::{Cpu, run_groups};
+use crate::coded_dense::is_coded;
+use crate::in_memory::{InMemory, Routing};
 use crate::{Error, Result};
 
 /// Shapes by name: their published configs, as far as they say something about shape.
@@ -86,36 +85,67 @@ pub fn spec(name: &str, layers: Option<usize>) -> Result<ModelSpec> {
     Ok(spec)
 }
 
+/// Width of the dense matrices of a synthetic model, in plain codes of groups of 32; routers and gates of shared experts
+/// are f32.
+pub const DENSE_BITS: u32 = 8;
+
 /// The dense tensors of a shape: noise, norms of 1, made when they are asked for.
-struct Source {
+pub struct Source {
     name: PathBuf,
     shapes: BTreeMap<String, Vec<usize>>,
+    codes: BTreeMap<String, Matrix>,
     seed: u64,
 }
 
 impl Source {
-    fn new(spec: &ModelSpec, seed: u64) -> Self {
+    /// The same seed gives the same tensors.
+    pub fn new(spec: &ModelSpec, seed: u64) -> Self {
         let family = families::of(spec);
-        let is_dense =
-            |(tensor, _): &(Tensor, Vec<usize>)| !matches!(tensor, Tensor::Layer(_, LayerTensor::Expert(..)));
-        let shapes = inventory::tensors(spec).into_iter().filter(is_dense);
+        let mut shapes = BTreeMap::new();
+        let mut codes = BTreeMap::new();
+        for (tensor, shape) in inventory::tensors(spec) {
+            if matches!(tensor, Tensor::Layer(_, LayerTensor::Expert(..))) {
+                continue;
+            }
+            let name = family.tensor_name(tensor);
+            if is_coded(tensor, &shape) {
+                let (rows, cols) = (shape[0], shape[1]);
+                let bits = dense::dense_bits(DENSE_BITS).expect("a width of dense matrices");
+                let format = dense::plain_format(rows, cols, bits).expect("models' matrices are far below the limit");
+                let zero_points = noise::zero_points(format);
+                codes.insert(name.clone(), Matrix { format, zero_points });
+            }
+            shapes.insert(name, shape);
+        }
         Self {
             name: PathBuf::from(format!("synthetic {}", spec.family)),
-            shapes: shapes
-                .map(|(tensor, shape)| (family.tensor_name(tensor), shape))
-                .collect(),
+            shapes,
+            codes,
             seed,
         }
     }
 
-    fn values(&self, name: &str) -> Option<Vec<f32>> {
-        let shape = self.shapes.get(name)?;
+    fn seed_of(&self, name: &str) -> u64 {
         let index = self.shapes.range(..name.to_owned()).count() as u64;
+        self.seed.wrapping_mul(65_537).wrapping_add(index)
+    }
+
+    /// Stored bytes: the plane of a coded matrix, else f32.
+    fn made(&self, name: &str) -> std::result::Result<Vec<u8>, CheckpointError> {
+        let shape = self.shapes.get(name).ok_or_else(|| CheckpointError::Missing {
+            file: self.name.clone(),
+            tensor: name.to_owned(),
+            nearest: None,
+        })?;
+        let seed = self.seed_of(name);
+        if let Some(matrix) = self.codes.get(name) {
+            return Ok(noise::matrix(matrix.format, seed).planes.swap_remove(0));
+        }
         let mut values = vec![1.0; shape.iter().product()];
         if shape.len() > 1 {
-            noise::floats(&mut values, self.seed.wrapping_mul(65_537).wrapping_add(index));
+            noise::floats(&mut values, seed);
         }
-        Some(values)
+        Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect())
     }
 }
 
@@ -126,7 +156,11 @@ impl TensorSource for Source {
 
     fn info(&self, name: &str) -> Option<TensorInfo> {
         self.shapes.get(name).map(|shape| TensorInfo {
-            dtype: DType::F32,
+            dtype: if self.codes.contains_key(name) {
+                DType::U8
+            } else {
+                DType::F32
+            },
             shape: shape.clone(),
         })
     }
@@ -136,17 +170,11 @@ impl TensorSource for Source {
     }
 
     fn raw(&self, name: &str) -> std::result::Result<Cow<'_, [u8]>, CheckpointError> {
-        let values = self.values(name).ok_or_else(|| CheckpointError::Missing {
-            file: self.name.clone(),
-            tensor: name.to_owned(),
-            nearest: None,
-        })?;
-        Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>().into())
+        Ok(self.made(name)?.into())
     }
 
-    fn load_f32(&self, name: &str, expected: &[usize]) -> std::result::Result<Vec<f32>, CheckpointError> {
-        self.require(name, expected)?;
-        Ok(self.values(name).expect("required above"))
+    fn codes(&self, name: &str) -> Option<&Matrix> {
+        self.codes.get(name)
     }
 }
 
@@ -179,192 +207,86 @@ fn width_names() -> String {
     Width::all().into_iter().map(name).collect::<Vec<_>>().join(", ")
 }
 
-/// Experts of noise in memory, with routing drawn per token.
-#[derive(Debug)]
-pub struct Synthetic {
-    shape: MoeShape,
-    /// Per MoE layer, per expert.
-    experts: Vec<Vec<NoiseExpert>>,
-    bits: u8,
-    seed: u64,
-    /// Tokens that each layer has routed.
-    routed: Vec<AtomicU64>,
-    cpu: Cpu,
+/// Makes all experts of a shape, per MoE layer, per expert.
+///
+/// # Errors
+/// [`Error::Synthetic`]: no kernel reads this width, or no format has these sizes.
+pub fn experts(spec: &ModelSpec, experts: Experts, seed: u64) -> Result<Vec<Vec<NoiseExpert>>> {
+    use rayon::prelude::*;
+    let layer = |layer: usize| {
+        let ids = (0..spec.routing.experts).into_par_iter();
+        ids.map(|expert| one_expert(spec, experts, seed, layer, expert))
+            .collect()
+    };
+    (0..spec.moe_layers().len()).map(layer).collect()
 }
 
-impl Synthetic {
-    /// Makes all experts of a shape.
-    ///
-    /// # Errors
-    /// [`Error::Synthetic`]: no kernel reads this width; [`Error::Kernel`].
-    pub fn new(spec: &ModelSpec, experts: Experts, seed: u64) -> Result<Self> {
-        use rayon::prelude::*;
-        let width = Width::find(experts.bits, experts.planes).ok_or_else(|| Error::Synthetic {
-            what: "width",
-            found: format!("{} bits in {} planes", experts.bits, experts.planes),
-            expected: width_names(),
-        })?;
-        let shape = NoiseShape {
-            hidden: spec.hidden,
-            inner: spec.moe_intermediate,
-            width,
-            group: experts.group,
-            rank: experts.rank,
-        };
-        let layers = spec.moe_layers();
-        let count = spec.routing.experts;
-        let made = |layer: usize| -> Result<Vec<NoiseExpert>> {
-            (0..count)
-                .into_par_iter()
-                .map(|expert| {
-                    let seed = seed.wrapping_add(((layer * count + expert) as u64) << 8);
-                    NoiseExpert::new(&shape, seed).map_err(|source| Error::Synthetic {
-                        what: "matrix",
-                        found: source.to_string(),
-                        expected: "sizes and groups that a format has".to_owned(),
-                    })
-                })
-                .collect()
-        };
-        Ok(Self {
-            experts: (0..layers.len()).map(made).collect::<Result<_>>()?,
-            routed: layers.iter().map(|_| AtomicU64::new(0)).collect(),
-            shape: MoeShape {
-                hidden: spec.hidden,
-                rule: spec.routing,
-                layers,
-            },
-            bits: u8::try_from(experts.bits).expect("at most 16"),
-            seed,
-            cpu: Cpu::selected()?,
-        })
-    }
-
-    /// Bytes of all experts.
-    pub fn bytes(&self) -> u64 {
-        self.experts.iter().flatten().map(|e| e.len() as u64).sum()
-    }
-
-    /// The experts that token number `token` of a layer is sent to, distinct and in random order.
-    fn draw(&self, layer: usize, token: u64) -> Vec<usize> {
-        let (count, slots) = (
-            self.shape.rule.experts,
-            self.shape.rule.top_k.min(self.shape.rule.experts),
-        );
-        // splitmix64 (Steele, Lea and Flood, 2014) over a partial shuffle.
-        let mut state = self.seed ^ (layer as u64) << 48 ^ token.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let mut next = || {
-            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mut z = state;
-            z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-            z ^ z >> 31
-        };
-        let mut order: Vec<usize> = (0..count).collect();
-        for slot in 0..slots {
-            #[expect(clippy::cast_possible_truncation, reason = "below the number of experts")]
-            let other = slot + (next() % (count - slot) as u64) as usize;
-            order.swap(slot, other);
-        }
-        order.truncate(slots);
-        order
-    }
-
-    /// Distinct expert bytes of the next 100 tokens: many times the last-level cache, or experts were not read from memory.
-    pub fn distinct_bytes_per_100_tokens(&self) -> u64 {
-        let layers = self.experts.iter().zip(&self.routed).enumerate();
-        let of = |(layer, (experts, routed)): (usize, (&Vec<NoiseExpert>, &AtomicU64))| -> u64 {
-            let from = routed.load(Ordering::Relaxed);
-            let touched: BTreeSet<usize> = (from..from + 100).flat_map(|token| self.draw(layer, token)).collect();
-            touched.iter().map(|&e| experts[e].len() as u64).sum()
-        };
-        layers.map(of).sum()
-    }
-}
-
-impl MoeRuntime for Synthetic {
-    fn shape(&self) -> &MoeShape {
-        &self.shape
-    }
-
-    fn modes(&self) -> &[Mode] {
-        &[Mode::Exact]
-    }
-
-    fn forward(
-        &self,
-        layer: LayerId,
-        hidden: &[f32],
-        router: RouterScores<'_>,
-        mode: Mode,
-        out: &mut [f32],
-    ) -> std::result::Result<MoeRecord, RuntimeError> {
-        let tokens = self.check_call(layer, hidden, &router, mode, out)?;
-        let at = self
-            .shape
-            .layers
-            .iter()
-            .position(|&l| l == layer)
-            .expect("checked above");
-        // What routing costs is paid, and its gates are used; whom they weigh is drawn.
-        let routed = route(&router, Alive::All);
-        let slots = routed.slots;
-        let first = self.routed[at].fetch_add(tokens as u64, Ordering::Relaxed);
-        let mut pairs: Vec<(usize, usize)> = Vec::with_capacity(tokens * slots);
-        for token in 0..tokens {
-            let drawn = self.draw(at, first + token as u64);
-            pairs.extend(drawn.into_iter().enumerate().map(|(slot, e)| (e, token * slots + slot)));
-        }
-        pairs.sort_unstable();
-        let order: Vec<usize> = pairs.iter().map(|(_, pair)| *pair).collect();
-        let mut groups = Vec::new();
-        let mut from = 0;
-        for group in pairs.chunk_by(|a, b| a.0 == b.0) {
-            groups.push((self.experts[at][group[0].0].expert(), &order[from..from + group.len()]));
-            from += group.len();
-        }
-        out.fill(0.0);
-        run_groups(self.cpu, &groups, hidden, slots, &routed.gates, out);
-        let mut uses = vec![
-            ExpertUse {
-                expert: ExpertId(0),
-                gate: 0.0,
-                bits: self.bits,
-                precision: Precision::Full,
-            };
-            pairs.len()
-        ];
-        for (expert, pair) in pairs {
-            uses[pair].expert = ExpertId(u32::try_from(expert).expect("expert counts fit 32 bits"));
-            uses[pair].gate = routed.gates[pair];
-        }
-        Ok(MoeRecord { slots, uses })
-    }
+/// Expert number `expert` of MoE layer number `layer`: the same by itself as among all.
+///
+/// # Errors
+/// As [`experts`].
+pub fn one_expert(spec: &ModelSpec, experts: Experts, seed: u64, layer: usize, expert: usize) -> Result<NoiseExpert> {
+    let width = Width::find(experts.bits, experts.planes).ok_or_else(|| Error::Synthetic {
+        what: "width",
+        found: format!("{} bits in {} planes", experts.bits, experts.planes),
+        expected: width_names(),
+    })?;
+    let shape = NoiseShape {
+        hidden: spec.hidden,
+        inner: spec.moe_intermediate,
+        width,
+        group: experts.group,
+        rank: experts.rank,
+    };
+    let seed = seed.wrapping_add(((layer * spec.routing.experts + expert) as u64) << 8);
+    NoiseExpert::new(&shape, seed).map_err(|source| Error::Synthetic {
+        what: "matrix",
+        found: source.to_string(),
+        expected: "sizes and groups that a format has".to_owned(),
+    })
 }
 
 /// A whole synthetic model.
 pub struct SyntheticModel {
     pub model: Model,
-    pub experts: Arc<Synthetic>,
+    pub experts: Arc<InMemory>,
 }
 
-/// Makes a model of a shape in memory.
+/// Makes a model of a shape in memory, its routing drawn.
 ///
 /// # Errors
-/// As [`Synthetic::new`].
+/// As [`experts`]; [`Error::Kernel`].
 pub fn model(spec: &ModelSpec, experts: Experts, seed: u64) -> Result<SyntheticModel> {
-    let runtime = Arc::new(Synthetic::new(spec, experts, seed)?);
-    let source = Source::new(spec, seed);
-    let model = Model::load(spec.clone(), &source, runtime.clone()).map_err(ModelError::from)?;
+    let routing = Routing::drawn(seed, spec.moe_layers().len());
+    routed_model(spec, experts, seed, routing)
+}
+
+/// The same with routing as asked for.
+///
+/// # Errors
+/// As [`model`].
+pub fn routed_model(spec: &ModelSpec, experts: Experts, seed: u64, routing: Routing) -> Result<SyntheticModel> {
+    let made = self::experts(spec, experts, seed)?;
+    let runtime = Arc::new(InMemory::new(spec, made, experts.bits, routing)?);
     Ok(SyntheticModel {
-        model,
+        model: dense_part(spec, seed, runtime.clone())?,
         experts: runtime,
     })
+}
+
+/// A model of noise over a runtime.
+///
+/// # Errors
+/// Those of loading, which noise does not meet.
+pub fn dense_part(spec: &ModelSpec, seed: u64, runtime: Arc<dyn MoeRuntime>) -> Result<Model> {
+    let source = Source::new(spec, seed);
+    Ok(Model::load(spec.clone(), &source, runtime).map_err(ModelError::from)?)
 }
 
 #[cfg(test)]
 mod tests {
     use cotk_model::model::{Logits, Sequence};
+    use cotk_model::moe::Mode;
 
     use super::*;
 
@@ -413,21 +335,29 @@ mod tests {
     }
 
     #[test]
-    fn routing_is_distinct_within_a_token_and_uniform_over_tokens() {
-        let experts = Synthetic::new(&tiny(), Experts::plain(2), 3).unwrap();
-        let mut counts = [0u32; 8];
-        for token in 0..1000 {
-            let drawn = experts.draw(1, token);
-            assert_eq!(drawn.iter().collect::<BTreeSet<_>>().len(), 4);
-            drawn.iter().for_each(|&e| counts[e] += 1);
+    fn dense_matrices_are_codes_and_routers_are_not() {
+        let source = Source::new(&tiny(), 1);
+        let coded = |name: &str| source.codes(name).map(|m| (m.format.rows(), m.format.cols()));
+        assert_eq!(coded("model.embed_tokens.weight"), Some((4096, 256)));
+        assert_eq!(coded("model.layers.1.self_attn.k_proj.weight"), Some((128, 256)));
+        for exact in [
+            "model.layers.0.mlp.gate.weight",
+            "model.layers.0.self_attn.k_proj.bias",
+            "model.norm.weight",
+        ] {
+            assert_eq!(coded(exact), None, "{exact}");
         }
-        assert!(counts.iter().all(|&c| (430..570).contains(&c)), "{counts:?}");
-        assert_eq!(experts.distinct_bytes_per_100_tokens(), experts.bytes());
+        let name = "model.layers.0.self_attn.o_proj.weight";
+        let weights = source.load_f32(name, &[256, 256]).unwrap();
+        assert_eq!(weights, Source::new(&tiny(), 1).load_f32(name, &[256, 256]).unwrap());
+        assert_ne!(weights, Source::new(&tiny(), 2).load_f32(name, &[256, 256]).unwrap());
+        let variance = weights.iter().map(|w| w * w).sum::<f32>() / 65536.0;
+        assert!((variance.sqrt() / 0.02 - 1.0).abs() < 0.05, "{variance}");
     }
 
     #[test]
     fn a_width_that_no_kernel_reads_is_refused() {
-        let text = Synthetic::new(&tiny(), Experts::plain(5), 3).unwrap_err().to_string();
+        let text = experts(&tiny(), Experts::plain(5), 3).unwrap_err().to_string();
         assert!(text.contains("5 bits"), "{text}");
     }
 }

@@ -6,12 +6,14 @@ use std::ops::Range;
 use cotk_quant::QuantError;
 use cotk_quant::code::{Bits, Code};
 use cotk_quant::coded::{CodedMatrix, CodedView};
+use cotk_quant::encode::encode;
 use cotk_quant::layout::{MAX_PLANES, MatrixFormat, Placement};
 use cotk_quant::noise;
 
 use super::expert::Expert;
 use super::half_matrix::{HalfKind, HalfMatrix, half_bytes};
 use super::weights::{Matrix, Weights};
+use crate::KernelError;
 
 /// What lies in memory at some width.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +94,26 @@ pub fn floats(values: &mut [f32], seed: u64) {
     }
 }
 
+/// A coded matrix of noise of the same deviation.
+pub fn matrix(format: MatrixFormat, seed: u64) -> CodedMatrix {
+    noise::matrix(format, scale_of(format.code()), seed)
+}
+
+/// The zero points that come with it: nothing was fitted.
+pub fn zero_points(format: MatrixFormat) -> Vec<f32> {
+    let code = format.code();
+    code.prefixes()
+        .iter()
+        .map(|bits| code.default_zero_point(*bits))
+        .collect()
+}
+
+/// Uniform codes of b bits have a standard deviation of 2^b / √12.
+#[expect(clippy::cast_precision_loss, reason = "at most 256")]
+fn scale_of(code: Code) -> f32 {
+    WEIGHT_STD * 12f32.sqrt() / (1u32 << code.full().get()) as f32
+}
+
 /// Where planes begin: as in a record, no line of 64 bytes straddles two of the cache.
 const ALIGN: usize = 64;
 
@@ -157,13 +179,9 @@ impl NoiseExpert {
                 }
             }
             Form::Code(code, bits) => {
-                // Uniform codes of b bits have a standard deviation of 2^b / √12.
-                #[expect(clippy::cast_precision_loss, reason = "at most 256")]
-                let scale = WEIGHT_STD * 12f32.sqrt() / (1u32 << code.full().get()) as f32;
                 let matrix = |(rows, cols), seed| -> Result<CodedMatrix, QuantError> {
-                    Ok(noise::matrix(
+                    Ok(self::matrix(
                         MatrixFormat::try_new(rows, cols, code, shape.group)?,
-                        scale,
                         seed,
                     ))
                 };
@@ -181,12 +199,27 @@ impl NoiseExpert {
         })
     }
 
-    /// Gate, up and down in memory as they lie in a record, at the width `bits` of their code.
+    /// An expert's own weights, coded: gate and up `[inner, hidden]`, down `[hidden, inner]`, in plain codes of `bits` bits
+    /// with a scale for each `group` weights.
     ///
     /// # Errors
-    /// A code without this prefix; formats of gate and up that differ.
-    pub fn of_coded(gate: CodedMatrix, up: CodedMatrix, down: CodedMatrix, bits: Bits) -> Result<Self, QuantError> {
-        Self::laid(&[gate, up, down], bits, true)
+    /// Bits that no plain code has, a size or a group that no format has, weights that are not finite.
+    pub fn coded(
+        [gate, up, down]: [&[f32]; 3],
+        hidden: usize,
+        inner: usize,
+        bits: u32,
+        group: usize,
+    ) -> Result<Self, KernelError> {
+        let bits = Bits::try_from(bits)?;
+        let code = Code::Plain(bits);
+        let matrix = |weights: &[f32], rows, cols| encode(weights, MatrixFormat::try_new(rows, cols, code, group)?);
+        let made = [
+            matrix(gate, inner, hidden)?,
+            matrix(up, inner, hidden)?,
+            matrix(down, hidden, inner)?,
+        ];
+        Ok(Self::laid(&made, bits, true)?)
     }
 
     /// Lays matrices out, gate and up in turn where they are whole.
@@ -408,6 +441,45 @@ mod tests {
             }
         }
         assert!(Width::find(5, 1).is_none());
+    }
+
+    #[test]
+    fn a_coded_expert_computes_with_its_own_weights() {
+        let isa = Isa::selected().unwrap();
+        let matrix = |seed| {
+            let mut weights = vec![0.0; 64 * 96];
+            floats(&mut weights, seed);
+            weights
+        };
+        let (gate, up, down) = (matrix(1), matrix(2), matrix(3));
+        let x: Vec<f32> = (0..96).map(|i| (i as f32).sin()).collect();
+        let dot = |w: &[f32], x: &[f32]| w.iter().zip(x).map(|(w, x)| w * x).sum::<f32>();
+        let middle: Vec<f32> = (gate.chunks(96).zip(up.chunks(96)))
+            .map(|(g, u)| dot(g, &x) / (1.0 + (-dot(g, &x)).exp()) * dot(u, &x))
+            .collect();
+        let truth: Vec<f32> = down.chunks(64).map(|d| dot(d, &middle)).collect();
+        let norm = |v: &[f32]| v.iter().map(|v| v * v).sum::<f32>().sqrt();
+        for (bits, bound) in [(8, 0.03), (4, 0.3)] {
+            let expert = NoiseExpert::coded([&gate, &up, &down], 96, 64, bits, 32).unwrap();
+            let acts = Activations::of(isa, &x, 96);
+            let mut out = vec![f32::NAN; 96];
+            forward(
+                isa,
+                &expert.expert(),
+                &acts,
+                &mut out,
+                &mut ExpertScratch::default(),
+                Threads::One,
+            );
+            let wrong: Vec<f32> = out.iter().zip(&truth).map(|(a, b)| a - b).collect();
+            assert!(
+                norm(&wrong) < bound * norm(&truth),
+                "{bits} bits: {} of {}",
+                norm(&wrong),
+                norm(&truth)
+            );
+        }
+        assert!(NoiseExpert::coded([&gate, &up, &down], 96, 64, 5, 32).is_err());
     }
 
     #[test]

@@ -6,14 +6,13 @@ use std::path::Path;
 
 use cotk_container::gguf::blocks::{coded_rows, decode, holds, weight_rows};
 use cotk_container::gguf::{GgufTensor, Sink, TensorType, Value, write};
-use cotk_container::layout::Part;
-use cotk_container::reader::Container;
+use cotk_container::reader::{Container, ExpertView};
 use cotk_run::cancel::Cancel;
 use cotk_run::progress::Progress;
 use cotk_run::units::{Bytes, LayerId};
 use rayon::prelude::*;
 
-use super::{ExportError, Exported, Loss, Projected, Subject, part, vocabulary};
+use super::{Experts, ExportError, Exported, Loss, Made, Projected, Subject, part, vocabulary};
 use crate::families::gguf::{self as names, Arch, Refusal};
 use crate::families::{self, LayerTensor, Matrix, Tensor};
 use crate::folder::ModelFolder;
@@ -24,6 +23,8 @@ use crate::spec::AttentionKind;
 const GGUF: &str = "GGUF";
 /// Experts coded at once: bounds memory.
 const EXPERTS_AT_ONCE: usize = 8;
+/// Rows of a coded dense matrix written at once.
+const ROWS_AT_ONCE: usize = 8192;
 
 /// What a file is to hold.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -88,9 +89,36 @@ pub fn export(
     cancel: &Cancel,
 ) -> Result<Exported, ExportError> {
     let subject = Subject::new(files, container, options.bits, GGUF)?;
+    let vocabulary = vocabulary::metadata(files)?;
+    put(&subject, vocabulary, out, options, progress, cancel)
+}
+
+/// Writes a model that has no tokenizer: llama.cpp runs it on token ids.
+///
+/// # Errors
+/// As [`export`].
+pub fn export_made(
+    made: &Made<'_>,
+    out: &Path,
+    options: &GgufOptions,
+    progress: &dyn Progress,
+    cancel: &Cancel,
+) -> Result<Exported, ExportError> {
+    let vocabulary = vec![("tokenizer.ggml.model".to_owned(), Value::from("none"))];
+    put(&Subject::made(made), vocabulary, out, options, progress, cancel)
+}
+
+fn put(
+    subject: &Subject<'_>,
+    vocabulary: Vec<(String, Value)>,
+    out: &Path,
+    options: &GgufOptions,
+    progress: &dyn Progress,
+    cancel: &Cancel,
+) -> Result<Exported, ExportError> {
     let arch = families::of(&subject.spec).gguf(&subject.spec).map_err(refusal)?;
-    let planned = plan(&subject, options)?;
-    let metadata = metadata(&subject, &arch, options, &planned)?;
+    let planned = plan(subject, options)?;
+    let metadata = metadata(subject, &arch, options, &planned, vocabulary)?;
     let tensors: Vec<GgufTensor> = planned.iter().map(|p| p.tensor.clone()).collect();
     let needed: u64 = tensors.iter().map(GgufTensor::bytes).sum();
     progress.note(&format!("writing {} to {}", Bytes(needed), out.display()));
@@ -102,9 +130,9 @@ pub fn export(
         cancel.check()?;
         let planned = &planned[index];
         let loss = match planned.origin {
-            Origin::Dense(tensor) => put_dense(&subject, &arch, planned, tensor, sink),
-            Origin::Latent(tensor, half) => put_latent(&subject, planned, tensor, half, sink),
-            Origin::Stack(layer, matrix) => put_stack(&subject, planned, layer, matrix, sink),
+            Origin::Dense(tensor) => put_dense(subject, &arch, planned, tensor, sink),
+            Origin::Latent(tensor, half) => put_latent(subject, planned, tensor, half, sink),
+            Origin::Stack(layer, matrix) => put_stack(subject, planned, layer, matrix, sink),
         }?;
         let reason = match &planned.way {
             Way::Weights(Some(reason)) => Some(reason.clone()),
@@ -156,9 +184,9 @@ fn plan(subject: &Subject<'_>, options: &GgufOptions) -> Result<Vec<Planned>, Ex
         }),
     };
     let dense = asked("--dense-bits", options.dense_bits)?;
-    let experts = match subject.container {
-        None => Some(asked("--bits", options.bits)?),
-        Some(_) => None,
+    let experts = match subject.experts {
+        Experts::Weights => Some(asked("--bits", options.bits)?),
+        Experts::Container(_) | Experts::Made(_) => None,
     };
     let mut planned = Vec::new();
     let mut refused: Vec<ExportError> = Vec::new();
@@ -193,7 +221,10 @@ fn plan(subject: &Subject<'_>, options: &GgufOptions) -> Result<Vec<Planned>, Ex
         } else {
             dense
         };
-        let (kind, way, note) = fit(kind, &shape);
+        let (kind, way, note) = match codes(subject, tensor)? {
+            Some(kind) => (kind, Way::Codes, None),
+            None => fit(kind, &shape),
+        };
         let mut add = |name: String| {
             planned.push(Planned {
                 tensor: GgufTensor {
@@ -232,6 +263,25 @@ fn plan(subject: &Subject<'_>, options: &GgufOptions) -> Result<Vec<Planned>, Ex
         }),
         Some(error) => Err(error),
     }
+}
+
+/// The type that holds the codes of a dense matrix, where it has such.
+fn codes(subject: &Subject<'_>, tensor: Tensor) -> Result<Option<TensorType>, ExportError> {
+    // Rows of experts that are gone would have to be cut out.
+    if matches!(tensor, Tensor::Layer(_, LayerTensor::Router | LayerTensor::RouterBias)) {
+        return Ok(None);
+    }
+    let name = families::of(&subject.spec).tensor_name(tensor);
+    let Some(matrix) = subject.source.codes(&name) else {
+        return Ok(None);
+    };
+    let bytes = subject.source.raw(&name)?;
+    let prefix = matrix.plain(&bytes).map_err(|e| ExportError::Weight {
+        tensor: name.clone(),
+        detail: e.to_string(),
+    })?;
+    let kinds = [TensorType::Q4_0, TensorType::Q8_0];
+    Ok(kinds.into_iter().find(|kind| holds(*kind, &prefix)))
 }
 
 /// The two tensors that llama.cpp cuts a latent projection into.
@@ -308,13 +358,11 @@ fn stack(
     let mut widths: Vec<u32> = Vec::new();
     let mut is_held = true;
     for &expert in subject.kept(layer) {
-        let view = subject.coded(layer, expert)?.expect("kept experts have records");
-        let prefix = match part(matrix) {
-            Part::Gate => view.gate,
-            Part::Up => view.up,
-            Part::Down => view.down,
+        let of = |view: &ExpertView<'_>| {
+            let prefix = view.part(part(matrix));
+            (prefix.format(), prefix.bits().get(), holds(TensorType::Q8_0, &prefix))
         };
-        let format = prefix.format();
+        let (format, bits, is_whole) = subject.coded(layer, expert, of)?.expect("kept experts have records");
         if [format.rows(), format.cols()] != [rows, columns] {
             return Err(ExportError::Refused {
                 format: GGUF,
@@ -325,8 +373,11 @@ fn stack(
                 help: "compress again without cutting channels, or serve it with `cotk serve`".to_owned(),
             });
         }
-        widths.push(prefix.bits().get());
-        is_held &= holds(TensorType::Q8_0, &prefix);
+        widths.push(bits);
+        is_held &= is_whole;
+        if matches!(subject.experts, Experts::Made(_)) {
+            break; // one is like all
+        }
     }
     widths.sort_unstable();
     widths.dedup();
@@ -394,14 +445,48 @@ fn put_dense(
     if let Tensor::Layer(_, LayerTensor::SharedGate) = tensor {
         shape.insert(0, 1);
     }
-    let mut weights = subject.dense(tensor, &shape)?;
-    if arch.pairs_rope
-        && let Tensor::Layer(_, LayerTensor::Query | LayerTensor::QueryBias | LayerTensor::Key | LayerTensor::KeyBias) =
-            tensor
-    {
-        weights = paired(&weights, shape[0], subject.spec.attention.head_dim);
-    }
     let columns = *shape.last().expect("tensors have axes");
+    let is_turned = arch.pairs_rope
+        && matches!(
+            tensor,
+            Tensor::Layer(
+                _,
+                LayerTensor::Query | LayerTensor::QueryBias | LayerTensor::Key | LayerTensor::KeyBias
+            )
+        );
+    let turned = |rows: usize| is_turned.then_some((rows, subject.spec.attention.head_dim));
+    if planned.way == Way::Codes {
+        let name = families::of(&subject.spec).tensor_name(tensor);
+        let matrix = subject.source.codes(&name).expect("planned by its codes");
+        let plane = subject.source.raw(&name)?;
+        let prefix = matrix.plain(&plane).expect("looked at when it was planned");
+        for rows in (0..shape[0]).step_by(ROWS_AT_ONCE) {
+            // Whole heads at a time, where rows change places within a head.
+            let rows = if is_turned {
+                0..shape[0]
+            } else {
+                rows..(rows + ROWS_AT_ONCE).min(shape[0])
+            };
+            let end = rows.end;
+            let chunks: Vec<std::ops::Range<usize>> = (rows.step_by(64)).map(|at| at..(at + 64).min(end)).collect();
+            let blocks: Vec<Vec<u8>> = (chunks.into_par_iter())
+                .map(|rows| coded_rows(planned.tensor.kind, &prefix, rows))
+                .collect();
+            let bytes = blocks.concat();
+            match turned(end) {
+                Some((rows, head_dim)) => {
+                    sink.put(&paired(&bytes, rows, head_dim))?;
+                    break;
+                }
+                None => sink.put(&bytes)?,
+            }
+        }
+        return Ok(0.0);
+    }
+    let mut weights = subject.dense(tensor, &shape)?;
+    if let Some((rows, head_dim)) = turned(shape[0]) {
+        weights = paired(&weights, rows, head_dim);
+    }
     let (bytes, loss) = encoded(planned, &weights, columns)?;
     sink.put(&bytes)?;
     Ok(loss.relative())
@@ -432,13 +517,14 @@ fn put_latent(
 }
 
 /// Rows of each head from halves to neighbours: row j of the first half, row j of the second, for each j.
-fn paired(weights: &[f32], rows: usize, head_dim: usize) -> Vec<f32> {
-    let width = weights.len() / rows;
-    let mut out = Vec::with_capacity(weights.len());
+/// `whole` is all rows, one after another, of weights or of bytes.
+fn paired<T: Copy>(whole: &[T], rows: usize, head_dim: usize) -> Vec<T> {
+    let width = whole.len() / rows;
+    let mut out = Vec::with_capacity(whole.len());
     for head in (0..rows).step_by(head_dim) {
         for j in 0..head_dim / 2 {
             for row in [head + j, head + head_dim / 2 + j] {
-                out.extend_from_slice(&weights[row * width..][..width]);
+                out.extend_from_slice(&whole[row * width..][..width]);
             }
         }
     }
@@ -473,14 +559,12 @@ fn put_stack(
             .par_iter()
             .map(|&expert| {
                 if planned.way == Way::Codes {
-                    let view = subject.coded(layer, expert)?.expect("kept experts have records");
-                    let prefix = match part(matrix) {
-                        Part::Gate => view.gate,
-                        Part::Up => view.up,
-                        Part::Down => view.down,
+                    let rows = |view: &ExpertView<'_>| {
+                        let prefix = view.part(part(matrix));
+                        coded_rows(kind, &prefix, 0..prefix.format().rows())
                     };
-                    let rows = 0..prefix.format().rows();
-                    return Ok((coded_rows(kind, &prefix, rows), Loss::default()));
+                    let rows = subject.coded(layer, expert, rows)?;
+                    return Ok((rows.expect("kept experts have records"), Loss::default()));
                 }
                 encoded(planned, &subject.expert(layer, expert, matrix)?, columns)
             })
@@ -499,6 +583,7 @@ fn metadata(
     arch: &Arch,
     options: &GgufOptions,
     planned: &[Planned],
+    vocabulary: Vec<(String, Value)>,
 ) -> Result<Vec<(String, Value)>, ExportError> {
     let is = |kind| planned.iter().any(|p| p.tensor.kind == kind);
     // As llama.cpp counts them: by what most weights have.
@@ -521,7 +606,7 @@ fn metadata(
     for (key, value) in common.into_iter().chain(arch.keys.iter().cloned()) {
         keys.push((format!("{}.{key}", arch.name), value));
     }
-    keys.extend(vocabulary::metadata(subject.files)?);
+    keys.extend(vocabulary);
     Ok(keys)
 }
 

@@ -127,7 +127,7 @@ pub fn export(
     files::create_folder(&partial)?;
     let written = (|| -> Result<Exported, ExportError> {
         let mut bytes = copy_files(model, &partial)?;
-        let config = config(&subject, kind)?;
+        let config = config(model, &subject, kind)?;
         files::write_atomic(partial.join("config.json"), config.as_bytes())?;
         bytes += config.len() as u64 + needed;
         progress.begin("exporting", tensors.len() as u64, "tensors");
@@ -186,14 +186,14 @@ fn partial(out: &Path) -> PathBuf {
 fn check_sizes(subject: &Subject<'_>) -> Result<(), ExportError> {
     for (layer, experts) in &subject.kept {
         for &expert in experts {
-            let Some(view) = subject.coded(*layer, expert)? else {
+            let Some(inner) = subject.coded(*layer, expert, |view| view.inner())? else {
                 return Ok(());
             };
-            if view.inner() != subject.spec.moe_intermediate {
+            if inner != subject.spec.moe_intermediate {
                 return Err(ExportError::Refused {
                     format: HF,
                     what: format!("{expert} of {layer}"),
-                    found: format!("{} channels", view.inner()),
+                    found: format!("{inner} channels"),
                     expected: format!("{}, as all experts", subject.spec.moe_intermediate),
                     others: 0,
                     help: "compress again without cutting channels, or serve it with `cotk serve`".to_owned(),
@@ -218,10 +218,10 @@ fn copy_files(model: &ModelFolder, to: &Path) -> Result<u64, ExportError> {
 }
 
 /// The model's own config with the type, and the number of experts, of what is left.
-fn config(subject: &Subject<'_>, kind: HfType) -> Result<String, ExportError> {
-    let mut config: Value = serde_json::from_str(&subject.files.config_text).map_err(|e| {
+fn config(model: &ModelFolder, subject: &Subject<'_>, kind: HfType) -> Result<String, ExportError> {
+    let mut config: Value = serde_json::from_str(&model.config_text).map_err(|e| {
         crate::ModelError::from(ConfigError::Json {
-            file: subject.files.path.join("config.json"),
+            file: model.path.join("config.json"),
             detail: e.to_string(),
         })
     })?;

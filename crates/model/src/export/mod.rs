@@ -2,12 +2,17 @@
 //! is refused, or projected onto what it can, with the loss measured. Law: what is not listed as projected keeps every
 //! value that our own runtime computes with.
 
+use std::sync::Arc;
+
 use cotk_container::ContainerError;
 use cotk_container::manifest::{DroppedMeaning, State};
 use cotk_container::reader::{Container, ExpertView};
+use cotk_kernels::cpu::noise::NoiseExpert;
+use cotk_kernels::cpu::weights::Weights;
 use cotk_run::units::{ExpertId, LayerId};
 
 use crate::ModelError;
+use crate::checkpoint::TensorSource;
 use crate::families::{self, LayerTensor, Matrix, Tensor};
 use crate::folder::ModelFolder;
 use crate::inventory::expert_id;
@@ -115,10 +120,30 @@ impl Loss {
     }
 }
 
+/// A model that is made rather than read, as a synthetic one: it has no tokenizer, its experts are coded alike.
+pub struct Made<'a> {
+    pub spec: &'a ModelSpec,
+    /// The dense part.
+    pub source: &'a dyn TensorSource,
+    /// One expert, whole and in plain codes; asked for layer by layer.
+    pub expert: &'a (dyn Fn(LayerId, ExpertId) -> Result<Arc<NoiseExpert>, ExportError> + Sync),
+}
+
+/// Where routed experts come from.
+enum Experts<'a> {
+    /// Weights of a checkpoint.
+    Weights,
+    Container(&'a Container),
+    Made(&'a Made<'a>),
+}
+
 /// A model as exports see it: the experts that are left, renumbered, the same count in all layers.
 struct Subject<'a> {
-    files: &'a ModelFolder,
-    container: Option<&'a Container>,
+    /// The dense part.
+    source: &'a dyn TensorSource,
+    experts: Experts<'a>,
+    /// Experts of a layer of the source.
+    all: usize,
     /// The spec of what is left.
     spec: ModelSpec,
     /// Of each MoE layer, in the numbering of the source.
@@ -195,12 +220,28 @@ impl<'a> Subject<'a> {
         spec.routing.experts = count;
         spec.routing.top_k = spec.routing.top_k.min(count);
         Ok(Self {
-            files,
-            container,
+            source: files.source.as_ref(),
+            experts: container.map_or(Experts::Weights, Experts::Container),
+            all,
             spec,
             kept,
             bits,
         })
+    }
+
+    /// A made model: all of its experts.
+    fn made(made: &'a Made<'a>) -> Self {
+        let all = made.spec.routing.experts;
+        let experts: Vec<ExpertId> = (0..all).map(expert_id).collect();
+        let layers = made.spec.moe_layers().into_iter();
+        Self {
+            source: made.source,
+            experts: Experts::Made(made),
+            all,
+            kept: layers.map(|layer| (layer, experts.clone())).collect(),
+            spec: made.spec.clone(),
+            bits: None,
+        }
     }
 
     /// The experts that are left of a layer.
@@ -212,12 +253,12 @@ impl<'a> Subject<'a> {
     /// A tensor of the dense part in f32; router rows and biases of the experts that are left.
     fn dense(&self, tensor: Tensor, shape: &[usize]) -> Result<Vec<f32>, ExportError> {
         let name = families::of(&self.spec).tensor_name(tensor);
-        let source = self.files.source.as_ref();
+        let source = self.source;
         let Tensor::Layer(layer, LayerTensor::Router | LayerTensor::RouterBias) = tensor else {
             return Ok(source.load_f32(&name, shape)?);
         };
         let mut whole = shape.to_vec();
-        whole[0] = self.files.spec.routing.experts;
+        whole[0] = self.all;
         let rows = source.load_f32(&name, &whole)?;
         let width: usize = shape[1..].iter().product();
         let kept = self.kept(layer).iter();
@@ -227,22 +268,42 @@ impl<'a> Subject<'a> {
             .collect())
     }
 
-    /// One expert of the source's numbering, as coded; `None` in a checkpoint that codes nothing.
-    fn coded(&self, layer: LayerId, expert: ExpertId) -> Result<Option<ExpertView<'a>>, ExportError> {
-        match self.container {
-            None => Ok(None),
-            Some(container) => Ok(container.expert(layer, expert, self.bits.unwrap_or(u32::MAX))?),
+    /// `read` of one expert of the source's numbering, as coded; `None` in a checkpoint that codes nothing.
+    fn coded<R>(
+        &self,
+        layer: LayerId,
+        expert: ExpertId,
+        read: impl FnOnce(&ExpertView<'_>) -> R,
+    ) -> Result<Option<R>, ExportError> {
+        match self.experts {
+            Experts::Weights => Ok(None),
+            Experts::Container(container) => {
+                let view = container.expert(layer, expert, self.bits.unwrap_or(u32::MAX))?;
+                Ok(view.as_ref().map(read))
+            }
+            Experts::Made(made) => {
+                let held = (made.expert)(layer, expert)?;
+                let prefix = |at: usize| match held.weights(at) {
+                    Weights::Coded(coded) => *coded.prefix(),
+                    Weights::Half(_) => unreachable!("made in plain codes"),
+                };
+                Ok(Some(read(&ExpertView {
+                    gate: prefix(0),
+                    up: prefix(1),
+                    down: prefix(2),
+                })))
+            }
         }
     }
 
     /// The weights of one matrix of one expert, as our runtime computes with them, `[rows, columns]`.
     fn expert(&self, layer: LayerId, expert: ExpertId, matrix: Matrix) -> Result<Vec<f32>, ExportError> {
-        if let Some(view) = self.coded(layer, expert)? {
-            return Ok(view.weights(part(matrix)));
+        if let Some(weights) = self.coded(layer, expert, |view| view.weights(part(matrix)))? {
+            return Ok(weights);
         }
         let name = families::of(&self.spec).tensor_name(Tensor::Layer(layer, LayerTensor::Expert(expert, matrix)));
         let shape = matrix.shape(self.spec.hidden, self.spec.moe_intermediate);
-        Ok(self.files.source.load_f32(&name, &shape)?)
+        Ok(self.source.load_f32(&name, &shape)?)
     }
 }
 
