@@ -32,11 +32,11 @@ impl Job<'_> {
             .progress
             .begin("compressing", (self.layers() - done) as u64, "layers");
         if done == 0 {
-            self.embed(&streams.calibration[1], &self.calibration_windows())?;
+            self.embed_student(&streams.calibration[1], &self.calibration_windows())?;
             let windows = quality::plan(&self.source.files.spec, self.texts.quality.len()).2;
             let quality: Vec<&[u32]> = windows.iter().map(|w| &self.texts.quality[w.inputs.clone()]).collect();
             self.embed(&streams.teacher, &quality)?;
-            self.embed(&streams.student, &quality)?;
+            self.embed_student(&streams.student, &quality)?;
         }
         let entries = partial
             .built()
@@ -45,13 +45,18 @@ impl Job<'_> {
             .collect();
         let mut writer = ContainerWriter::resume(&partial.out(), entries)?;
         for index in done..self.layers() {
-            let layer = self.load_layer(index)?;
+            let layer = self.load_student_layer(index)?;
+            let other = match self.source.coded.is_empty() {
+                true => None,
+                false => Some(self.load_layer(index)?),
+            };
+            let teacher = other.as_ref().unwrap_or(&layer);
             let moe = if layer.is_moe() {
-                Some(self.build_moe(&layer, index, streams, decisions, &mut writer)?)
+                Some(self.build_moe([&layer, teacher], index, streams, decisions, &mut writer)?)
             } else {
-                for stream in streams.all_built() {
-                    self.step_dense(&layer, stream, index)?;
-                }
+                self.step_dense(&layer, &streams.calibration[1], index)?;
+                self.step_dense(&layer, &streams.student, index)?;
+                self.step_dense(teacher, &streams.teacher, index)?;
                 None
             };
             let [a, b, c] = streams.all_built().map(|stream| stream.checksum(index + 1));
@@ -69,9 +74,10 @@ impl Job<'_> {
         Ok(())
     }
 
+    /// The compressed model's dense part of the layer, and the source's.
     fn build_moe(
         &self,
-        layer: &Layer,
+        [layer, teacher]: [&Layer; 2],
         index: usize,
         streams: &Streams,
         decisions: Option<&Decisions>,
@@ -99,7 +105,7 @@ impl Job<'_> {
         let student = self.student(layer.id(), &coded, &living);
         let relative_error = self.step_student(layer, &student, Some(&plain), calibration, index)?;
         self.step_student(layer, &student, None, &streams.student, index)?;
-        self.step_plain(layer, &plain, &streams.teacher, index)?;
+        self.step_plain(teacher, &plain, &streams.teacher, index)?;
 
         let new = view
             .experts()

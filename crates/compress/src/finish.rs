@@ -1,6 +1,6 @@
 //! After the last layer: quality, the container's other files, the report and what it predicts.
 
-use cotk_container::dense::write_dense;
+use cotk_container::dense::{PLANES, write_dense};
 use cotk_container::manifest::{self, Checksum, DENSE, EXPERTS, Manifest, Origin, State};
 use cotk_container::writer::{ContainerWriter, Head};
 use cotk_latency::work::Work;
@@ -22,7 +22,7 @@ impl Job<'_> {
         }
         self.with.progress.begin("scoring", 0, "tokens");
         let quality = quality::measure(
-            &self.ends,
+            [&self.ends, &self.student_ends],
             &self.texts.quality,
             &self.texts.quality_name,
             &streams.teacher,
@@ -40,10 +40,11 @@ impl Job<'_> {
     pub(crate) fn finish_container(&self, partial: &Partial) -> Result<Manifest> {
         self.with.cancel.check()?;
         let out = partial.out();
-        let tensors = self.source.files.source.as_ref();
+        let tensors = self.source.student.as_ref();
         write_dense(&out.join(DENSE), &self.source.dense, |tensor| {
             self.with.cancel.check()?;
-            Ok::<_, CompressError>(tensors.raw(&tensor.name)?.into_owned())
+            let name = tensor.name.strip_suffix(PLANES).unwrap_or(&tensor.name);
+            Ok::<_, CompressError>(tensors.raw(name)?.into_owned())
         })?;
         let copied = self.source.copied();
         for name in &copied {
@@ -79,7 +80,7 @@ impl Job<'_> {
             little_bits: has_little.then_some(little),
             dropped: recipe.compress.dropped,
             hidden: self.source.files.spec.hidden,
-            dense: Default::default(),
+            dense: self.source.coded.clone(),
         };
         let writer = ContainerWriter::resume(&out, entries)?;
         let extra: Vec<&str> = copied.into_iter().chain([DENSE]).collect();

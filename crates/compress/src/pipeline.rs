@@ -86,7 +86,10 @@ pub(crate) struct Job<'a> {
     pub(crate) with: &'a Surroundings<'a>,
     pub(crate) source: Source,
     pub(crate) texts: Texts,
+    /// Of the source.
     pub(crate) ends: Model,
+    /// Of the container.
+    pub(crate) student_ends: Model,
     pub(crate) rope: Rope,
     pub(crate) cpu: Cpu,
 }
@@ -167,7 +170,7 @@ impl Streams {
 
 impl<'a> Job<'a> {
     fn open(request: &'a Request, with: &'a Surroundings<'a>) -> Result<Self> {
-        let source = Source::open(&request.model)?;
+        let source = Source::open(&request.model, request.recipe.compress.dense_bits)?;
         let spec = &source.files.spec;
         let texts = text::draw(
             &source.files.tokenizer,
@@ -178,7 +181,8 @@ impl<'a> Job<'a> {
             Seeds::new(request.recipe.seed),
         )?;
         Ok(Self {
-            ends: quality::ends(&source)?,
+            ends: quality::ends(&source.files.spec, source.files.source.as_ref())?,
+            student_ends: quality::ends(&source.files.spec, source.student.as_ref())?,
             rope: Rope::new(&spec.attention.rope),
             cpu: Cpu::selected().map_err(cotk_runtime::Error::from)?,
             request,
@@ -334,20 +338,30 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
+    /// Begins a stream of the source.
     pub(crate) fn embed(&self, stream: &Stream, windows: &[&[u32]]) -> Result<()> {
         stream.begin(windows, |tokens| Ok(self.ends.embed(tokens)?))
+    }
+
+    /// Begins a stream of the compressed model.
+    pub(crate) fn embed_student(&self, stream: &Stream, windows: &[&[u32]]) -> Result<()> {
+        stream.begin(windows, |tokens| Ok(self.student_ends.embed(tokens)?))
     }
 
     pub(crate) fn calibration_windows(&self) -> Vec<&[u32]> {
         self.texts.calibration.iter().map(Vec::as_slice).collect()
     }
 
+    /// The dense part of a layer of the source.
     pub(crate) fn load_layer(&self, layer: usize) -> Result<Layer> {
-        Ok(Layer::load(
-            &self.source.files.spec,
-            self.source.files.source.as_ref(),
-            layer_id(layer),
-        )?)
+        let spec = &self.source.files.spec;
+        Ok(Layer::load(spec, self.source.files.source.as_ref(), layer_id(layer))?)
+    }
+
+    /// The same as the container will hold it.
+    pub(crate) fn load_student_layer(&self, layer: usize) -> Result<Layer> {
+        let spec = &self.source.files.spec;
+        Ok(Layer::load(spec, self.source.student.as_ref(), layer_id(layer))?)
     }
 }
 

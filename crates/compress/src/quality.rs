@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use cotk_model::checkpoint::TensorSource;
 use cotk_model::eval::{Evaluation, Target, Window, score, summary, windows};
 use cotk_model::generate::MoeTotals;
 use cotk_model::model::Model;
@@ -13,7 +14,6 @@ use cotk_run::cancel::Cancel;
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
-use crate::source::Source;
 use crate::states::Stream;
 
 /// Rows whose logits are in memory at once, per model.
@@ -48,10 +48,10 @@ pub fn plan(spec: &ModelSpec, tokens: usize) -> (usize, usize, Vec<Window>) {
 ///
 /// # Errors
 /// Missing or ill-shaped tensors.
-pub fn ends(source: &Source) -> Result<Model> {
+pub fn ends(spec: &ModelSpec, source: &dyn TensorSource) -> Result<Model> {
     let spec = ModelSpec {
         layers: Vec::new(),
-        ..source.files.spec.clone()
+        ..spec.clone()
     };
     let shape = MoeShape {
         hidden: spec.hidden,
@@ -59,15 +59,15 @@ pub fn ends(source: &Source) -> Result<Model> {
         layers: Vec::new(),
     };
     let nobody = PlainMoe::from_experts(shape, Vec::new(), Absent::Masked);
-    Ok(Model::load(spec, source.files.source.as_ref(), Arc::new(nobody))?)
+    Ok(Model::load(spec, source, Arc::new(nobody))?)
 }
 
-/// Scores the states that left the last layer.
+/// Scores the states that left the last layer; `ends` are those of the source and of the compressed model.
 ///
 /// # Errors
 /// The file system's, Ctrl-C.
 pub fn measure(
-    ends: &Model,
+    [source, compressed]: [&Model; 2],
     tokens: &[u32],
     text: &str,
     teacher: &Stream,
@@ -75,7 +75,7 @@ pub fn measure(
     layers: usize,
     cancel: &Cancel,
 ) -> Result<Quality> {
-    let spec = ends.spec();
+    let spec = source.spec();
     let (window, stride, windows) = plan(spec, tokens.len());
     // Scored rows of both are small next to logits: one row of states per target.
     let before = scored_states(teacher, &windows, layers, spec.hidden, cancel)?;
@@ -84,8 +84,8 @@ pub fn measure(
     for (chunk, next) in tokens[1..].chunks(LOGIT_ROWS).enumerate() {
         cancel.check()?;
         let rows = chunk * LOGIT_ROWS * spec.hidden..(chunk * LOGIT_ROWS + next.len()) * spec.hidden;
-        let truth = ends.logits(&before[rows.clone()]);
-        targets.extend(score(&ends.logits(&after[rows]), Some(&truth), next, spec.vocab));
+        let truth = source.logits(&before[rows.clone()]);
+        targets.extend(score(&compressed.logits(&after[rows]), Some(&truth), next, spec.vocab));
     }
     let evaluation: Evaluation = summary(&targets, window, stride, &MoeTotals::default(), 0.0);
     let against = evaluation.reference.expect("every target has a truth");

@@ -50,6 +50,10 @@ pub struct Compress {
     /// Weights per scale.
     #[serde(default)]
     pub group: Group,
+    /// Bits of every other matrix that tokens are multiplied by: attention, shared experts, embedding and head. 16: as the
+    /// checkpoint stores them; 8 or 4: codes of groups of 32. Routers are never below 16.
+    #[serde(default, skip_serializing_if = "DenseBits::is_stored")]
+    pub dense_bits: DenseBits,
     /// Width that `little` reads: a prefix of one of the codes, short of the whole. Absent: 4 where a code has it, else
     /// there is no `little`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -237,6 +241,48 @@ impl From<Group> for u64 {
     }
 }
 
+/// Bits of dense matrices: 4, 8 or 16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u64", into = "u64")]
+pub struct DenseBits(u32);
+
+impl DenseBits {
+    /// As the checkpoint stores them.
+    fn is_stored(&self) -> bool {
+        self.0 == 16
+    }
+
+    /// Width of their codes; `None`: as the checkpoint stores them.
+    pub fn coded(self) -> Option<u32> {
+        (self.0 < 16).then_some(self.0)
+    }
+}
+
+impl Default for DenseBits {
+    fn default() -> Self {
+        Self(16)
+    }
+}
+
+impl TryFrom<u64> for DenseBits {
+    type Error = String;
+
+    fn try_from(bits: u64) -> Result<Self, String> {
+        match bits {
+            4 => Ok(Self(4)),
+            8 => Ok(Self(8)),
+            16 => Ok(Self(16)),
+            _ => Err(format!("{bits} is not a width of dense matrices: expected 4, 8 or 16")),
+        }
+    }
+}
+
+impl From<DenseBits> for u64 {
+    fn from(bits: DenseBits) -> Self {
+        Self::from(bits.0)
+    }
+}
+
 /// One code or several, each once.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<Code>", into = "Vec<Code>")]
@@ -359,6 +405,7 @@ mod tests {
             ("codes = [\"plain5\"]", "plain5"),
             ("calibration_tokens = 0", "count of tokens"),
             ("little_bits = 5", "expected one of 2, 3, 4, 8"),
+            ("dense_bits = 2", "expected 4, 8 or 16"),
             ("drop_shapes = \"uniform\"", "drop_shape"),
         ] {
             let error = parse(&format!("[compress]\n{line}\n")).unwrap_err().to_string();

@@ -1,15 +1,20 @@
 //! The model that is compressed: its files, what its bytes are, what of them is dense.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use cotk_container::dense::DenseTensor;
-use cotk_container::manifest::{Checksum, SourceModel};
+use cotk_container::dense::{DenseTensor, PLANES};
+use cotk_container::manifest::{Checksum, Matrix, SourceModel};
 use cotk_container::reader::is_container;
+use cotk_model::checkpoint::TensorSource;
+use cotk_model::checkpoint::coded::CodingSource;
 use cotk_model::folder::ModelFolder;
 use cotk_model::inventory;
 use cotk_run::files;
 use cotk_run::units::{ExpertId, LayerId};
 
+use crate::recipe::DenseBits;
 use crate::{CompressError, Result};
 
 /// Copied beside the dense part where the source has them; names as in Hugging Face folders.
@@ -29,18 +34,22 @@ pub struct Source {
     /// The config as JSON, for the manifest.
     pub config: serde_json::Value,
     pub origin: SourceModel,
-    /// Tensors that stay as they are.
+    /// The dense part as the container will hold it.
     pub dense: Vec<DenseTensor>,
+    /// What it is read from: the source itself, or some matrices coded on the way.
+    pub student: Arc<dyn TensorSource>,
+    /// Those, as the manifest describes them.
+    pub coded: BTreeMap<String, Matrix>,
     /// Of its files: weights, config, tokenizer.
     pub bytes: u64,
 }
 
 impl Source {
-    /// Opens a Hugging Face folder and reads all of it once, for its hash.
+    /// Opens a Hugging Face folder and reads all of it once, for its hash. `dense_bits` as [`DenseBits::coded`].
     ///
     /// # Errors
     /// What is missing or broken; a model without routed experts; a container.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path, dense_bits: DenseBits) -> Result<Self> {
         if is_container(path) {
             return Err(CompressError::AlreadyCompressed { file: path.to_owned() });
         }
@@ -60,15 +69,17 @@ impl Source {
                 expert_bytes += inventory::expert_storage(spec, source, layer, expert)?.0;
             }
         }
-        let dense: Vec<DenseTensor> = inventory::dense_names(spec, source)
+        let (student, coded): (Arc<dyn TensorSource>, _) = match dense_bits.coded() {
+            None => (files.source.clone(), BTreeMap::new()),
+            Some(bits) => {
+                let coding = CodingSource::new(files.source.clone(), &inventory::codable(spec), bits)?;
+                let coded = coding.matrices().clone();
+                (Arc::new(coding), coded)
+            }
+        };
+        let dense = inventory::dense_names(spec, student.as_ref())
             .into_iter()
-            .filter_map(|name| source.info(&name).map(|info| (name, info)))
-            .map(|(name, info)| DenseTensor {
-                name,
-                dtype: info.dtype.name(),
-                bytes: info.bytes(),
-                shape: info.shape,
-            })
+            .filter_map(|name| dense_tensor(name, student.as_ref()))
             .collect();
         let bytes = file_bytes(&files)?;
         let per_expert = 3 * spec.hidden as u64 * spec.moe_intermediate as u64;
@@ -87,6 +98,8 @@ impl Source {
             config,
             origin,
             dense,
+            student,
+            coded,
             bytes,
             files,
         })
@@ -104,6 +117,26 @@ impl Source {
     pub fn moe_layers(&self) -> Vec<LayerId> {
         self.files.spec.moe_layers()
     }
+}
+
+/// A tensor of the dense part as it will be written.
+fn dense_tensor(name: String, source: &dyn TensorSource) -> Option<DenseTensor> {
+    if let Some(matrix) = source.codes(&name) {
+        let bytes = matrix.format.total_bytes();
+        return Some(DenseTensor {
+            name: format!("{name}{PLANES}"),
+            dtype: "U8",
+            shape: vec![bytes],
+            bytes: bytes as u64,
+        });
+    }
+    let info = source.info(&name)?;
+    Some(DenseTensor {
+        name,
+        dtype: info.dtype.name(),
+        bytes: info.bytes(),
+        shape: info.shape,
+    })
 }
 
 /// Config, copied files and the files that hold tensors.

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use cotk_container::manifest::Checksum;
 use cotk_model::layers::Layer;
-use cotk_model::layers::attention::{LayerCache, Span};
+use cotk_model::layers::attention::Span;
+use cotk_model::layers::cache::{KvKind, LayerCache};
 use cotk_model::layers::rope::Rope;
 use cotk_model::spec::ModelSpec;
 use cotk_run::Error;
@@ -149,7 +150,10 @@ impl Stream {
 
 /// The first half of a layer for whole windows: `hidden += attention(norm(hidden))`, positions from 0 in each.
 pub fn attend(spec: &ModelSpec, rope: &Rope, layer: &Layer, hidden: &mut [f32], windows: &[usize]) {
-    let mut caches: Vec<LayerCache> = windows.iter().map(|_| LayerCache::new(&spec.attention)).collect();
+    let mut caches: Vec<LayerCache> = windows
+        .iter()
+        .map(|_| LayerCache::new(&spec.attention, KvKind::default()))
+        .collect();
     let mut spans: Vec<Span<'_>> = windows
         .iter()
         .zip(&mut caches)

@@ -22,25 +22,41 @@ pub const PLANES: &str = ".planes";
 /// Planes begin at multiples of this: a cache line.
 const LINE: usize = 64;
 
-/// Codes weights `[rows, cols]` as one plain plane of groups of 32: what the manifest says, and the tensor's bytes.
+/// Codes weights `[rows, cols]` as one plain plane of groups of 32, at any of [`Bits::ALL`]: what the manifest says, and the
+/// tensor's bytes.
 ///
 /// # Errors
-/// A weight that is NaN or infinite or too large for its scale; a shape that no format has.
+/// A width that there is not; a weight that is NaN or infinite or too large for its scale; a shape that no format has.
 pub fn code_matrix(
     weights: &[f32],
     rows: usize,
     cols: usize,
-    bits: Bits,
+    bits: u32,
 ) -> std::result::Result<(Matrix, Vec<u8>), QuantError> {
-    let mut coded = encode(weights, plain_format(rows, cols, bits)?)?;
-    let matrix = Matrix {
-        format: coded.format,
-        zero_points: coded.zero_points,
-    };
+    let matrix = plain_matrix(rows, cols, bits)?;
+    let mut coded = encode(weights, matrix.format)?;
     Ok((matrix, coded.planes.swap_remove(0)))
 }
 
-/// The format that [`code_matrix`] gives a matrix.
+/// What [`code_matrix`] says of any weights: format and zero point of a plain code.
+///
+/// # Errors
+/// A width that there is not, rows or columns outside `1..=2^24`.
+pub fn plain_matrix(rows: usize, cols: usize, bits: u32) -> std::result::Result<Matrix, QuantError> {
+    let bits = Bits::try_from(bits)?;
+    let code = Code::Plain(bits);
+    Ok(Matrix {
+        format: plain_format(rows, cols, bits)?,
+        zero_points: vec![code.default_zero_point(bits)],
+    })
+}
+
+/// The widths that a dense matrix is coded at: 8 and 4.
+pub fn dense_bits(bits: u32) -> Option<Bits> {
+    Bits::try_from(bits).ok().filter(|b| matches!(b, Bits::B4 | Bits::B8))
+}
+
+/// Plain codes in groups of 32.
 ///
 /// # Errors
 /// Rows or columns outside `1..=2^24`.
@@ -62,11 +78,6 @@ impl DenseTensor {
     fn element_bytes(&self) -> u64 {
         self.bytes / (self.shape.iter().map(|&n| n as u64).product::<u64>()).max(1)
     }
-}
-
-/// The widths that a dense matrix can be coded at: 8 and 4.
-pub fn dense_bits(bits: u32) -> Option<Bits> {
-    Bits::try_from(bits).ok().filter(|b| matches!(b, Bits::B4 | Bits::B8))
 }
 
 /// The weights `[rows, cols]` that a plane stands for.

@@ -110,7 +110,7 @@ fn head() -> Head {
 /// A coded matrix of the dense part, and its plane.
 fn dense_matrix() -> (Matrix, Vec<u8>) {
     let weights: Vec<f32> = (0..20 * 70).map(|i| (i as f32 * 0.3).sin()).collect();
-    code_matrix(&weights, 20, 70, Bits::B8).unwrap()
+    code_matrix(&weights, 20, 70, 8).unwrap()
 }
 
 fn write_all(folder: &Path) -> Manifest {

@@ -24,7 +24,7 @@ use crate::table::Table;
 /// Compress a mixture-of-experts model: drop experts, code the rest, measure what it cost
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  cotk compress --moe ../shared/models/ref-qwen2moe -o out --calibration ../shared/models/text/calibration.txt\n  cotk compress --moe data/tiny-qwen2moe -o out --calibration data/tiny-qwen2moe/train.txt --set compress.drop_ratio=0.25\n\nKilled at any moment, the same command goes on where it was."
+    after_help = "Examples:\n  cotk compress --moe ../shared/models/ref-qwen2moe -o out --calibration ../shared/models/text/calibration.txt\n  cotk compress --moe data/tiny-qwen2moe -o out --calibration data/tiny-qwen2moe/train.txt --set compress.drop_ratio=0.25 --dense-bits 8\n\nKilled at any moment, the same command goes on where it was."
 )]
 pub struct Args {
     /// Hugging Face folder with config.json, safetensors and tokenizer.json
@@ -46,6 +46,9 @@ pub struct Args {
     /// manifest come on top (`bytes_after` counts all files)
     #[arg(long, value_name = "N")]
     pub budget_bytes: Option<u64>,
+    /// Bits of attention, shared experts, embedding and head: 16 as stored, 8 or 4 coded (compress.dense_bits)
+    #[arg(long, value_name = "N")]
+    pub dense_bits: Option<u32>,
     /// Change a value of the recipe: compress.drop_ratio=0.25
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
@@ -57,11 +60,13 @@ pub struct Args {
 /// # Errors
 /// An input that cannot be right, a budget that cannot be met, a full disk, Ctrl-C.
 pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
+    let mut sets = args.set.clone();
+    sets.extend(args.dense_bits.map(|bits| format!("compress.dense_bits={bits}")));
     let request = Request {
         model: args.moe.clone(),
         out: args.output.clone(),
         recipe_name: recipe_name(&args.recipe),
-        recipe: Recipe::load(&args.recipe, &args.set, cx.seed, args.budget_bytes)?,
+        recipe: Recipe::load(&args.recipe, &sets, cx.seed, args.budget_bytes)?,
         calibration: args.calibration.clone(),
         eval_text: args.eval_text.clone(),
     };

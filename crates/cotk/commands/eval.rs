@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use cotk_model::ModelError;
 use cotk_model::eval::{EvalOptions, Evaluation, evaluate};
+use cotk_model::layers::cache::KvKind;
 use cotk_model::moe::Mode;
 use cotk_model::tasks::TaskOptions;
 use cotk_run::files;
@@ -56,6 +57,9 @@ pub struct Args {
     /// Which width of the experts is used
     #[arg(long, value_enum, default_value_t = ModeArg::Exact)]
     pub mode: ModeArg,
+    /// How keys and values are held: f32, f16 or int8 (a scale per head and position); the reference has f32
+    #[arg(long, default_value_t = KvKind::default(), value_name = "KIND")]
+    pub kv_cache: KvKind,
 }
 
 /// # Errors
@@ -66,8 +70,12 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         .transpose()?;
     // Tasks before models: a typing error in a file should not wait for gigabytes.
     let tasks = eval_tasks::read(&args.tasks, args.max_items)?;
-    let opened = open(&args.model)?;
-    let reference = args.reference.as_ref().map(|path| open(path)).transpose()?;
+    let opened = open(&args.model)?.with_kv(args.kv_cache);
+    let reference = args
+        .reference
+        .as_ref()
+        .map(|path| Ok::<_, Fault>(open(path)?.with_kv(KvKind::F32)));
+    let reference = reference.transpose()?;
     let found = text
         .map(|text| score_text(args, &text, &opened, reference.as_ref(), cx))
         .transpose()?;

@@ -1,9 +1,11 @@
 //! `cotk inspect`: what a model is, from its headers alone: no weight is read.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use cotk_container::manifest::{DENSE, EXPERTS, State};
 use cotk_container::reader::Container;
+use cotk_model::checkpoint::TensorSource;
 use cotk_model::inventory;
 use cotk_model::spec::{LayerKind, ModelSpec};
 use cotk_run::units::{Bytes, ExpertId, LayerId, significant};
@@ -81,6 +83,7 @@ pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
             (size(DENSE) + size(EXPERTS), size(EXPERTS))
         }
     };
+    let dense = dense_forms(spec, files.source.as_ref());
     let format = if container.is_some() { "cotk" } else { "hf" };
     let result = json!({
         "format": format,
@@ -101,6 +104,9 @@ pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
         "params_active": params_active,
         "bytes": bytes,
         "expert_bytes": expert_bytes,
+        "dense": dense.iter().map(|(bits, (matrices, bytes))| json!({
+            "bits": bits, "matrices": matrices, "bytes": bytes,
+        })).collect::<Vec<_>>(),
         "little_bits": container.as_ref().and_then(|c| c.manifest().little_bits),
         "per_layer": per_layer.iter().map(|(id, kind, experts)| layer_json(*id, *kind, experts, args.experts))
             .collect::<Vec<_>>(),
@@ -136,10 +142,33 @@ pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
         .row(["active per token".to_owned(), millions(params_active)])
         .row(["bytes".to_owned(), Bytes(bytes).to_string()])
         .row(["of experts".to_owned(), Bytes(expert_bytes).to_string()]);
+    for (bits, (matrices, bytes)) in &dense {
+        facts.row([
+            format!("dense matrices at {bits} bit"),
+            format!("{matrices}, {}", Bytes(*bytes)),
+        ]);
+    }
     text.push_str(&facts.render());
     text.push('\n');
     text.push_str(&layers_table(&per_layer, args.experts));
     Ok(Outcome::new(result, text))
+}
+
+/// Dense matrices by the bits that they are stored at: how many, and their bytes.
+fn dense_forms(spec: &ModelSpec, source: &dyn TensorSource) -> BTreeMap<u32, (usize, u64)> {
+    let mut forms: BTreeMap<u32, (usize, u64)> = BTreeMap::new();
+    for name in inventory::dense_names(spec, source) {
+        let Some(info) = source.info(&name).filter(|info| info.shape.len() == 2) else {
+            continue;
+        };
+        let (bits, bytes) = match source.codes(&name) {
+            Some(matrix) => (matrix.format.code().full().get(), matrix.format.total_bytes() as u64),
+            None => (8 * u32::try_from(info.dtype.size_bytes()).unwrap_or(0), info.bytes()),
+        };
+        let entry = forms.entry(bits).or_default();
+        *entry = (entry.0 + 1, entry.1 + bytes);
+    }
+    forms
 }
 
 /// Parameters of the experts that one token runs: the largest, where they differ.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use cotk_model::ModelError;
 use cotk_model::generate::{self, Generated, Request, generate};
+use cotk_model::layers::cache::KvKind;
 use cotk_model::sampling::{Sampler, Sampling};
 use cotk_run::files;
 use cotk_run::progress::Progress;
@@ -40,13 +41,16 @@ pub struct Args {
     /// Which width of the experts is used
     #[arg(long, value_enum, default_value_t = ModeArg::Exact)]
     pub mode: ModeArg,
+    /// How keys and values are held: f32, f16 or int8 (a scale per head and position)
+    #[arg(long, default_value_t = KvKind::default(), value_name = "KIND")]
+    pub kv_cache: KvKind,
 }
 
 /// # Errors
 /// What the model refuses; a prompt longer than the context; Ctrl-C.
 pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
     let sampling = Sampling::new(args.temperature, args.top_p)?;
-    let opened = open(&args.model)?;
+    let opened = open(&args.model)?.with_kv(args.kv_cache);
     let (model, files) = (&opened.model, &opened.files);
     let prompt = files.tokenizer.encode(&args.prompt).map_err(ModelError::from)?;
     generate::check_prompt(prompt.len(), model.spec().context)?;

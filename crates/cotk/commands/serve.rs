@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use cotk_latency::predict::CostModel;
 use cotk_latency::work::Work;
+use cotk_model::layers::cache::KvKind;
 use cotk_model::moe::Mode;
 use cotk_run::progress::Progress;
 use cotk_run::units::{Bytes, significant};
@@ -53,6 +54,9 @@ pub struct Args {
     /// Requests that may wait; more are refused with 429
     #[arg(long, default_value_t = 64, value_name = "N")]
     pub queue: u16,
+    /// How keys and values are held: f32, f16 or int8 (a scale per head and position)
+    #[arg(long, default_value_t = KvKind::default(), value_name = "KIND")]
+    pub kv_cache: KvKind,
 }
 
 /// Returns when it was asked to stop and has drained.
@@ -62,7 +66,7 @@ pub struct Args {
 pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
     let started = Instant::now();
     let bound = Bound::bind(&args.host, args.port)?;
-    let mut opened = open(&args.model)?;
+    let mut opened = open(&args.model)?.with_kv(args.kv_cache);
     check_records(&opened, cx)?;
     cx.cancel.check()?;
     let template = ChatTemplate::choose(

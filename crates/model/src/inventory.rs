@@ -206,6 +206,32 @@ pub fn dense_names(spec: &ModelSpec, source: &dyn TensorSource) -> Vec<String> {
     names
 }
 
+/// Matrices of the dense part that a container may hold as codes, with their shapes: all that a token is multiplied by, but
+/// routers and gates of shared experts, which decide, and the latent up-projection, which is read in parts and transposed.
+pub fn codable(spec: &ModelSpec) -> Vec<(String, [usize; 2])> {
+    let is_codable = |tensor: &Tensor| match tensor {
+        Tensor::Embedding | Tensor::Head => true,
+        Tensor::FinalNorm => false,
+        Tensor::Layer(_, part) => matches!(
+            part,
+            LayerTensor::Query
+                | LayerTensor::Key
+                | LayerTensor::Value
+                | LayerTensor::Output
+                | LayerTensor::QueryDown
+                | LayerTensor::QueryUp
+                | LayerTensor::KeyValueDown
+                | LayerTensor::Dense(_)
+                | LayerTensor::Shared(_)
+        ),
+    };
+    tensors(spec)
+        .into_iter()
+        .filter(|(tensor, _)| is_codable(tensor))
+        .filter_map(|(tensor, shape)| Some((families::of(spec).tensor_name(tensor), shape.try_into().ok()?)))
+        .collect()
+}
+
 /// Stored bytes and bits per weight of gate, up and down of one expert in a checkpoint; scales count as bytes.
 ///
 /// # Errors

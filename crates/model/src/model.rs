@@ -8,17 +8,19 @@ use cotk_run::units::LayerId;
 use crate::ModelError;
 use crate::checkpoint::{CheckpointError, TensorSource};
 use crate::families::{self, Tensor};
-use crate::layers::attention::{LayerCache, Span};
+use crate::layers::attention::Spans;
+use crate::layers::cache::{KvKind, LayerCache};
 use crate::layers::linear::Linear;
-use crate::layers::norm::rms_norm;
+use crate::layers::norm::rms_norm_to;
 use crate::layers::rope::Rope;
-use crate::layers::{self, Layer};
+use crate::layers::{self, Layer, Scratch};
 use crate::moe::{Mode, MoeRecord, MoeRuntime};
 use crate::spec::ModelSpec;
 
-/// The dense part in memory as f32, and a runtime for the rest. Cheap to share behind an [`Arc`].
+/// The dense part as it is held, and a runtime for the rest. Cheap to share behind an [`Arc`].
 pub struct Model {
     spec: ModelSpec,
+    kv: KvKind,
     ends: Ends,
     layers: Vec<Layer>,
     rope: Rope,
@@ -61,6 +63,12 @@ impl Ends {
     /// [`ModelError::TokenId`].
     pub fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
         let mut hidden = Vec::with_capacity(tokens.len() * self.embedding.inputs());
+        self.embed_more(tokens, &mut hidden)?;
+        Ok(hidden)
+    }
+
+    fn embed_more(&self, tokens: &[u32], hidden: &mut Vec<f32>) -> Result<(), ModelError> {
+        let width = self.embedding.inputs();
         for &token in tokens {
             if token as usize >= self.embedding.outputs() {
                 return Err(ModelError::TokenId {
@@ -68,15 +76,29 @@ impl Ends {
                     vocab: self.embedding.outputs(),
                 });
             }
-            hidden.extend_from_slice(&self.embedding.row(token as usize));
+            let start = hidden.len();
+            hidden.resize(start + width, 0.0);
+            self.embedding.row_to(token as usize, &mut hidden[start..]);
         }
-        Ok(hidden)
+        Ok(())
+    }
+
+    fn head(&self) -> &Linear {
+        self.head.as_ref().unwrap_or(&self.embedding)
     }
 
     /// Final norm and head: `[rows, hidden]` to `[rows, vocab]`.
     pub fn logits(&self, states: &[f32]) -> Vec<f32> {
-        let normed = rms_norm(states, &self.final_norm, self.norm_eps);
-        self.head.as_ref().unwrap_or(&self.embedding).apply(&normed)
+        let (mut normed, mut logits) = (Vec::new(), Vec::new());
+        self.logits_to(states, &mut normed, &mut logits);
+        logits
+    }
+
+    fn logits_to(&self, states: &[f32], normed: &mut Vec<f32>, logits: &mut Vec<f32>) {
+        normed.resize(states.len(), 0.0);
+        rms_norm_to(states, &self.final_norm, self.norm_eps, normed);
+        logits.resize(states.len() / self.embedding.inputs() * self.embedding.outputs(), 0.0);
+        self.head().apply_to(normed, logits);
     }
 }
 
@@ -88,10 +110,16 @@ pub struct KvCache {
 
 impl KvCache {
     /// An empty sequence.
-    pub fn new(spec: &ModelSpec) -> Self {
+    pub fn new(spec: &ModelSpec, kind: KvKind) -> Self {
+        let layer = |_| LayerCache::new(&spec.attention, kind);
         Self {
-            layers: spec.layers.iter().map(|_| LayerCache::new(&spec.attention)).collect(),
+            layers: spec.layers.iter().map(layer).collect(),
         }
+    }
+
+    /// Makes room for `positions` more, so that adding them allocates nothing.
+    pub fn reserve(&mut self, positions: usize) {
+        self.layers.iter_mut().for_each(|layer| layer.reserve(positions));
     }
 
     /// Tokens cached: the position of the next one.
@@ -110,8 +138,14 @@ impl KvCache {
     }
 
     /// Bytes that `positions` tokens of a model take.
-    pub fn bytes_for(spec: &ModelSpec, positions: usize) -> u64 {
-        (spec.layers.len() * spec.attention.cached_per_token() * positions) as u64 * 4
+    pub fn bytes_for(spec: &ModelSpec, kind: KvKind, positions: usize) -> u64 {
+        let per_token: usize = spec
+            .attention
+            .cached_widths()
+            .into_iter()
+            .map(|width| kind.row_bytes(width))
+            .sum();
+        (spec.layers.len() * per_token * positions) as u64
     }
 }
 
@@ -148,10 +182,52 @@ pub struct Hidden {
     pub records: Vec<(LayerId, MoeRecord)>,
 }
 
-/// Runs on a thread of the current pool: entering it wakes a thread (15 µs and more), which parallel loops would do anew
-/// each, ten times a layer.
-fn on_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
-    rayon::scope(|_| work())
+/// What a forward pass leaves, and the buffers it needs: kept by whoever decodes, so that a token allocates nothing.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    scratch: Scratch,
+    states: Vec<f32>,
+    normed: Vec<f32>,
+    last: Vec<f32>,
+    before: Vec<usize>,
+    logits: Vec<f32>,
+    records: Vec<(LayerId, MoeRecord)>,
+}
+
+impl Workspace {
+    /// `[rows, vocab]` of the last [`Model::step`]: one row per sequence or per token.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// What was done for the last pass, one per MoE layer, ascending.
+    pub fn records(&self) -> &[(LayerId, MoeRecord)] {
+        &self.records
+    }
+}
+
+/// One layer of several sequences.
+struct OfLayer<'a, 'b> {
+    sequences: &'a mut [Sequence<'b>],
+    layer: usize,
+}
+
+impl Spans for OfLayer<'_, '_> {
+    fn count(&self) -> usize {
+        self.sequences.len()
+    }
+
+    fn tokens(&self, at: usize) -> usize {
+        self.sequences[at].tokens.len()
+    }
+
+    fn cache(&self, at: usize) -> &LayerCache {
+        &self.sequences[at].cache.layers[self.layer]
+    }
+
+    fn cache_mut(&mut self, at: usize) -> &mut LayerCache {
+        &mut self.sequences[at].cache.layers[self.layer]
+    }
 }
 
 impl Model {
@@ -170,7 +246,25 @@ impl Model {
             rope: Rope::new(&spec.attention.rope),
             runtime,
             spec,
+            kv: KvKind::default(),
         })
+    }
+
+    /// The same with caches of another kind.
+    #[must_use]
+    pub fn with_kv(mut self, kind: KvKind) -> Self {
+        self.kv = kind;
+        self
+    }
+
+    /// How its caches are held.
+    pub fn kv(&self) -> KvKind {
+        self.kv
+    }
+
+    /// Bytes of the dense matrices that one token reads, as held: those of all layers and the head.
+    pub fn dense_bytes_per_token(&self) -> u64 {
+        self.layers.iter().map(Layer::dense_bytes).sum::<u64>() + self.ends.head().bytes()
     }
 
     /// Shapes and rules.
@@ -195,7 +289,7 @@ impl Model {
 
     /// A cache for a new sequence.
     pub fn new_cache(&self) -> KvCache {
-        KvCache::new(&self.spec)
+        KvCache::new(&self.spec, self.kv)
     }
 
     /// What stands before and after the layers.
@@ -217,11 +311,24 @@ impl Model {
     /// A token outside the vocabulary, a sequence longer than the context, what the runtime refuses. The caches are
     /// then as they were.
     pub fn hidden(&self, sequences: &mut [Sequence<'_>], mode: Mode) -> Result<Hidden, ModelError> {
-        on_pool(|| self.hidden_here(sequences, mode))
+        let mut work = Workspace::default();
+        self.run_layers(sequences, mode, &mut work)?;
+        Ok(Hidden {
+            states: work.states,
+            records: work.records,
+        })
     }
 
-    fn hidden_here(&self, sequences: &mut [Sequence<'_>], mode: Mode) -> Result<Hidden, ModelError> {
-        let mut states = Vec::new();
+    fn run_layers(&self, sequences: &mut [Sequence<'_>], mode: Mode, work: &mut Workspace) -> Result<(), ModelError> {
+        let Workspace {
+            scratch,
+            states,
+            before,
+            records,
+            ..
+        } = work;
+        states.clear();
+        before.clear();
         for sequence in &*sequences {
             let found = sequence.cache.positions() + sequence.tokens.len();
             if found > self.spec.context {
@@ -230,34 +337,47 @@ impl Model {
                     context: self.spec.context,
                 });
             }
-            states.extend(self.embed(sequence.tokens)?);
+            self.ends.embed_more(sequence.tokens, states)?;
+            before.push(sequence.cache.positions());
         }
-        let before: Vec<usize> = sequences.iter().map(|s| s.cache.positions()).collect();
-        let mut records = Vec::new();
+        let positions = sequences.iter().flat_map(|s| {
+            let start = s.cache.positions();
+            start..start + s.tokens.len()
+        });
+        self.rope.angles(positions, &mut scratch.angles);
+        let mut used = 0;
         for (index, layer) in self.layers.iter().enumerate() {
-            let mut spans: Vec<Span<'_>> = sequences
-                .iter_mut()
-                .map(|s| Span {
-                    tokens: s.tokens.len(),
-                    cache: &mut s.cache.layers[index],
-                })
-                .collect();
-            match layer.forward(&self.rope, &mut states, &mut spans, self.runtime.as_ref(), mode) {
-                Ok(record) => records.extend(record.map(|record| (layer.id(), record))),
-                Err(error) => {
-                    for (sequence, positions) in sequences.iter_mut().zip(before) {
-                        sequence.cache.truncate(positions);
-                    }
-                    return Err(error.into());
+            if layer.is_moe() && used == records.len() {
+                records.push((layer.id(), MoeRecord::default()));
+            }
+            let mut nothing = MoeRecord::default();
+            let record = match records.get_mut(used) {
+                Some((id, record)) if layer.is_moe() => {
+                    *id = layer.id();
+                    used += 1;
+                    record
                 }
+                _ => &mut nothing,
+            };
+            let mut spans = OfLayer {
+                sequences,
+                layer: index,
+            };
+            let done = layer.forward_with(states, &mut spans, self.runtime.as_ref(), mode, scratch, record);
+            if let Err(error) = done {
+                for (sequence, positions) in sequences.iter_mut().zip(&*before) {
+                    sequence.cache.truncate(*positions);
+                }
+                return Err(error.into());
             }
         }
-        Ok(Hidden { states, records })
+        records.truncate(used);
+        Ok(())
     }
 
     /// See [`Ends::logits`].
     pub fn logits(&self, states: &[f32]) -> Vec<f32> {
-        on_pool(|| self.ends.logits(states))
+        self.ends.logits(states)
     }
 
     /// [`hidden`](Self::hidden), then [`logits`](Self::logits) of the rows asked for. A sequence without new tokens
@@ -266,24 +386,49 @@ impl Model {
     /// # Errors
     /// As [`hidden`](Self::hidden).
     pub fn forward(&self, sequences: &mut [Sequence<'_>], mode: Mode, which: Logits) -> Result<Forward, ModelError> {
-        on_pool(|| self.forward_here(sequences, mode, which))
+        let mut work = Workspace::default();
+        self.step(sequences, mode, which, &mut work)?;
+        Ok(Forward {
+            logits: work.logits,
+            records: work.records,
+        })
     }
 
-    fn forward_here(&self, sequences: &mut [Sequence<'_>], mode: Mode, which: Logits) -> Result<Forward, ModelError> {
-        let Hidden { mut states, records } = self.hidden_here(sequences, mode)?;
-        if which == Logits::Last {
-            let width = self.spec.hidden;
-            let mut last = Vec::with_capacity(sequences.len() * width);
-            let mut end = 0;
-            for sequence in sequences.iter().filter(|s| !s.tokens.is_empty()) {
-                end += sequence.tokens.len();
-                last.extend_from_slice(&states[(end - 1) * width..end * width]);
+    /// [`forward`](Self::forward) with the buffers and into the results of `work`: a token of each of a few sequences
+    /// allocates nothing, once steps like it have been made and while caches have room. Sequences of one step share one
+    /// pass over each matrix.
+    ///
+    /// # Errors
+    /// As [`hidden`](Self::hidden).
+    pub fn step(
+        &self,
+        sequences: &mut [Sequence<'_>],
+        mode: Mode,
+        which: Logits,
+        work: &mut Workspace,
+    ) -> Result<(), ModelError> {
+        self.run_layers(sequences, mode, work)?;
+        let Workspace {
+            states,
+            normed,
+            last,
+            logits,
+            ..
+        } = work;
+        let rows = match which {
+            Logits::All => &*states,
+            Logits::Last => {
+                let width = self.spec.hidden;
+                last.clear();
+                let mut end = 0;
+                for sequence in sequences.iter().filter(|s| !s.tokens.is_empty()) {
+                    end += sequence.tokens.len();
+                    last.extend_from_slice(&states[(end - 1) * width..end * width]);
+                }
+                &*last
             }
-            states = last;
-        }
-        Ok(Forward {
-            logits: self.ends.logits(&states),
-            records,
-        })
+        };
+        self.ends.logits_to(rows, normed, logits);
+        Ok(())
     }
 }

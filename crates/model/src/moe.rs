@@ -2,6 +2,8 @@
 //! what was done come out. The model does not know where expert weights live; the laws of every runtime are `laws`.
 //! Not here: the shared expert, which is dense and belongs to the model.
 
+use std::cell::RefCell;
+
 use cotk_run::units::{ExpertId, LayerId};
 use serde::{Deserialize, Serialize};
 
@@ -144,7 +146,7 @@ pub enum Alive<'a> {
 }
 
 /// Chosen experts and their gates, best first, `[tokens, slots]` each.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Routed {
     /// Experts per token: `top_k`, or the number of living experts where that is less.
     pub slots: usize,
@@ -155,6 +157,33 @@ pub struct Routed {
 /// Chooses `top_k` living experts per token by score and bias, ties by the lower index; within the best groups where
 /// the rule has groups. Gates are the scores without bias; divided by their sum and scaled as the rule says.
 pub fn route(router: &RouterScores<'_>, alive: Alive<'_>) -> Routed {
+    let mut routed = Routed::default();
+    route_to(router, alive, &mut routed);
+    routed
+}
+
+/// What a thread keeps between choices.
+#[derive(Default)]
+struct RouteScratch {
+    choice: Vec<f32>,
+    may: Vec<bool>,
+    best: Vec<(f32, usize)>,
+    /// Worth, number and living experts of groups.
+    groups: Vec<(f32, usize, usize)>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<RouteScratch> = RefCell::default();
+}
+
+/// [`route`] into `routed`, which is overwritten. Nothing is allocated once a thread has routed as many tokens.
+pub fn route_to(router: &RouterScores<'_>, alive: Alive<'_>, routed: &mut Routed) {
+    let mut scratch = SCRATCH.take();
+    route_with(router, alive, routed, &mut scratch);
+    SCRATCH.set(scratch);
+}
+
+fn route_with(router: &RouterScores<'_>, alive: Alive<'_>, routed: &mut Routed, scratch: &mut RouteScratch) {
     let rule = router.rule();
     let living = match alive {
         Alive::All => None,
@@ -165,11 +194,22 @@ pub fn route(router: &RouterScores<'_>, alive: Alive<'_>) -> Routed {
     };
     let count = living.map_or(rule.experts, |l| l.iter().filter(|&&a| a).count());
     let slots = rule.top_k.min(count);
-    let mut experts = Vec::with_capacity(router.tokens() * slots);
-    let mut gates = Vec::with_capacity(router.tokens() * slots);
-    let mut choice = vec![0.0; rule.experts];
-    let mut may = vec![true; rule.experts];
-    let mut best: Vec<(f32, usize)> = Vec::with_capacity(slots + 1);
+    let Routed {
+        slots: routed_slots,
+        experts,
+        gates,
+    } = routed;
+    *routed_slots = slots;
+    experts.clear();
+    gates.clear();
+    let RouteScratch {
+        choice,
+        may,
+        best,
+        groups,
+    } = scratch;
+    choice.resize(rule.experts, 0.0);
+    may.resize(rule.experts, true);
     for token in 0..router.tokens() {
         let scores = router.of(token);
         choice.copy_from_slice(scores);
@@ -182,10 +222,10 @@ pub fn route(router: &RouterScores<'_>, alive: Alive<'_>) -> Routed {
             None => may.fill(true),
         }
         if let Some(limit) = &rule.groups {
-            keep_best_groups(limit, &choice, slots, &mut may);
+            keep_best_groups(limit, choice, slots, may, groups);
         }
         best.clear();
-        for (expert, (&score, may)) in choice.iter().zip(&may).enumerate() {
+        for (expert, (&score, may)) in choice.iter().zip(&*may).enumerate() {
             if !may {
                 continue;
             }
@@ -207,19 +247,24 @@ pub fn route(router: &RouterScores<'_>, alive: Alive<'_>) -> Routed {
                 (Scoring::Softmax, Alive::All | Alive::Masked(_)) | (Scoring::Sigmoid, _) => 1.0,
             }
         };
-        for &(_, expert) in &best {
+        for &(_, expert) in &*best {
             experts.push(ExpertId(u32::try_from(expert).expect("expert counts fit 32 bits")));
             gates.push(scores[expert] / divisor * rule.scale);
         }
     }
-    Routed { slots, experts, gates }
 }
 
 /// Clears `may` outside the best groups. Groups without a living expert do not count; where the kept ones have fewer
 /// than `slots`, the next best are let in: a token has as many experts as any other.
-fn keep_best_groups(limit: &GroupLimit, choice: &[f32], slots: usize, may: &mut [bool]) {
+fn keep_best_groups(
+    limit: &GroupLimit,
+    choice: &[f32],
+    slots: usize,
+    may: &mut [bool],
+    order: &mut Vec<(f32, usize, usize)>,
+) {
     let size = choice.len() / limit.groups;
-    let mut order: Vec<(f32, usize, usize)> = Vec::with_capacity(limit.groups);
+    order.clear();
     for (group, (choice, may)) in choice.chunks_exact(size).zip(may.chunks_exact(size)).enumerate() {
         let (mut best, mut second, mut living) = (f32::NEG_INFINITY, f32::NEG_INFINITY, 0);
         for (&score, _) in choice.iter().zip(may).filter(|(_, may)| **may) {
@@ -238,11 +283,11 @@ fn keep_best_groups(limit: &GroupLimit, choice: &[f32], slots: usize, may: &mut 
             order.push((worth, group, living));
         }
     }
-    // Stable: equal groups stay by the lower index.
-    order.sort_by(|a, b| b.0.total_cmp(&a.0));
+    // Equal groups stay by the lower index. (A stable sort may allocate.)
+    order.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
     let mut room = 0;
     let mut kept = 0;
-    for (_, group, living) in order {
+    for &mut (_, group, living) in order {
         if kept < limit.kept || room < slots {
             kept += 1;
             room += living;
@@ -387,6 +432,24 @@ pub trait MoeRuntime: Send + Sync {
         mode: Mode,
         out: &mut [f32],
     ) -> Result<MoeRecord, RuntimeError>;
+
+    /// [`forward`](Self::forward) into a record that its owner keeps. A runtime that overrides this allocates nothing for a
+    /// few tokens once it has served the like.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); the record then says nothing.
+    fn forward_into(
+        &self,
+        layer: LayerId,
+        hidden: &[f32],
+        router: RouterScores<'_>,
+        mode: Mode,
+        out: &mut [f32],
+        record: &mut MoeRecord,
+    ) -> Result<(), RuntimeError> {
+        *record = self.forward(layer, hidden, router, mode, out)?;
+        Ok(())
+    }
 
     /// The gate for every implementation of [`forward`](Self::forward): refuses what it cannot serve, and says how
     /// many tokens there are.

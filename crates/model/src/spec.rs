@@ -172,9 +172,14 @@ pub enum SharedGate {
 impl AttentionSpec {
     /// Numbers that one token leaves in one layer's cache.
     pub fn cached_per_token(&self) -> usize {
+        self.cached_widths().into_iter().sum()
+    }
+
+    /// The same row by row: one per key head for keys and one for values, or one for all where keys are latent.
+    pub fn cached_widths(&self) -> Vec<usize> {
         match self.kind {
-            AttentionKind::Grouped { .. } => 2 * self.kv_heads * self.head_dim,
-            AttentionKind::Latent { kv_rank, .. } => kv_rank + self.rope.dim,
+            AttentionKind::Grouped { .. } => vec![self.head_dim; 2 * self.kv_heads],
+            AttentionKind::Latent { kv_rank, .. } => vec![kv_rank + self.rope.dim],
         }
     }
 }

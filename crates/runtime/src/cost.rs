@@ -6,6 +6,7 @@ use cotk_latency::moe::{Home, LayerStep, MoeStep, RoutedExpert};
 use cotk_latency::work::{AttentionKey, DenseKey, ExpertKey, GlueKey, Heat, Key};
 use cotk_model::families::{LayerTensor, Tensor};
 use cotk_model::inventory;
+use cotk_model::layers::cache::KvKind;
 use cotk_model::model::KvCache;
 use cotk_model::moe::Mode;
 use cotk_model::spec::{AttentionKind, LayerKind, ModelSpec};
@@ -222,7 +223,8 @@ pub fn step(
         reason = "bytes of a model"
     )]
     let expert_bytes = routed.map(|e| e.key.weight_bytes()).sum::<f64>() as u64;
-    step.working_set_bytes = dense_bytes(&step) + expert_bytes + sequences as u64 * KvCache::bytes_for(spec, keys);
+    step.working_set_bytes =
+        dense_bytes(&step) + expert_bytes + sequences as u64 * KvCache::bytes_for(spec, KvKind::default(), keys);
     step
 }
 

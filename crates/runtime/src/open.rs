@@ -8,11 +8,13 @@ use cotk_container::reader::{Container, is_container};
 use cotk_model::checkpoint::coded::CodedSource;
 use cotk_model::checkpoint::safetensors::Safetensors;
 use cotk_model::folder::ModelFolder;
+use cotk_model::layers::cache::KvKind;
 use cotk_model::model::Model;
 use cotk_model::moe::MoeRuntime;
 use cotk_model::reference::PlainMoe;
 
 use crate::Result;
+use crate::mix::Cpu;
 use crate::resident::Resident;
 
 /// A folder's files, nothing loaded yet.
@@ -28,6 +30,15 @@ pub struct Opened {
     pub model: Model,
     /// `None`: a Hugging Face folder.
     pub container: Option<Arc<Container>>,
+}
+
+impl Opened {
+    /// The same with caches of another kind.
+    #[must_use]
+    pub fn with_kv(mut self, kind: KvKind) -> Self {
+        self.model = self.model.with_kv(kind);
+        self
+    }
 }
 
 /// Opens the files of a model folder or container.
@@ -56,6 +67,8 @@ pub fn open_folder(path: &Path) -> Result<Folder> {
 /// # Errors
 /// As [`open_folder`]; tensors that are missing or ill-shaped; records that do not fit the config.
 pub fn open(path: &Path) -> Result<Opened> {
+    // A path of `COTK_ISA` that this CPU lacks is refused for checkpoints, too.
+    Cpu::selected()?;
     let Folder { files, container } = open_folder(path)?;
     let runtime: Arc<dyn MoeRuntime> = match &container {
         Some(container) => Arc::new(Resident::new(container.clone(), &files.spec)?),

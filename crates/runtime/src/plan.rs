@@ -5,6 +5,7 @@
 use cotk_latency::moe::{Home, MoeStep, RoutedExpert, StepPrediction};
 use cotk_latency::predict::Model;
 use cotk_model::inventory;
+use cotk_model::layers::cache::KvKind;
 use cotk_model::model::KvCache;
 use cotk_model::spec::ModelSpec;
 
@@ -59,7 +60,7 @@ fn record_bytes(expert: &RoutedExpert) -> u64 {
 pub fn held_bytes(spec: &ModelSpec, context: usize, sequences: usize) -> (u64, u64) {
     (
         4 * inventory::dense_params(spec),
-        sequences as u64 * KvCache::bytes_for(spec, context),
+        sequences as u64 * KvCache::bytes_for(spec, KvKind::default(), context),
     )
 }
 

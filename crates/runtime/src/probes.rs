@@ -9,7 +9,8 @@ use std::sync::Arc;
 use cotk_kernels::cpu::noise::{self, NoiseExpert, NoiseShape, Width};
 use cotk_latency::probe::{Prepared, Probe, refused};
 use cotk_latency::work::{AttentionKey, DenseKey, ExpertKey, GlueKey, Heat, Key};
-use cotk_model::layers::attention::{Heads, LayerCache, Rows, Span};
+use cotk_model::layers::attention::{Heads, Rows, Span};
+use cotk_model::layers::cache::{KvKind, LayerCache};
 use cotk_model::layers::linear::Linear;
 use cotk_model::layers::norm::rms_norm;
 use cotk_model::layers::rope::Rope;
@@ -468,7 +469,7 @@ impl EngineProbe {
             keys: noise_floats(count * kv_heads * head_dim),
             values: noise_floats(count * kv_heads * head_dim + session as usize)[session as usize..].to_vec(),
         };
-        let mut filled = LayerCache::new(&spec);
+        let mut filled = LayerCache::new(&spec, KvKind::default());
         if keys > tokens {
             let mut span = [Span {
                 tokens: keys - tokens,

@@ -12,6 +12,7 @@ use cotk_kernels::cpu::dispatch::Isa;
 use cotk_kernels::cpu::noise;
 use cotk_latency::probe::{Statistics, median};
 use cotk_model::generate::PREFILL_CHUNK;
+use cotk_model::layers::cache::KvKind;
 use cotk_model::model::{KvCache, Logits, Model, Sequence};
 use cotk_model::moe::{Mode, MoeRecord, MoeRuntime, MoeShape, RouterScores, RuntimeError};
 use cotk_model::spec::ModelSpec;
@@ -194,7 +195,7 @@ pub fn scratch_bytes(spec: &ModelSpec, work: &[Work]) -> u64 {
             Work::Prefill { tokens } => (1, tokens.min(PREFILL_CHUNK)),
             Work::Decode { batch, .. } => (batch, batch),
         };
-        let cached = KvCache::bytes_for(spec, work.positions()) * sequences as u64;
+        let cached = KvCache::bytes_for(spec, KvKind::default(), work.positions()) * sequences as u64;
         // Hidden states, what attention makes of them, and an output of each chosen expert, in f32 with room to spare.
         let heads = spec.attention.heads * spec.attention.head_dim;
         let per_token =

@@ -47,7 +47,7 @@ impl ModelEngine {
             vocab: spec.vocab,
             end_tokens,
             modes: model.runtime().modes().to_vec(),
-            kv_bytes_per_token: KvCache::bytes_for(spec, 1),
+            kv_bytes_per_token: KvCache::bytes_for(spec, model.kv(), 1),
             predicted_decode_ms: Vec::new(),
         };
         let byte_of = spells_bytes(&tokenizer).then(byte_alphabet);

@@ -116,6 +116,22 @@ impl<'a> Rows<'a> {
             .widen(&self.bytes[(row * self.stride + col) * width..][..width])
     }
 
+    /// All of it as f32 `[rows, cols]`, exactly.
+    ///
+    /// # Panics
+    /// Another number of elements.
+    pub fn widen(&self, isa: Isa, out: &mut [f32]) {
+        assert_eq!(out.len(), self.rows * self.cols, "out is [rows, cols]");
+        if self.cols == self.stride {
+            return widen(isa, self.kind, self.bytes, out);
+        }
+        let width = self.cols * self.kind.bytes();
+        let rows = self.bytes.chunks_exact(self.row_bytes());
+        for (row, out) in rows.zip(out.chunks_exact_mut(self.cols)) {
+            widen(isa, self.kind, &row[..width], out);
+        }
+    }
+
     fn row_bytes(&self) -> usize {
         self.stride * self.kind.bytes()
     }
@@ -825,12 +841,10 @@ mod tests {
                         prop_assert!((found - truth - start).abs() < 1e-5 * unit * rows as f64, "{kind:?} {found} {truth}");
                     }
                 }
-                if gap == 0 {
-                    let mut wide = vec![f32::NAN; rows * cols];
-                    widen(isa, kind, &bytes, &mut wide);
-                    for (i, wide) in wide.iter().enumerate() {
-                        prop_assert_eq!(*wide, matrix.at(i / cols, i % cols));
-                    }
+                let mut wide = vec![f32::NAN; rows * cols];
+                matrix.widen(isa, &mut wide);
+                for (i, wide) in wide.iter().enumerate() {
+                    prop_assert_eq!(*wide, matrix.at(i / cols, i % cols));
                 }
                 let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
                 let found = (bits(&dots), bits(&mixed));

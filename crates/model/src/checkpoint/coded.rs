@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use cotk_container::dense::PLANES;
+use cotk_container::dense::{PLANES, code_matrix, plain_matrix};
 use cotk_container::manifest::Matrix;
 
 use super::{CheckpointError, DType, SharedBytes, TensorInfo, TensorSource, not_codes};
@@ -102,10 +102,91 @@ impl TensorSource for CodedSource {
     }
 }
 
+/// A source some of whose matrices are coded on the way, as a container will hold them: plain codes of groups of 32. Law:
+/// what is loaded is what the container's own source gives.
+pub struct CodingSource {
+    inner: Arc<dyn TensorSource>,
+    matrices: BTreeMap<String, Matrix>,
+    bits: u32,
+}
+
+impl CodingSource {
+    /// Codes `matrices` (names and shapes, see [`crate::inventory::codable`]) at 8 or 4 bits.
+    ///
+    /// # Errors
+    /// Another width, a shape that no code has.
+    pub fn new(
+        inner: Arc<dyn TensorSource>,
+        matrices: &[(String, [usize; 2])],
+        bits: u32,
+    ) -> Result<Self, CheckpointError> {
+        let matrices = matrices
+            .iter()
+            .map(|(name, [rows, cols])| match plain_matrix(*rows, *cols, bits) {
+                Ok(matrix) => Ok((name.clone(), matrix)),
+                Err(error) => Err(not_codes(inner.file(name), name, &error)),
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self { inner, matrices, bits })
+    }
+
+    /// What is coded, as a manifest says it.
+    pub fn matrices(&self) -> &BTreeMap<String, Matrix> {
+        &self.matrices
+    }
+}
+
+impl TensorSource for CodingSource {
+    fn names(&self) -> Vec<String> {
+        let is_scales = |name: &String| {
+            let matrix = name.strip_suffix("_scale_inv");
+            matrix.is_some_and(|matrix| self.matrices.contains_key(matrix))
+        };
+        let mut names = self.inner.names();
+        names.retain(|name| !is_scales(name));
+        names
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        let mut info = self.inner.info(name)?;
+        if self.matrices.contains_key(name) {
+            info.dtype = DType::U8;
+        }
+        Some(info)
+    }
+
+    fn file(&self, name: &str) -> &Path {
+        self.inner.file(name)
+    }
+
+    fn raw(&self, name: &str) -> Result<Cow<'_, [u8]>, CheckpointError> {
+        let Some(matrix) = self.matrices.get(name) else {
+            return self.inner.raw(name);
+        };
+        let (rows, cols) = (matrix.format.rows(), matrix.format.cols());
+        let weights = self.inner.load_f32(name, &[rows, cols])?;
+        match code_matrix(&weights, rows, cols, self.bits) {
+            Ok((_, plane)) => Ok(Cow::Owned(plane)),
+            Err(error) => Err(not_codes(self.inner.file(name), name, &error)),
+        }
+    }
+
+    fn shared(&self, name: &str) -> Result<SharedBytes, CheckpointError> {
+        match self.matrices.get(name) {
+            Some(_) => Ok(self.raw(name)?.into_owned().into()),
+            None => self.inner.shared(name),
+        }
+    }
+
+    fn codes(&self, name: &str) -> Option<&Matrix> {
+        self.matrices.get(name)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use cotk_container::ContainerError;
-    use cotk_container::dense::{DenseTensor, code_matrix, decode, dense_bits, write_dense};
+    use cotk_container::dense::{DenseTensor, decode, write_dense};
 
     use super::*;
     use crate::checkpoint::safetensors::Safetensors;
@@ -114,7 +195,7 @@ mod tests {
 
     fn coded() -> (Vec<f32>, Matrix, Vec<u8>) {
         let weights: Vec<f32> = (0..SHAPE[0] * SHAPE[1]).map(|i| (i as f32 * 0.3).sin()).collect();
-        let (matrix, plane) = code_matrix(&weights, SHAPE[0], SHAPE[1], dense_bits(8).unwrap()).unwrap();
+        let (matrix, plane) = code_matrix(&weights, SHAPE[0], SHAPE[1], 8).unwrap();
         (weights, matrix, plane)
     }
 
@@ -174,5 +255,26 @@ mod tests {
             };
             assert!(text.contains("`w"), "{text}");
         }
+    }
+
+    #[test]
+    fn what_is_coded_on_the_way_is_what_a_container_holds() {
+        let folder = tempfile::tempdir().unwrap();
+        let (weights, matrix, plane) = coded();
+        let file = folder.path().join("model.safetensors");
+        let tensor = DenseTensor {
+            name: "w".to_owned(),
+            dtype: "F32",
+            shape: SHAPE.to_vec(),
+            bytes: 4 * weights.len() as u64,
+        };
+        let bytes = || weights.iter().flat_map(|w| w.to_le_bytes()).collect();
+        write_dense(&file, &[tensor], |_| Ok::<_, ContainerError>(bytes())).unwrap();
+        let inner = Arc::new(Safetensors::open_file(&file).unwrap());
+        let source = CodingSource::new(inner.clone(), &[("w".to_owned(), SHAPE)], 8).unwrap();
+        assert_eq!(source.codes("w"), Some(&matrix));
+        assert_eq!(*source.raw("w").unwrap(), plane);
+        assert_eq!(source.load_f32("w", &SHAPE).unwrap(), decode(&matrix, &plane).unwrap());
+        assert!(CodingSource::new(inner, &[("w".to_owned(), SHAPE)], 5).is_err());
     }
 }

@@ -13,6 +13,7 @@ use crate::checkpoint::safetensors::Safetensors;
 use crate::checkpoint::{CheckpointError, TensorSource, scale_shape, scales_of};
 use crate::families::{self, LayerTensor, Matrix, Tensor};
 use crate::inventory;
+use crate::layers::cache::KvKind;
 use crate::model::Model;
 use crate::reference::PlainMoe;
 use crate::spec::ModelSpec;
@@ -71,7 +72,7 @@ fn open(spec: &ModelSpec, folder: &Path) -> Result<Arc<dyn TensorSource>, Checkp
 fn load(spec: &ModelSpec, folder: &Path) -> Result<Model, CheckpointError> {
     let source = open(spec, folder)?;
     let experts = PlainMoe::load(spec, source.as_ref())?;
-    Model::load(spec.clone(), source.as_ref(), Arc::new(experts))
+    Ok(Model::load(spec.clone(), source.as_ref(), Arc::new(experts))?.with_kv(KvKind::F32))
 }
 
 fn written(spec: &ModelSpec, tensors: &Tensors) -> Result<Model, CheckpointError> {

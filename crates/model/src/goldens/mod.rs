@@ -9,6 +9,7 @@ use std::sync::Arc;
 use crate::checkpoint::safetensors::Safetensors;
 use crate::checkpoint::{CheckpointError, TensorInfo, TensorSource};
 use crate::families::parse_config;
+use crate::layers::cache::KvKind;
 use crate::model::{KvCache, Logits, Model, Sequence};
 use crate::moe::Mode;
 use crate::reference::PlainMoe;
@@ -103,7 +104,8 @@ fn spec(family: &str, case: &str) -> ModelSpec {
 fn model(spec: ModelSpec, harm: &(dyn Fn(&str, &mut [f32]) + Send + Sync)) -> Model {
     let source = Drawn { harm };
     let runtime = Arc::new(PlainMoe::load(&spec, &source).unwrap());
-    Model::load(spec, &source, runtime).unwrap()
+    // The tolerance is that of f32 throughout.
+    Model::load(spec, &source, runtime).unwrap().with_kv(KvKind::F32)
 }
 
 fn right(family: &str, case: &str) -> Model {
@@ -208,15 +210,17 @@ fn logits_do_not_depend_on_the_number_of_threads() {
 #[test]
 fn a_cache_holds_as_much_as_was_promised() {
     for (family, case) in BATCHED {
-        let model = right(family, case);
-        let mut cache = model.new_cache();
-        let tokens = tokens(case, model.spec().vocab);
-        let mut one = [Sequence {
-            tokens: &tokens,
-            cache: &mut cache,
-        }];
-        model.forward(&mut one, Mode::Exact, Logits::Last).unwrap();
-        assert_eq!(cache.bytes(), KvCache::bytes_for(model.spec(), 80));
+        for kind in KvKind::ALL {
+            let model = right(family, case).with_kv(kind);
+            let mut cache = model.new_cache();
+            let tokens = tokens(case, model.spec().vocab);
+            let mut one = [Sequence {
+                tokens: &tokens,
+                cache: &mut cache,
+            }];
+            model.forward(&mut one, Mode::Exact, Logits::Last).unwrap();
+            assert_eq!(cache.bytes(), KvCache::bytes_for(model.spec(), kind, 80));
+        }
     }
 }
 

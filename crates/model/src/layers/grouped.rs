@@ -1,9 +1,9 @@
 //! Queries, keys and values of grouped-query attention: one projection each, norms, clip, positions.
 
 use super::attention::Rows;
-use super::linear::Linear;
-use super::norm::rms_norm;
-use super::rope::Rope;
+use super::linear::{Linear, apply_all};
+use super::norm::rms_norm_in_place;
+use super::rope::Angles;
 use crate::checkpoint::{CheckpointError, TensorSource};
 use crate::families::LayerTensor;
 use crate::spec::{AttentionKind, AttentionSpec, ModelSpec, QkNorm};
@@ -74,28 +74,36 @@ impl Grouped {
         })
     }
 
-    /// Of normed hidden states `[tokens, hidden]`; `spans` are first positions and numbers of tokens.
-    pub(super) fn rows(&self, rope: &Rope, normed: &[f32], spans: &[(usize, usize)]) -> Rows {
-        let mut queries = self.query.apply(normed);
-        let mut keys = self.key.apply(normed);
-        let mut values = self.value.apply(normed);
+    /// Bytes of its matrices as held.
+    pub(super) fn bytes(&self) -> u64 {
+        self.query.bytes() + self.key.bytes() + self.value.bytes()
+    }
+
+    /// Of normed hidden states `[tokens, hidden]`, whose positions are those of `angles`; `rows` is overwritten.
+    pub(super) fn rows(&self, angles: &Angles, normed: &[f32], rows: &mut Rows) {
+        let tokens = normed.len() / self.query.inputs();
+        let Rows { queries, keys, values } = rows;
+        queries.resize(tokens * self.query.outputs(), 0.0);
+        keys.resize(tokens * self.key.outputs(), 0.0);
+        values.resize(tokens * self.value.outputs(), 0.0);
+        apply_all(
+            normed,
+            [
+                (&self.query, &mut queries[..]),
+                (&self.key, &mut keys[..]),
+                (&self.value, &mut values[..]),
+            ],
+        );
         if let Some([query, key]) = &self.norms {
-            queries = rms_norm(&queries, query, self.eps);
-            keys = rms_norm(&keys, key, self.eps);
+            rms_norm_in_place(queries, query, self.eps);
+            rms_norm_in_place(keys, key, self.eps);
         }
         if let Some(clip) = self.clip {
-            for rows in [&mut queries, &mut keys, &mut values] {
+            for rows in [&mut *queries, &mut *keys, &mut *values] {
                 rows.iter_mut().for_each(|x| *x = x.clamp(-clip, clip));
             }
         }
-        for (rows, width) in [(&mut queries, self.query.outputs()), (&mut keys, self.key.outputs())] {
-            let mut rest = rows.as_mut_slice();
-            for &(start, tokens) in spans {
-                let (span, after) = rest.split_at_mut(tokens * width);
-                rope.turn(span, start, width, self.head_dim);
-                rest = after;
-            }
-        }
-        Rows { queries, keys, values }
+        angles.turn(queries, self.query.outputs(), self.head_dim);
+        angles.turn(keys, self.key.outputs(), self.head_dim);
     }
 }

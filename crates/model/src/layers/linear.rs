@@ -23,8 +23,9 @@ const CHUNK_ROWS: usize = 256;
 const CHUNK_OUTPUTS: usize = 128;
 /// Rows that are multiplied one by one with weights as they are stored.
 pub const FEW_ROWS: usize = 8;
-/// Multiply-adds below which a thread costs more than it brings. Decides who works, not what comes out.
-const PARALLEL_FROM: usize = 1 << 16;
+/// Bytes of weights, read once per [`FEW_ROWS`] rows, below which a thread costs more than it brings (about 5 µs of one).
+/// Decides who works, not what comes out.
+const PARALLEL_FROM: u64 = 1 << 18;
 
 /// How a matrix is held in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -301,7 +302,7 @@ impl Linear {
     /// The product, with `acts` the codes of `x` where the weights are codes.
     fn multiply(&self, x: &[f32], acts: &Activations, y: &mut [f32]) {
         let rows = x.len() / self.inputs;
-        let is_small = rows * self.outputs * self.inputs < PARALLEL_FROM;
+        let is_small = self.bytes() * rows.div_ceil(FEW_ROWS) as u64 <= PARALLEL_FROM;
         let threads = if is_small { Threads::One } else { Threads::Pool };
         match &self.held {
             Held::Coded(..) => {
@@ -450,7 +451,7 @@ pub fn apply_reference(weights: &[f32], bias: Option<&[f32]>, inputs: usize, x: 
 
 #[cfg(test)]
 mod tests {
-    use cotk_container::dense::{code_matrix, dense_bits};
+    use cotk_container::dense::code_matrix;
     use cotk_kernels::cpu::team::Team;
     use cotk_run::seeds::Seeds;
     use half::{bf16, f16};
@@ -477,7 +478,7 @@ mod tests {
             w.iter().flat_map(bytes).collect()
         };
         let coded = |bits| {
-            let (matrix, plane) = code_matrix(w, outputs, inputs, dense_bits(bits).unwrap()).unwrap();
+            let (matrix, plane) = code_matrix(w, outputs, inputs, bits).unwrap();
             Linear::coded(matrix, plane).unwrap()
         };
         vec![

@@ -7,14 +7,15 @@ use cotk_kernels::cpu::activations::Activations;
 use cotk_kernels::cpu::expert::{self, Expert, ExpertScratch};
 use cotk_kernels::cpu::gemm::Threads;
 
-use super::linear::{DenseForm, Linear, apply_all, isa, with_scratch};
+use super::linear::{DenseForm, FEW_ROWS, Linear, apply_all, isa, with_scratch};
 use crate::checkpoint::{CheckpointError, TensorSource};
 use crate::families::Matrix;
 
 /// Rows of one pass over f32 or 16-bit weights: bounds what stands between the projections.
 const MLP_ROWS: usize = 256;
-/// Multiply-adds below which a thread costs more than it brings. Decides who works, not what comes out.
-const PARALLEL_FROM: usize = 1 << 17;
+/// Bytes of codes, read once per few rows, below which a thread costs more than it brings (about 5 µs of one). Decides who
+/// works, not what comes out.
+const PARALLEL_FROM: u64 = 1 << 18;
 
 /// `down(silu(gate(x)) · up(x))`.
 #[derive(Debug, Clone)]
@@ -76,8 +77,8 @@ impl Mlp {
         if let (Some(gate), Some(up), Some(down)) = (self.gate.codes(), self.up.codes(), self.down.codes()) {
             let whole = cotk_kernels::cpu::weights::Matrix::Whole;
             let expert = Expert::try_new(whole(gate), whole(up), whole(down)).expect("shapes of one MLP");
-            let work = 3 * x.len() * inner;
-            let threads = if work < PARALLEL_FROM {
+            let rows = x.len() / width;
+            let threads = if self.bytes() * rows.div_ceil(FEW_ROWS) as u64 <= PARALLEL_FROM {
                 Threads::One
             } else {
                 Threads::Pool
@@ -116,7 +117,7 @@ pub fn sigmoid(x: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use cotk_container::dense::{code_matrix, dense_bits};
+    use cotk_container::dense::code_matrix;
     use cotk_kernels::cpu::team::Team;
 
     use super::*;
@@ -136,8 +137,7 @@ mod tests {
             .iter()
             .enumerate()
             .map(|(salt, &(rows, cols))| {
-                let (matrix, plane) =
-                    code_matrix(&draw(rows * cols, salt), rows, cols, dense_bits(8).unwrap()).unwrap();
+                let (matrix, plane) = code_matrix(&draw(rows * cols, salt), rows, cols, 8).unwrap();
                 Linear::coded(matrix, plane).unwrap()
             })
             .collect();

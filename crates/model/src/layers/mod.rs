@@ -5,6 +5,7 @@ use cotk_run::units::LayerId;
 use rayon::prelude::*;
 
 pub mod attention;
+pub mod cache;
 mod grouped;
 mod latent;
 pub mod linear;
@@ -16,10 +17,10 @@ pub mod router;
 
 pub use self::mlp::{Mlp, sigmoid, silu};
 
-use self::attention::{Attention, Span};
+use self::attention::{Attention, Rows, Span, Spans};
 use self::linear::Linear;
-use self::norm::rms_norm;
-use self::rope::Rope;
+use self::norm::{rms_norm, rms_norm_to};
+use self::rope::{Angles, Rope};
 use crate::checkpoint::{CheckpointError, TensorSource};
 use crate::families::{self, LayerTensor, Tensor};
 use crate::moe::{Mode, MoeRecord, MoeRuntime, RouterScores, RoutingRule, RuntimeError, Scoring};
@@ -43,6 +44,20 @@ struct SharedExpert {
     mlp: Mlp,
     /// `[1, hidden]`, its sigmoid scales the output.
     gate: Option<Linear>,
+}
+
+/// What a forward pass keeps between layers and tokens, so that it allocates nothing: sizes are those of the last rows.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    /// Of the rows' positions.
+    pub(crate) angles: Angles,
+    normed: Vec<f32>,
+    rows: Rows,
+    /// Between two projections.
+    wide: Vec<f32>,
+    mixed: Vec<f32>,
+    out: Vec<f32>,
+    scores: Vec<f32>,
 }
 
 /// The dense part of one decoder layer.
@@ -126,15 +141,22 @@ impl Layer {
     /// Scores of all experts, `[tokens, experts]`; `None` in a dense layer. `normed` is of
     /// [`mixer_input`](Self::mixer_input).
     pub fn router_scores(&self, normed: &[f32]) -> Option<Vec<f32>> {
+        let mut scores = Vec::new();
+        self.router_scores_to(normed, &mut scores).then_some(scores)
+    }
+
+    /// [`router_scores`](Self::router_scores) into `scores`; false in a dense layer.
+    fn router_scores_to(&self, normed: &[f32], scores: &mut Vec<f32>) -> bool {
         match &self.mixer {
-            Mixer::Dense(_) => None,
+            Mixer::Dense(_) => false,
             Mixer::Moe { router, rule, .. } => {
-                let mut scores = router.apply(normed);
+                scores.resize(normed.len() / router.inputs() * router.outputs(), 0.0);
+                router.apply_to(normed, scores);
                 match rule.scoring {
-                    Scoring::Softmax => router::softmax(&mut scores, router.outputs()),
+                    Scoring::Softmax => router::softmax(scores, router.outputs()),
                     Scoring::Sigmoid => scores.iter_mut().for_each(|s| *s = sigmoid(*s)),
                 }
-                Some(scores)
+                true
             }
         }
     }
@@ -156,29 +178,45 @@ impl Layer {
 
     /// `hidden +=` everything after attention but the routed experts: the shared expert, or the MLP of a dense layer.
     pub fn add_dense(&self, normed: &[f32], hidden: &mut [f32]) {
-        match &self.mixer {
-            Mixer::Dense(mlp) => add(hidden, &mlp.apply(normed)),
-            Mixer::Moe { shared: None, .. } => {}
+        self.add_dense_with(normed, hidden, &mut Vec::new(), &mut Vec::new());
+    }
+
+    /// The same with buffers for outputs and gates.
+    fn add_dense_with(&self, normed: &[f32], hidden: &mut [f32], out: &mut Vec<f32>, gates: &mut Vec<f32>) {
+        let (mlp, gate) = match &self.mixer {
+            Mixer::Dense(mlp) => (mlp, None),
+            Mixer::Moe { shared: None, .. } => return,
             Mixer::Moe {
-                shared: Some(SharedExpert { mlp, gate: None }),
+                shared: Some(SharedExpert { mlp, gate }),
                 ..
-            } => add(hidden, &mlp.apply(normed)),
-            Mixer::Moe {
-                shared: Some(SharedExpert { mlp, gate: Some(gate) }),
-                ..
-            } => {
-                let gates = gate.apply(normed);
-                let width = normed.len() / gates.len().max(1);
-                let outputs = mlp.apply(normed);
-                let rows = hidden
-                    .chunks_exact_mut(width.max(1))
-                    .zip(outputs.chunks_exact(width.max(1)));
-                for ((hidden, output), gate) in rows.zip(gates) {
-                    let gate = sigmoid(gate);
-                    hidden.iter_mut().zip(output).for_each(|(h, o)| *h += gate * o);
-                }
-            }
+            } => (mlp, gate.as_ref()),
+        };
+        out.resize(hidden.len(), 0.0);
+        mlp.apply_to(normed, out);
+        let Some(gate) = gate else {
+            return add(hidden, out);
+        };
+        let width = gate.inputs();
+        gates.resize(normed.len() / width, 0.0);
+        gate.apply_to(normed, gates);
+        let rows = hidden.chunks_exact_mut(width).zip(out.chunks_exact(width));
+        for ((hidden, output), gate) in rows.zip(gates) {
+            let gate = sigmoid(*gate);
+            hidden.iter_mut().zip(output).for_each(|(h, o)| *h += gate * o);
         }
+    }
+
+    /// Bytes of its dense matrices as held: what one token reads.
+    pub fn dense_bytes(&self) -> u64 {
+        let mixer = match &self.mixer {
+            Mixer::Dense(mlp) => mlp.bytes(),
+            Mixer::Moe { router, shared, .. } => {
+                let shared = shared.as_ref();
+                let gate = shared.and_then(|s| s.gate.as_ref()).map_or(0, Linear::bytes);
+                router.bytes() + shared.map_or(0, |s| s.mlp.bytes()) + gate
+            }
+        };
+        self.attention.bytes() + mixer
     }
 
     /// The whole layer; the record is `None` for a dense one.
@@ -193,19 +231,39 @@ impl Layer {
         runtime: &dyn MoeRuntime,
         mode: Mode,
     ) -> Result<Option<MoeRecord>, RuntimeError> {
-        self.attend(rope, hidden, spans);
-        let normed = self.mixer_input(hidden);
-        let record = match self.router_scores(&normed) {
-            Some(scores) => {
-                let mut out = vec![0.0; normed.len()];
-                let record = runtime.forward(self.id, &normed, self.routing(&scores)?, mode, &mut out)?;
-                add(hidden, &out);
-                Some(record)
-            }
-            None => None,
-        };
-        self.add_dense(&normed, hidden);
-        Ok(record)
+        let mut scratch = Scratch::default();
+        let positions = spans
+            .iter()
+            .flat_map(|s| s.cache.positions()..s.cache.positions() + s.tokens);
+        rope.angles(positions, &mut scratch.angles);
+        let mut record = MoeRecord::default();
+        self.forward_with(hidden, spans, runtime, mode, &mut scratch, &mut record)?;
+        Ok(self.is_moe().then_some(record))
+    }
+
+    /// The same with the rows' angles in `scratch`; `record` is overwritten in a MoE layer.
+    pub(crate) fn forward_with<S: Spans + ?Sized>(
+        &self,
+        hidden: &mut [f32],
+        spans: &mut S,
+        runtime: &dyn MoeRuntime,
+        mode: Mode,
+        scratch: &mut Scratch,
+        record: &mut MoeRecord,
+    ) -> Result<(), RuntimeError> {
+        self.attention.attend_with(hidden, spans, scratch);
+        let Scratch {
+            normed, out, scores, ..
+        } = scratch;
+        normed.resize(hidden.len(), 0.0);
+        rms_norm_to(hidden, &self.mixer_norm, self.eps, normed);
+        if self.router_scores_to(normed, scores) {
+            out.resize(hidden.len(), 0.0);
+            runtime.forward_into(self.id, normed, self.routing(scores)?, mode, out, record)?;
+            add(hidden, out);
+        }
+        self.add_dense_with(normed, hidden, out, scores);
+        Ok(())
     }
 }
 

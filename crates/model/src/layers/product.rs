@@ -43,6 +43,13 @@ impl<'a> Tile<'a> {
             matrix: std::marker::PhantomData,
         }
     }
+
+    /// One row.
+    pub(crate) fn row(&mut self, row: usize) -> &mut [f32] {
+        assert!(row < self.rows, "inside");
+        // SAFETY: the row lies inside the rectangle, which is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.columns) }
+    }
 }
 
 /// `y[r, o] = Σ x[r, i] · w[o, i]` on this thread; `x` is `[y.rows, inputs]`, `w` is `[y.columns, inputs]`.

@@ -95,29 +95,69 @@ impl Rope {
     /// Turns the last elements of every head, of `head_dim`, in rows of `x` `[positions, width]`; row r stands at
     /// position `start + r`.
     pub fn turn(&self, x: &mut [f32], start: usize, width: usize, head_dim: usize) {
-        let half = self.frequencies.len();
-        let mut cos_sin = vec![(0.0, 0.0); half];
-        for (position, row) in (start..).zip(x.chunks_exact_mut(width)) {
+        let mut angles = Angles::default();
+        self.angles(start..start + x.len() / width, &mut angles);
+        angles.turn(x, width, head_dim);
+    }
+
+    /// Replaces `angles` by those of rows at these positions: all layers turn by the same.
+    pub fn angles(&self, positions: impl Iterator<Item = usize>, angles: &mut Angles) {
+        angles.layout = self.layout;
+        angles.half = self.frequencies.len();
+        angles.cos_sin.clear();
+        for position in positions {
             #[expect(
                 clippy::cast_precision_loss,
                 reason = "contexts are at most 2^26; above 2^24 as transformers"
             )]
             let position = position as f32;
-            for (slot, frequency) in cos_sin.iter_mut().zip(&self.frequencies) {
+            angles.cos_sin.extend(self.frequencies.iter().map(|frequency| {
                 let (sin, cos) = (position * frequency).sin_cos();
-                *slot = (cos * self.attention_factor, sin * self.attention_factor);
-            }
+                (cos * self.attention_factor, sin * self.attention_factor)
+            }));
+        }
+    }
+}
+
+/// Cosines and sines of some rows' positions.
+#[derive(Debug, Clone)]
+pub struct Angles {
+    layout: RopeLayout,
+    half: usize,
+    /// `[rows, half]`
+    cos_sin: Vec<(f32, f32)>,
+}
+
+impl Default for Angles {
+    fn default() -> Self {
+        Self {
+            layout: RopeLayout::Halves,
+            half: 0,
+            cos_sin: Vec::new(),
+        }
+    }
+}
+
+impl Angles {
+    /// Turns the last elements of every head, of `head_dim`, in rows of `x` `[rows, width]`.
+    ///
+    /// # Panics
+    /// Rows without angles.
+    pub fn turn(&self, x: &mut [f32], width: usize, head_dim: usize) {
+        let half = self.half;
+        assert!(x.len() / width * half <= self.cos_sin.len(), "an angle for each row");
+        for (row, cos_sin) in x.chunks_exact_mut(width).zip(self.cos_sin.chunks_exact(half.max(1))) {
             for head in row.chunks_exact_mut(head_dim) {
                 let turned = &mut head[head_dim - 2 * half..];
                 match self.layout {
                     RopeLayout::Halves => {
                         let (low, high) = turned.split_at_mut(half);
-                        for ((a, b), cos_sin) in low.iter_mut().zip(high).zip(&cos_sin) {
+                        for ((a, b), cos_sin) in low.iter_mut().zip(high).zip(cos_sin) {
                             (*a, *b) = turn_pair(*a, *b, *cos_sin);
                         }
                     }
                     RopeLayout::Pairs => {
-                        for ([a, b], cos_sin) in turned.as_chunks_mut::<2>().0.iter_mut().zip(&cos_sin) {
+                        for ([a, b], cos_sin) in turned.as_chunks_mut::<2>().0.iter_mut().zip(cos_sin) {
                             (*a, *b) = turn_pair(*a, *b, *cos_sin);
                         }
                     }
