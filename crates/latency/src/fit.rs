@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::moe::fit as engine;
 use crate::probe::{median, quantile};
 use crate::work::{Block, Features, Key, Path, Term};
 
@@ -48,10 +49,12 @@ pub struct PathFit {
     pub spread_ln: f64,
     /// Of several threads: the terms are those of one thread, and this is what sharing makes of their sum.
     pub team: Option<Team>,
+    /// How far computing and weights overlap, of our engine: the power of `S_p` (reference 2.4); absent: they add up.
+    pub overlap: Option<f64>,
 }
 
 /// The spread assumed of a fit that nothing could be left out of.
-const UNTESTED_LN: f64 = 0.5;
+pub(crate) const UNTESTED_LN: f64 = 0.5;
 
 impl PathFit {
     /// Time of one call in µs, and what each term adds.
@@ -71,9 +74,11 @@ impl PathFit {
             }
             None => (1.0, 0.0),
         };
+        let overlapped = { self.overlap }.map(|power| crate::moe::fit::overlapped(power, self.alone(features)));
         alone.map(move |(term, us)| {
             let call_us = if term == Term::Call { call_us } else { 0.0 };
-            (term, scale * us + call_us)
+            let share = overlapped.as_ref().map_or(1.0, |of| of(term));
+            (term, scale * share * us + call_us)
         })
     }
 
@@ -104,7 +109,7 @@ impl PathFit {
 /// Fits every path that has rows, in path order. `noise_floor` is the relative error of a repeat.
 pub fn fit(samples: &[Sample], block: Block, noise_floor: f64) -> Vec<PathFit> {
     let mut by_path: BTreeMap<Path, Vec<(Features, Sample)>> = BTreeMap::new();
-    for sample in samples {
+    for sample in samples.iter().filter(|s| !engine::is_engine(&s.key)) {
         let features = sample.key.features(block);
         // A cost below what can be measured is a cost of (nearly) nothing, not a bad row: keep it off zero.
         let sample = Sample {
@@ -113,10 +118,12 @@ pub fn fit(samples: &[Sample], block: Block, noise_floor: f64) -> Vec<PathFit> {
         };
         by_path.entry(features.path).or_default().push((features, sample));
     }
-    by_path
-        .into_iter()
+    let mut fits: Vec<PathFit> = { by_path.into_iter() }
         .map(|(path, rows)| fit_path(path, &rows, noise_floor))
-        .collect()
+        .collect();
+    fits.extend(engine::fit(samples, block, noise_floor));
+    fits.sort_by_key(|fit| fit.path);
+    fits
 }
 
 fn fit_path(path: Path, rows: &[(Features, Sample)], noise_floor: f64) -> PathFit {
@@ -129,6 +136,7 @@ fn fit_path(path: Path, rows: &[(Features, Sample)], noise_floor: f64) -> PathFi
         cv_mape_pct: 0.0,
         spread_ln: UNTESTED_LN,
         team: None,
+        overlap: None,
     };
     // Rows of one shape family (all but batch, size and tokens) leave together: copies of a shape must not leak.
     let mut families: BTreeMap<String, Vec<usize>> = BTreeMap::new();
@@ -175,7 +183,7 @@ fn fit_path(path: Path, rows: &[(Features, Sample)], noise_floor: f64) -> PathFi
     }
 }
 
-fn family(key: &Key) -> String {
+pub(crate) fn family(key: &Key) -> String {
     match key {
         Key::Conv(c) => format!("{} {} {} {} {}", c.cin, c.cout, c.kernel, c.stride, c.groups),
         Key::Linear(l) => format!("{} {}", l.inputs, l.outputs),

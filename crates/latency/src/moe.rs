@@ -12,6 +12,8 @@ use crate::{Error, Result};
 
 #[cfg(test)]
 mod laws;
+pub(crate) mod fit;
+pub(crate) mod neighbours;
 
 /// Where an expert's weights are when its token comes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]

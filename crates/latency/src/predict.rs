@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use crate::correct::Correction;
 use crate::fit::PathFit;
 use crate::fit::joint::Calibration;
+use crate::moe::neighbours::Neighbours;
 use crate::smooth::Smoother;
 use crate::transfer::profile::Transfer;
 use crate::walk::{self, Network};
@@ -149,6 +150,8 @@ pub struct Model {
     calibrations: Vec<Calibration>,
     /// What measured neighbours say about fitted operators.
     smoother: Smoother,
+    /// The same of our engine's.
+    neighbours: Neighbours,
 }
 
 /// One operator's part in a sum.
@@ -183,6 +186,7 @@ impl Model {
             table,
             fits,
             smoother: Smoother::default(),
+            neighbours: Neighbours::default(),
             noise_floor,
             flags,
             transfer: None,
@@ -200,6 +204,8 @@ impl Model {
             let rows: Vec<(Key, f64, f64)> = rows.map(|(key, (us, _))| (*key, *us, model.bare_us(key))).collect();
             model.smoother = Smoother::new(rows.into_iter(), block);
         }
+        let rows = model.table.iter().map(|(key, (us, _))| (*key, *us, model.bare_us(key)));
+        model.neighbours = Neighbours::new(rows, block);
         model
     }
 
@@ -392,7 +398,12 @@ impl Model {
         } else {
             fit.us(&features)
         };
-        let learnt = self.smoother.factor(key, &features.path) * said_us / fit.us(&features).max(f64::MIN_POSITIVE);
+        let mut learnt = self.smoother.factor(key, &features.path) * said_us / fit.us(&features).max(f64::MIN_POSITIVE);
+        let mut beside_ln = fit.spread_ln;
+        if let Some((ln, half_ln)) = self.neighbours.at(key, &fit.path).filter(|_| flags.len() == before) {
+            learnt = ln.exp();
+            (spread_ln, beside_ln) = (half_ln, half_ln);
+        }
         terms = {
             let mut scaled = Terms::default();
             scaled.add(&terms, learnt);
@@ -403,7 +414,7 @@ impl Model {
             flags.push(Flag::Extrapolated {
                 path: features.path.to_string(),
             });
-            spread_ln = spread_ln.max(fit.spread_ln + 0.5 * outside_ln);
+            spread_ln = spread_ln.max(beside_ln + 0.5 * outside_ln);
         }
         Ok(Part {
             path: features.path,

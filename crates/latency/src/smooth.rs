@@ -152,6 +152,7 @@ mod tests {
             cv_mape_pct: 0.0,
             spread_ln: 0.1,
             team: None,
+            overlap: None,
         };
         // Small layers take a fifth longer than the fit, one wild row is far beyond belief.
         let rows = [(linear(64, 10), 12.0), (linear(72, 10), 12.0), (linear(4096, 10), 1e6)];

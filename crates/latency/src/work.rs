@@ -268,9 +268,9 @@ pub enum Family {
         many: bool,
         heat: Heat,
     },
-    /// `half`: a cache of 16 bits.
+    /// `kv_bits` of the cache: 32, 16 or 8.
     Attention {
-        half: bool,
+        kv_bits: u32,
         heat: Heat,
     },
     Glue,
@@ -718,7 +718,7 @@ mod tests {
             Family::Read(Tier::DiskBuffered),
             Family::Glue,
             Family::Attention {
-                half: true,
+                kv_bits: 8,
                 heat: Heat::Hot,
             },
             Family::Dense {

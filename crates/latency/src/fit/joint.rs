@@ -397,6 +397,7 @@ fn untested(path: Path, coefficients: Vec<Coefficient>, team: Option<Team>) -> P
         cv_mape_pct: 0.0,
         spread_ln: UNTESTED_LN,
         team,
+        overlap: None,
     }
 }
 

@@ -145,7 +145,7 @@ impl Teams {
                     });
                     rows.sum::<f64>() + ALIKE * team.apart(&common)
                 };
-                teams[at] = self.best(loss);
+                teams[at] = best(self.threads, loss);
                 for (&i, rest) in touched.iter().zip(&rest) {
                     predicted[i] = rest + own(rows[i], &teams[at]);
                 }
@@ -155,40 +155,45 @@ impl Teams {
     }
 
     fn common(&self, rows: &[&Row]) -> Team {
-        let usual = Team {
-            call_us: USUAL_CALL_US,
-            share: 1.0 / f64::from(self.threads),
-            late_us: USUAL_LATE_US,
-        };
-        self.best(|team| {
+        common(self.threads, |team| {
             let rows = rows.iter().map(|row| {
                 let us: f64 = row.parts.iter().map(|p| p.2 * team.us(p.1)).sum();
                 row.weight * row.weight * bent(us / row.us - 1.0)
             });
-            rows.sum::<f64>() + HARDLY * team.apart(&usual)
+            rows.sum()
         })
-    }
-
-    /// The tried team of least loss, the earliest of equals.
-    fn best(&self, loss: impl Fn(&Team) -> f64) -> Team {
-        let even = 1.0 / f64::from(self.threads);
-        let shares = UNEVEN.iter().map(|x| even + (1.0 - even) * x);
-        let all = shares.flat_map(|share| {
-            LATE_US.iter().flat_map(move |&late_us| {
-                CALL_US.iter().map(move |&call_us| Team {
-                    call_us,
-                    share,
-                    late_us,
-                })
-            })
-        });
-        let scored = all.map(|team| (loss(&team), team));
-        scored.min_by(|a, b| a.0.total_cmp(&b.0)).expect("a grid").1
     }
 }
 
+/// The tried team of least loss, `loss` in squared relative errors; what nothing is known of is as usual.
+pub(crate) fn common(threads: u32, loss: impl Fn(&Team) -> f64) -> Team {
+    let usual = Team {
+        call_us: USUAL_CALL_US,
+        share: 1.0 / f64::from(threads),
+        late_us: USUAL_LATE_US,
+    };
+    best(threads, |team| loss(team) + HARDLY * team.apart(&usual))
+}
+
+/// The tried team of least loss, the earliest of equals.
+fn best(threads: u32, loss: impl Fn(&Team) -> f64) -> Team {
+    let even = 1.0 / f64::from(threads);
+    let shares = UNEVEN.iter().map(|x| even + (1.0 - even) * x);
+    let all = shares.flat_map(|share| {
+        LATE_US.iter().flat_map(move |&late_us| {
+            CALL_US.iter().map(move |&call_us| Team {
+                call_us,
+                share,
+                late_us,
+            })
+        })
+    });
+    let scored = all.map(|team| (loss(&team), team));
+    scored.min_by(|a, b| a.0.total_cmp(&b.0)).expect("a grid").1
+}
+
 /// Huber's loss of a relative error.
-fn bent(error: f64) -> f64 {
+pub(crate) fn bent(error: f64) -> f64 {
     let size = error.abs();
     if size < BEND {
         size * size
@@ -261,6 +266,7 @@ mod tests {
                 cv_mape_pct: 1.0,
                 spread_ln: 0.1,
                 team: None,
+                overlap: None,
             };
             (family, fit)
         };

@@ -63,7 +63,7 @@ pub struct AttentionKey {
     pub value_dim: u32,
     /// A value is the beginning of its key and is not cached again (latent attention).
     pub values_in_keys: bool,
-    /// Bits of a cached number: 32 or 16.
+    /// Bits of a cached number: 32, 16, or 8 with a scale of 32 bits per head and position.
     pub kv_bits: u32,
     /// Keys that the last token sees, its own among them.
     pub keys: u32,
@@ -89,21 +89,75 @@ pub struct GlueKey {
     pub threads: u32,
 }
 
-/// Tokens that an expert's kernel serves in one pass: 8, 4, 2 and 1, as many of each as it takes.
+/// Tokens that one pass over codes serves, and the widths of a last pass that has fewer.
+const PANEL_TOKENS: u32 = 12;
+const PANEL_WIDTHS: [u32; 5] = [1, 2, 4, 8, PANEL_TOKENS];
+/// Tokens that one pass over floats serves: 8, 4, 2 and 1, as many of each as it takes; more tokens go another way.
 const PASS_TOKENS: u32 = 8;
-/// Tokens of one job: larger groups are shared by several threads.
-const JOB_TOKENS: u32 = 64;
-/// Multiply-adds below which one thread runs all experts of a layer.
-const EXPERTS_PARALLEL_FROM: u64 = 1 << 20;
-/// Rows and outputs of one job of a dense matrix.
-const DENSE_ROWS: u32 = 256;
-const DENSE_OUTPUTS: u32 = 256;
-/// Multiply-adds below which one thread runs it.
-const DENSE_PARALLEL_FROM: u64 = 1 << 18;
+/// Bytes of codes of one part of the work when few tokens meet them.
+const PART_BYTES: f64 = 65_536.0;
+/// Bytes of codes times tokens below which one thread runs all of it.
+const CODES_ALONE: f64 = 49_152.0;
+/// Multiply-adds below which one thread runs a matrix of floats, and outputs of one part of it.
+const FLOATS_ALONE: u64 = 1 << 16;
+const FLOATS_PART: u32 = 128;
 /// Keys of one block of attention.
 const KEY_BLOCK: u32 = 64;
 /// Times that a layer's state is read or written by what is not a matrix.
 const GLUE_PASSES: f64 = 12.0;
+
+/// Passes over the codes of a matrix, and the tokens that they have room for.
+fn panels(tokens: u32) -> (f64, f64) {
+    let (full, rest) = (tokens / PANEL_TOKENS, tokens % PANEL_TOKENS);
+    if rest == 0 {
+        return (f64::from(full), f64::from(tokens));
+    }
+    let last = PANEL_WIDTHS.into_iter().find(|width| *width >= rest);
+    let room = full * PANEL_TOKENS + last.expect("fewer than a full panel");
+    (f64::from(full + 1), f64::from(room))
+}
+
+/// Passes over a matrix of floats.
+fn passes(tokens: u32) -> f64 {
+    f64::from(tokens / PASS_TOKENS + (tokens % PASS_TOKENS).count_ones())
+}
+
+/// The busiest thread's share of so many equal parts, and how many threads have any.
+fn shared(parts: u32, threads: u32) -> (f64, u32) {
+    let (parts, threads) = (parts.max(1), threads.max(1));
+    let busy = parts.min(threads);
+    (f64::from(parts.div_ceil(busy)) / f64::from(parts), busy)
+}
+
+/// Whole parts of so many bytes.
+fn parts(bytes: f64) -> u32 {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped")]
+    let parts = (bytes / PART_BYTES).ceil().clamp(1.0, 1e6) as u32;
+    parts
+}
+
+/// What unpacking costs is each width's own; all else they share.
+fn unpacked(bits: u32, planes: u32) -> Term {
+    match (bits, planes) {
+        (2, 1) => Term::MegaWeightsB2,
+        (3, 1) => Term::MegaWeightsB3,
+        (4, 1) => Term::MegaWeightsB4,
+        (8, 1) => Term::MegaWeightsB8,
+        (4, 2) => Term::MegaWeightsB4P2,
+        (8, 2) => Term::MegaWeightsB8P2,
+        (8, 3) => Term::MegaWeightsB8P3,
+        _ => Term::MegaWeights,
+    }
+}
+
+/// Weights, rows and scales of a matrix of codes, padded as it is laid out: 16 rows, 32 columns.
+fn padded(rows: u32, columns: u32, group: u32) -> (f64, f64, f64) {
+    let (r, c) = (
+        f64::from(rows.next_multiple_of(16)),
+        f64::from(columns.next_multiple_of(32)),
+    );
+    (r * c, r, r * f64::from(columns.div_ceil(group.max(1))))
+}
 
 impl ExpertKey {
     /// Bytes of codes and f16 scales of one expert (reference 2.3): every one is read once per call.
@@ -130,72 +184,64 @@ impl ExpertKey {
         }
     }
 
-    /// Jobs of the call and tokens of each.
-    fn jobs(&self) -> (u32, u32) {
-        let parts = self.tokens.max(1).div_ceil(JOB_TOKENS);
-        (self.experts.max(1) * parts, self.tokens.max(1).div_ceil(parts))
+    /// The busiest thread's share, and how many the engine puts to work.
+    fn shared(&self) -> (f64, u32) {
+        let (experts, bytes) = (f64::from(self.experts.max(1)), self.weight_bytes());
+        if experts * bytes * f64::from(self.tokens.max(1)) < CODES_ALONE {
+            return (1.0, 1);
+        }
+        // Gate and up of every expert are parts of their own, and so are rows of all experts' down together.
+        let (up, down) = (
+            self.experts.max(1) * parts(2.0 / 3.0 * bytes),
+            parts(experts * bytes / 3.0),
+        );
+        let (of_up, threads) = shared(up, self.threads);
+        let (of_down, others) = shared(down, self.threads);
+        ((2.0 * of_up + of_down) / 3.0, threads.max(others))
     }
 
     /// Threads that the engine puts to work.
     pub fn working_threads(&self) -> u32 {
-        let (jobs, tokens) = self.jobs();
-        let macs = 3 * u64::from(self.hidden) * u64::from(self.inner) * u64::from(jobs) * u64::from(tokens);
-        if macs >= EXPERTS_PARALLEL_FROM {
-            jobs.min(self.threads)
-        } else {
-            1
-        }
-        .max(1)
+        self.shared().1
     }
 
     pub(super) fn features(&self) -> Features {
-        let (jobs, tokens) = self.jobs();
-        let threads = self.working_threads();
-        // What the busiest thread does one after another.
-        let rounds = f64::from(jobs.div_ceil(threads));
-        let passes = f64::from(tokens / PASS_TOKENS + (tokens % PASS_TOKENS).count_ones());
-        let (n, h, i) = (f64::from(tokens), f64::from(self.hidden), f64::from(self.inner));
+        let (share, threads) = self.shared();
+        let (passes, room) = panels(self.tokens.max(1));
+        let experts = f64::from(self.experts.max(1));
+        let (n, h, i) = (
+            f64::from(self.tokens.max(1)),
+            f64::from(self.hidden),
+            f64::from(self.inner),
+        );
         let (mut weights, mut rows, mut groups) = (0.0, 0.0, 0.0);
         for (r, c) in self.matrices() {
-            // 16 rows and 32 columns: the layout's padding.
-            let (padded_rows, padded_columns) = (f64::from(r.next_multiple_of(16)), f64::from(c.next_multiple_of(32)));
-            weights += padded_rows * padded_columns;
-            rows += padded_rows;
-            if self.bits != 16 {
-                groups += padded_rows * f64::from(c.div_ceil(self.group.max(1)));
-            }
+            let (w, r, g) = padded(r, c, self.group);
+            weights += w;
+            rows += r;
+            groups += if self.bits == 16 { 0.0 } else { g };
         }
         let family = Family::Expert {
             codes: self.bits != 16,
             heat: self.heat,
         };
-        // What unpacking costs is each width's own; all else they share.
-        let unpacked = match (self.bits, self.planes) {
-            (2, 1) => Term::MegaWeightsB2,
-            (3, 1) => Term::MegaWeightsB3,
-            (4, 1) => Term::MegaWeightsB4,
-            (8, 1) => Term::MegaWeightsB8,
-            (4, 2) => Term::MegaWeightsB4P2,
-            (8, 2) => Term::MegaWeightsB8P2,
-            (8, 3) => Term::MegaWeightsB8P3,
-            _ => Term::MegaWeights,
-        };
+        let each = share * experts;
+        // Gate with up, down; of two factors the right ones before them.
+        let calls = if self.rank == 0 { 2.0 } else { 5.0 };
         Features::new(
             family,
             threads,
             &[
                 (Term::Call, 1.0),
-                (Term::KernelCalls, rounds),
-                (unpacked, rounds * passes * weights / 1e6),
-                (Term::MegaMacsPointwise, rounds * n * weights / 1e6),
-                (Term::KiloRows, rounds * passes * rows / 1e3),
-                (Term::KiloGroups, rounds * passes * groups / 1e3),
-                (Term::ActivationKib, rounds * n * 4.0 * (2.0 * h + 3.0 * i) / 1024.0),
+                (Term::KernelCalls, if threads > 1 { calls } else { 0.0 }),
+                (unpacked(self.bits, self.planes), each * passes * weights / 1e6),
+                (Term::MegaMacsPointwise, each * room * weights / 1e6),
+                (Term::KiloRows, each * passes * rows / 1e3),
+                (Term::KiloGroups, each * passes * groups / 1e3),
+                // Tokens in and out once, the middle of each expert.
+                (Term::ActivationKib, n * 4.0 * (h + experts * (2.0 * i + h)) / 1024.0),
                 // Threads share the memory: all bytes, not those of one thread.
-                (
-                    Term::WeightKib,
-                    f64::from(self.experts.max(1)) * self.weight_bytes() / 1024.0,
-                ),
+                (Term::WeightKib, experts * self.weight_bytes() / 1024.0),
             ],
         )
     }
@@ -221,37 +267,63 @@ impl DenseKey {
         n * k * f64::from(self.bits) / 8.0 + scales
     }
 
+    /// The busiest thread's share, and how many the engine puts to work.
+    fn shared(&self) -> (f64, u32) {
+        let tokens = self.tokens.max(1);
+        let is_little = match self.form() {
+            Form::Codes => self.weight_bytes() * f64::from(tokens) < CODES_ALONE,
+            Form::F32 | Form::Half => {
+                u64::from(tokens) * u64::from(self.inputs) * u64::from(self.outputs) < FLOATS_ALONE
+            }
+        };
+        let parts = match self.form() {
+            Form::Codes => parts(self.weight_bytes()),
+            Form::F32 | Form::Half => self.outputs.div_ceil(FLOATS_PART),
+        };
+        shared(parts, if is_little { 1 } else { self.threads })
+    }
+
     pub(super) fn features(&self) -> Features {
         let tokens = self.tokens.max(1);
-        let jobs = tokens.div_ceil(DENSE_ROWS) * self.outputs.div_ceil(DENSE_OUTPUTS);
-        let macs = u64::from(tokens) * u64::from(self.inputs) * u64::from(self.outputs);
-        let threads = if macs >= DENSE_PARALLEL_FROM {
-            jobs.min(self.threads)
+        let (share, threads) = self.shared();
+        let is_coded = self.form() == Form::Codes;
+        let (passes, room) = if is_coded {
+            panels(tokens)
         } else {
-            1
-        }
-        .max(1);
-        let rounds = jobs.div_ceil(threads);
-        let job_macs =
-            f64::from(tokens.min(DENSE_ROWS)) * f64::from(self.inputs) * f64::from(self.outputs.min(DENSE_OUTPUTS));
-        // One job is as large as it is; several are padded to the rounds of the busiest thread.
-        let mega_macs = if jobs <= threads {
-            job_macs
-        } else {
-            f64::from(rounds) * job_macs
-        } / 1e6;
+            // More tokens: weights are widened once.
+            (
+                if tokens > PASS_TOKENS { 1.0 } else { passes(tokens) },
+                f64::from(tokens),
+            )
+        };
         let (n, k, m) = (f64::from(tokens), f64::from(self.inputs), f64::from(self.outputs));
+        let (weights, rows, groups) = if is_coded {
+            padded(self.outputs, self.inputs, self.group)
+        } else {
+            (k * m, m, 0.0)
+        };
         Features::new(
             Family::Dense {
                 form: self.form(),
-                many: tokens > 1,
+                // Another way through.
+                many: !is_coded && tokens > PASS_TOKENS,
                 heat: self.heat,
             },
             threads,
             &[
                 (Term::Call, 1.0),
-                (Term::KernelCalls, f64::from(rounds)),
-                (Term::MegaMacsPointwise, mega_macs),
+                (Term::KernelCalls, if threads > 1 { 1.0 } else { 0.0 }),
+                (
+                    if is_coded {
+                        unpacked(self.bits, 1)
+                    } else {
+                        Term::MegaWeights
+                    },
+                    share * passes * weights / 1e6,
+                ),
+                (Term::MegaMacsPointwise, share * room * weights / 1e6),
+                (Term::KiloRows, share * passes * rows / 1e3),
+                (Term::KiloGroups, share * passes * groups / 1e3),
                 (Term::ActivationKib, n * 4.0 * (k + m) / 1024.0),
                 (Term::WeightKib, self.weight_bytes() / 1024.0),
             ],
@@ -262,13 +334,14 @@ impl DenseKey {
 impl AttentionKey {
     /// Bytes of keys and values that one sequence's last token reads.
     pub fn cache_bytes(&self) -> f64 {
-        let width = self.head_dim + if self.values_in_keys { 0 } else { self.value_dim };
-        f64::from(self.kv_bits) / 8.0 * f64::from(self.keys) * f64::from(self.kv_heads) * f64::from(width)
-    }
-
-    /// Bits of its cache are 16: another kernel than f32.
-    fn is_half(&self) -> bool {
-        self.kv_bits < 32
+        let (width, rows) = if self.values_in_keys {
+            (self.head_dim, 1.0)
+        } else {
+            (self.head_dim + self.value_dim, 2.0)
+        };
+        let scales = if self.kv_bits == 8 { 4.0 * rows } else { 0.0 };
+        let bytes = f64::from(self.kv_bits) / 8.0 * f64::from(width) + scales;
+        bytes * f64::from(self.keys) * f64::from(self.kv_heads)
     }
 
     pub(super) fn features(&self) -> Features {
@@ -289,7 +362,7 @@ impl AttentionKey {
         let rows = f64::from(sequences) * n;
         Features::new(
             Family::Attention {
-                half: self.is_half(),
+                kv_bits: self.kv_bits,
                 heat: self.heat,
             },
             threads,
@@ -362,18 +435,14 @@ mod tests {
     }
 
     #[test]
-    fn one_job_is_one_threads_work() {
-        let two = ExpertKey {
+    fn what_is_little_is_one_threads_work() {
+        let large = ExpertKey {
             threads: 2,
             hidden: 2048,
             inner: 1024,
             ..expert()
         };
-        assert_eq!(
-            (two.working_threads(), ExpertKey { experts: 4, ..two }.working_threads()),
-            (1, 2)
-        );
-        // Small experts are not worth a second thread.
+        assert_eq!(large.working_threads(), 2);
         let small = ExpertKey {
             threads: 2,
             hidden: 64,
@@ -382,6 +451,20 @@ mod tests {
             ..expert()
         };
         assert_eq!(small.working_threads(), 1);
+        // Three parts for two threads: one of them has two.
+        assert_eq!((shared(3, 2), shared(1, 2)), ((2.0 / 3.0, 2), (1.0, 1)));
+        assert_eq!(
+            [0, 1, 3, 9, 12, 15, 25].map(panels),
+            [
+                (0.0, 0.0),
+                (1.0, 1.0),
+                (1.0, 4.0),
+                (1.0, 12.0),
+                (1.0, 12.0),
+                (2.0, 16.0),
+                (3.0, 25.0)
+            ]
+        );
     }
 
     proptest! {
@@ -417,7 +500,7 @@ mod tests {
             match grow {
                 0 => wide.inputs += by,
                 1 => wide.outputs += by,
-                2 if tokens > 1 => wide.tokens += by,
+                2 if tokens > PASS_TOKENS => wide.tokens += by,
                 _ => long.keys += by,
             }
             for (a, b) in [(Key::Dense(dense), Key::Dense(wide)), (Key::Attention(attention), Key::Attention(long))] {

@@ -186,8 +186,12 @@ impl fmt::Display for Path {
                 let shape = if many { "gemm" } else { "gemv" };
                 write!(f, "dense.{}.{shape}.{}", form_name(form), heat_name(heat))?;
             }
-            Family::Attention { half, heat } => {
-                let cache = if half { "f16" } else { "f32" };
+            Family::Attention { kv_bits, heat } => {
+                let cache = match kv_bits {
+                    32.. => "f32",
+                    16..32 => "f16",
+                    _ => "int8",
+                };
                 write!(f, "attention.{cache}.{}", heat_name(heat))?;
             }
             Family::Glue => write!(f, "glue")?,
@@ -244,8 +248,9 @@ impl std::str::FromStr for Path {
             [
                 Family::Expert { codes: true, heat },
                 Family::Expert { codes: false, heat },
-                Family::Attention { half: true, heat },
-                Family::Attention { half: false, heat },
+                Family::Attention { kv_bits: 32, heat },
+                Family::Attention { kv_bits: 16, heat },
+                Family::Attention { kv_bits: 8, heat },
             ]
         });
         let dense = [Heat::Hot, Heat::Cold].into_iter().flat_map(|heat| {
