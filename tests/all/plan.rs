@@ -281,6 +281,9 @@ fn wrong_arguments_are_refused() {
         ["--max-unknown", "101"],
         ["--max-unknown", "many"],
         ["--layers", "-1"],
+        ["--input-shape", "1x3x8x8"],
+        ["--input-shape", "x=1x0"],
+        ["--input-shape", "nobody=1x3x8x8"],
     ] {
         plan(&place, &file, &[wrong[0], wrong[1], "--json"]).fault(2);
     }

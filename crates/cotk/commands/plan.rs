@@ -24,7 +24,7 @@ use crate::table::Table;
 /// Predict how long a network takes here, layer by layer, and say why it is not faster
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  cotk plan resnet18.onnx --threads 1\n  cotk plan net.onnx --batch 8 --in-order --measure\n  cotk plan models/ref-qwen2moe --bits 4 --context 512\n  cotk plan out --budget-bytes 2000000000\n\nThe prediction needs a profile of this machine: `cotk profile --quick` takes a minute."
+    after_help = "Examples:\n  cotk plan resnet18.onnx --threads 1\n  cotk plan net.onnx --batch 8 --in-order --measure\n  cotk plan net.onnx --input-shape image=1x3x224x224\n  cotk plan models/ref-qwen2moe --bits 4 --context 512\n  cotk plan out --budget-bytes 2000000000\n\nThe prediction needs a profile of this machine: `cotk profile --quick` takes a minute."
 )]
 pub struct Args {
     /// ONNX file of any origin (f32, QDQ or QLinear), or the folder of a mixture of experts
@@ -33,6 +33,9 @@ pub struct Args {
     /// Batch size, where the file leaves it open
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub batch: u32,
+    /// Shape of an input, where the file leaves more than the batch open: NAME=1x3x224x224; once for each
+    #[arg(long, value_name = "NAME=SHAPE", value_parser = shape)]
+    pub input_shape: Vec<(String, Vec<u64>)>,
     /// Layers that are listed
     #[arg(long, value_name = "N", default_value_t = 20)]
     pub layers: usize,
@@ -50,6 +53,15 @@ pub struct Args {
     pub measure: bool,
     #[command(flatten)]
     pub moe: plan_moe::Args,
+}
+
+/// `NAME=1x3x224x224`.
+fn shape(text: &str) -> Result<(String, Vec<u64>), String> {
+    let expected = || format!("`{text}`: expected NAME=1x3x224x224");
+    let (name, dims) = text.split_once('=').ok_or_else(expected)?;
+    let dims = dims.split('x').map(|dim| dim.parse::<u64>().ok().filter(|&d| d > 0));
+    let dims = dims.collect::<Option<Vec<u64>>>().ok_or_else(expected)?;
+    Ok((name.to_owned(), dims))
 }
 
 fn percent(text: &str) -> Result<f64, String> {
@@ -86,9 +98,12 @@ struct Unknown {
 fn onnx(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
     let file = args.input.display().to_string();
     let bytes = cotk_run::files::read(&args.input, foreign::LIMIT_BYTES)?;
-    let options = Options { batch: args.batch };
-    let network = foreign::read(&file, &bytes, options).map_err(SearchError::Onnx)?;
-    let walked = network.to_walk(&file).map_err(SearchError::Onnx)?;
+    let options = Options {
+        batch: args.batch,
+        shapes: args.input_shape.clone(),
+    };
+    let network = foreign::read(&file, &bytes, &options).map_err(SearchError::Onnx)?;
+    let walked = network.to_walk();
 
     let request = profile::Request {
         flag: cx.profile.clone(),

@@ -80,6 +80,8 @@ pub enum Kind {
     View,
     /// A permutation of dimensions.
     Transpose,
+    /// A further input of the network: there when the call begins, and reads nothing.
+    Input,
     /// Not in the model: predicted from its bytes, and named.
     Unknown {
         op_type: String,
@@ -335,6 +337,7 @@ impl Walker<'_> {
             | Kind::Concat
             | Kind::View
             | Kind::Transpose
+            | Kind::Input
             | Kind::Unknown { .. } => None,
         }
     }
@@ -466,6 +469,7 @@ impl Walker<'_> {
                 self.push(index, Key::GlobalAvgPool(self.plane(shape, node.numerics)));
                 form
             }
+            Kind::Input => Form::Plain,
             Kind::Reduce => {
                 self.need(node.inputs[0], Form::Plain, Some(index));
                 let shape = self.tensor(node.inputs[0]).shape;

@@ -29,10 +29,22 @@ pub use self::op::{Conv, Op, Pool, Window};
 pub const LIMIT_BYTES: u64 = 1 << 31;
 
 /// What to read a file as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
     /// For every input dimension that the file leaves open in first place.
     pub batch: u32,
+    /// Shapes of inputs by name, where the file leaves more than that open.
+    pub shapes: Vec<(String, Vec<u64>)>,
+}
+
+impl Options {
+    /// A batch, and shapes as the file has them.
+    pub fn of_batch(batch: u32) -> Self {
+        Self {
+            batch,
+            shapes: Vec::new(),
+        }
+    }
 }
 
 /// Where an input comes from.
@@ -138,7 +150,7 @@ impl Network {
 ///
 /// # Errors
 /// [`Error::Decode`] with the place in the file, [`Error::Unsupported`] naming the node, what was found and expected.
-pub fn read(file: &str, bytes: &[u8], options: Options) -> Result<Network> {
+pub fn read(file: &str, bytes: &[u8], options: &Options) -> Result<Network> {
     let model = wire::model(bytes).map_err(|broken| Error::Decode {
         file: file.to_owned(),
         detail: format!("at byte {}: {}", broken.offset, broken.detail),
@@ -150,7 +162,7 @@ pub fn read(file: &str, bytes: &[u8], options: Options) -> Result<Network> {
 ///
 /// # Errors
 /// As [`read`], and [`Error::Run`] for the file.
-pub fn from_file(path: &Path, options: Options) -> Result<Network> {
+pub fn from_file(path: &Path, options: &Options) -> Result<Network> {
     read(
         &path.display().to_string(),
         &cotk_run::files::read(path, LIMIT_BYTES)?,

@@ -145,7 +145,8 @@ pub(super) fn int8_throughout(known: &mut Known<'_>, request: &Request<'_>, walk
             | Kind::BatchNorm
             | Kind::Concat
             | Kind::View
-            | Kind::Transpose => true,
+            | Kind::Transpose
+            | Kind::Input => true,
             Kind::Elementwise(_) | Kind::Reduce | Kind::Unknown { .. } => false,
         };
         if has_kernel {
@@ -275,6 +276,7 @@ fn output(network: &mut Network, node: usize, channels: u32) {
                     | Kind::Concat
                     | Kind::View
                     | Kind::Transpose
+                    | Kind::Input
                     | Kind::Unknown { .. } => false,
                 };
         if follows {

@@ -84,6 +84,7 @@ pub(super) fn what(network: &Network, at: usize) -> String {
         Kind::View => "reshape".into(),
         Kind::Transpose => plane("transpose"),
         Kind::Reduce => plane("reduce"),
+        Kind::Input => plane("input"),
         Kind::Unknown { op_type } => format!("{op_type} (unknown)"),
     };
     if node.numerics == Numerics::Int8 {
@@ -165,7 +166,7 @@ fn plain_reason(network: &Network, block: Block, at: usize) -> String {
         Kind::Pool { .. } | Kind::GlobalAvgPool => format!("{cin} channels do not fill whole blocks of {block}"),
         Kind::Reduce => "a mean written as ReduceMean works in NCHW, GlobalAveragePool would not".into(),
         Kind::Linear { .. } => "a matrix product works on rows".into(),
-        Kind::View | Kind::Transpose => "it works on NCHW".into(),
+        Kind::View | Kind::Transpose | Kind::Input => "it works on NCHW".into(),
         Kind::Add(_) | Kind::Elementwise(_) | Kind::Activation | Kind::BatchNorm => {
             "its inputs do not all lie in blocks".into()
         }

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::few_shot::Known;
+use crate::fit::team::{self, Team};
 use crate::fit::{PathFit, nnls};
 use crate::graph::{Graph, Numerics};
 use crate::identity::Identity;
@@ -15,7 +16,7 @@ use crate::predict::{CostModel, Model, Part, Terms};
 use crate::probe::{median, quantile};
 use crate::profile::Profile;
 use crate::walk::operators;
-use crate::work::{Family, Features, Key, Term, TermGroup, Work};
+use crate::work::{EdgeKey, EdgeKind, Family, Features, Key, Term, TermGroup, Work};
 use crate::{Error, Result};
 
 /// What time goes into, as far as machines differ in it.
@@ -138,11 +139,22 @@ pub struct Transfer {
     pub split_us: f64,
     /// Operators shorter than this over there are split less often: they cost that share of it.
     pub split_above_us: f64,
+    /// More threads than over there: what they make of each operator, where that fits the networks better than scales do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub team: Option<Team>,
 }
 
 impl Transfer {
     /// Time and terms here of an operator that takes `part` over there.
     pub(crate) fn apply(&self, key: &Key, features: &Features, fit: Option<&PathFit>, part: Part) -> Part {
+        if let Some(team) = self.team.filter(|_| is_shared(key)) {
+            let ms = team.us(1e3 * part.ms) / 1e3;
+            let call_ms = team.call_us / 1e3;
+            let mut terms = Terms::default();
+            terms.add(&part.terms, (ms - call_ms) / part.ms.max(f64::MIN_POSITIVE));
+            terms.launch_ms += call_ms;
+            return Part { ms, terms, ..part };
+        }
         let shares = shares(features, fit, &part.terms);
         let scale: f64 = Group::ALL
             .iter()
@@ -163,8 +175,10 @@ impl Transfer {
     /// What is wrong with numbers from a file, if anything.
     pub(crate) fn complaint(&self) -> Option<String> {
         let all = self.scales.values().chain([&self.split_us, &self.spread_ln]);
-        let wrong = all.copied().find(|x| !(x.is_finite() && *x >= 0.0))?;
-        Some(format!("transfer: found {wrong}, expected numbers of 0 or more"))
+        match all.copied().find(|x| !(x.is_finite() && *x >= 0.0)) {
+            Some(wrong) => Some(format!("transfer: found {wrong}, expected numbers of 0 or more")),
+            None => self.team.as_ref().and_then(Team::complaint),
+        }
     }
 }
 
@@ -189,6 +203,18 @@ fn splits(key: &Key, ms: f64) -> f64 {
         | Key::Glue(_)
         | Key::Read(_) => 0.0,
     }
+}
+
+/// Whether threads can share an operator at all: a session's own call and a view are nobody's work.
+fn is_shared(key: &Key) -> bool {
+    !matches!(
+        key,
+        Key::Session { .. }
+            | Key::Edge(EdgeKey {
+                kind: EdgeKind::View,
+                ..
+            })
+    )
 }
 
 /// Shares of an operator's time by group: by its path's terms; without a fit of its own by what its prediction says.
@@ -308,8 +334,13 @@ impl Source {
 
     /// ms by group, as the source has it, and how many operators are split.
     fn parts(&self, graph: &Graph) -> Result<[f64; COLUMNS]> {
+        Ok(self.whole(graph, 1.0)?.parts)
+    }
+
+    fn whole(&self, graph: &Graph, ms: f64) -> Result<Whole> {
         let block = self.profile.head.identity.block();
         let mut sum = [0.0; COLUMNS];
+        let (mut fixed_ms, mut shared_ms) = (0.0, Vec::new());
         for key in operators(graph, self.from_threads, block) {
             let prediction = self.model.predict(&Work::Operator(key))?;
             let features = key.features(block);
@@ -318,8 +349,18 @@ impl Source {
                 *slot += prediction.ms * share;
             }
             sum[GROUPS] += splits(&key, prediction.ms);
+            if is_shared(&key) {
+                shared_ms.push(prediction.ms);
+            } else {
+                fixed_ms += prediction.ms;
+            }
         }
-        Ok(sum)
+        Ok(Whole {
+            parts: sum,
+            fixed_ms,
+            shared_ms,
+            ms,
+        })
     }
 
     /// The profile of the target: scales fitted on `samples`, kept near their common one by leave-one-out. The caller fills
@@ -330,10 +371,7 @@ impl Source {
     pub fn carry(&self, samples: &[Sample]) -> Result<Profile> {
         let mut rows = Vec::new();
         for sample in samples.iter().filter(|s| s.ms.is_finite() && s.ms > 0.0) {
-            rows.push(Whole {
-                parts: self.parts(&sample.graph)?,
-                ms: sample.ms,
-            });
+            rows.push(self.whole(&sample.graph, sample.ms)?);
         }
         let ratios: Vec<f64> = rows.iter().map(|row| row.ms / row.source_ms()).collect();
         let middle = median(&ratios);
@@ -356,7 +394,19 @@ impl Source {
             .map(|&doubt| (doubt, left_out(&rows, doubt)))
             .min_by(|a, b| misfit(&a.1).total_cmp(&misfit(&b.1)))
             .expect("a list");
-        let found = fit(&rows, doubt);
+        let mut found = fit(&rows, doubt);
+        let mut ratios = ratios;
+        let mut team = None;
+        if self.threads > self.from_threads {
+            let shared = left_out_team(&rows, self.threads);
+            let loss = |ratios: &[f64]| ratios.iter().map(|r| team::bent(r - 1.0)).sum::<f64>();
+            // Three numbers that stand for what happens are trusted before eight that stand for anything.
+            if CLEARLY * loss(&shared) < loss(&ratios) {
+                team = Some(fit_team(&rows, self.threads));
+                (ratios, found) = (shared, [1.0; COLUMNS]);
+                found[GROUPS] = 0.0;
+            }
+        }
         let mut off: Vec<f64> = ratios.iter().map(|r| r.max(1e-3).ln().abs()).collect();
         off.sort_by(f64::total_cmp);
         #[expect(clippy::cast_precision_loss, reason = "ten or so")]
@@ -373,6 +423,7 @@ impl Source {
             scales: Group::ALL.iter().map(|&g| (g, found[g as usize])).collect(),
             split_us: 1e3 * found[GROUPS],
             split_above_us: 1e3 * SPLIT_ABOVE_MS,
+            team,
         };
         Ok(self.renamed(transfer))
     }
@@ -398,13 +449,18 @@ impl Source {
 const BROKEN: f64 = 10.0;
 /// How strongly scales are held together, tried by leave-one-out.
 const DOUBTS: [f64; 7] = [3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003];
+/// Scales must be better than a team by this factor of their squared errors on left-out networks.
+const CLEARLY: f64 = 0.6;
 /// Groups, then splits.
 const COLUMNS: usize = GROUPS + 1;
 
-/// One network: ms by group over there and its splits, ms here.
-#[derive(Debug, Clone, Copy)]
+/// One network: ms by group over there and its splits, the same by operator, ms here.
+#[derive(Debug, Clone)]
 struct Whole {
     parts: [f64; COLUMNS],
+    /// Operators that no number of threads makes faster, in sum; each of the others.
+    fixed_ms: f64,
+    shared_ms: Vec<f64>,
     ms: f64,
 }
 
@@ -417,6 +473,29 @@ impl Whole {
     fn ratio(&self, scales: &[f64; COLUMNS]) -> f64 {
         scales.iter().zip(&self.parts).map(|(s, t)| s * t).sum::<f64>() / self.ms
     }
+}
+
+impl Whole {
+    /// Predicted over measured when a team does the work.
+    fn shared_ratio(&self, team: &Team) -> f64 {
+        let shared: f64 = self.shared_ms.iter().map(|ms| team.us(1e3 * ms) / 1e3).sum();
+        (self.fixed_ms + shared) / self.ms
+    }
+}
+
+/// The team that explains the networks best.
+fn fit_team(rows: &[Whole], threads: u32) -> Team {
+    team::common(threads, |team| {
+        rows.iter().map(|row| team::bent(row.shared_ratio(team) - 1.0)).sum()
+    })
+}
+
+fn left_out_team(rows: &[Whole], threads: u32) -> Vec<f64> {
+    let ratio = |out: usize| {
+        let others = [&rows[..out], &rows[out + 1..]].concat();
+        rows[out].shared_ratio(&fit_team(&others, threads))
+    };
+    (0..rows.len()).map(ratio).collect()
 }
 
 /// `predicted / measured` of each network when it is left out.

@@ -85,7 +85,7 @@ struct Builder<'a> {
 }
 
 /// The network of a decoded file.
-pub(super) fn network<'a>(file: &'a str, model: &'a wire::Model<'a>, options: Options) -> Result<Network> {
+pub(super) fn network<'a>(file: &'a str, model: &'a wire::Model<'a>, options: &Options) -> Result<Network> {
     let wrong = |detail: String| Error::Decode {
         file: file.to_owned(),
         detail,
@@ -197,7 +197,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn inputs(&mut self, graph: &'a wire::Graph<'a>, options: Options) -> Result<Vec<Input>> {
+    fn inputs(&mut self, graph: &'a wire::Graph<'a>, options: &Options) -> Result<Vec<Input>> {
         let mut inputs = Vec::new();
         for input in graph.inputs.iter() {
             // Old files list weights among the inputs.
@@ -231,13 +231,26 @@ impl<'a> Builder<'a> {
                 detail: "no input that is not a constant".into(),
             });
         }
+        let is_no_input = |name: &&(String, Vec<u64>)| !inputs.iter().any(|input| input.name == name.0);
+        if let Some((name, _)) = options.shapes.iter().find(is_no_input) {
+            let names: Vec<&str> = inputs.iter().map(|input| input.name.as_str()).collect();
+            let refusal = Refusal {
+                what: "input",
+                found: format!("a shape for `{name}`"),
+                expected: format!("one of {}", names.join(", ")),
+            };
+            return Err(self.refused(name, refusal));
+        }
         Ok(inputs)
     }
 
-    fn input_dims(&mut self, input: &wire::ValueInfo<'a>, options: Options) -> Result<(Vec<u64>, bool), Refusal> {
+    fn input_dims(&mut self, input: &wire::ValueInfo<'a>, options: &Options) -> Result<(Vec<u64>, bool), Refusal> {
         let Some(stated) = &input.dims else {
             return refuse("shape of the input", "none", "dimensions");
         };
+        if let Some((_, asked)) = options.shapes.iter().find(|(name, _)| name == input.name) {
+            return self.asked_dims(stated, asked);
+        }
         let batch = u64::from(options.batch);
         let mut dims = Vec::with_capacity(stated.len());
         for (i, dim) in stated.iter().enumerate() {
@@ -254,7 +267,7 @@ impl<'a> Builder<'a> {
                     return refuse(
                         "dimension of the input",
                         format!("`{name}` at place {i}"),
-                        "a fixed number: only the first may be open",
+                        format!("a fixed number, or a shape by --input-shape {}=…", input.name),
                     );
                 }
                 Dim::Fixed(d) => return refuse("dimension of the input", d, "1 or more"),
@@ -270,6 +283,40 @@ impl<'a> Builder<'a> {
             );
         }
         Ok((dims, is_open))
+    }
+
+    /// A shape that somebody asked for, where it fits what the file fixes.
+    fn asked_dims(&mut self, stated: &[Dim<'a>], asked: &[u64]) -> Result<(Vec<u64>, bool), Refusal> {
+        if stated.len() != asked.len() || asked.contains(&0) {
+            return refuse(
+                "dimensions of the input",
+                format!("{} asked for", asked.len()),
+                format!("{}, each 1 or more", stated.len()),
+            );
+        }
+        for (i, (dim, &wish)) in stated.iter().zip(asked).enumerate() {
+            match *dim {
+                Dim::Fixed(d) if d > 0 && d.cast_unsigned() != wish => {
+                    return refuse("dimension of the input", format!("{wish} asked for at place {i}"), d);
+                }
+                Dim::Open(name) if !name.is_empty() => match self.open.get(name) {
+                    Some(&other) if other != wish => {
+                        return refuse(
+                            "dimension of the input",
+                            format!("`{name}` is {other} and {wish}"),
+                            "one number for one name",
+                        );
+                    }
+                    _ => {
+                        self.open.insert(name, wish);
+                    }
+                },
+                Dim::Open(_) | Dim::Fixed(_) => {}
+            }
+        }
+        bounded(asked)?;
+        let is_open = stated.first().is_some_and(|d| !matches!(d, Dim::Fixed(1..)));
+        Ok((asked.to_vec(), is_open))
     }
 
     /// One node of the file: a constant, an edge, or something that runs.

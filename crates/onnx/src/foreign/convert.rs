@@ -6,30 +6,36 @@ use cotk_latency::walk;
 use cotk_latency::work::{ElementwiseKind, PoolKind};
 
 use super::{Network, Node, Op, Pool, Source as From, Window};
-use crate::{Error, Result};
 
 impl Network {
-    /// The form that predictions walk. `file` for messages.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] for a network of several inputs.
-    pub fn to_walk(&self, file: &str) -> Result<walk::Network> {
-        let [input] = self.inputs.as_slice() else {
-            let names: Vec<&str> = self.inputs.iter().map(|i| i.name.as_str()).collect();
-            return Err(Error::Unsupported {
-                file: file.to_owned(),
-                node: names.join(", "),
-                what: "inputs",
-                found: self.inputs.len().to_string(),
-                expected: "1".into(),
-            });
+    /// The form that predictions walk. Inputs beyond the first stand before all that runs.
+    pub fn to_walk(&self) -> walk::Network {
+        let is_quantized = |input: usize| {
+            let reads = self.nodes.iter().flat_map(|n| &n.inputs);
+            let mut reads = reads.filter(|e| e.source == From::Input(input)).peekable();
+            reads.peek().is_some() && reads.all(|e| e.is_quantized)
         };
         let mut places = Vec::with_capacity(self.nodes.len());
         let mut nodes = Vec::with_capacity(self.nodes.len());
         let mut outputs = Vec::new();
+        for (at, input) in self.inputs.iter().enumerate().skip(1) {
+            nodes.push(walk::Node {
+                name: input.name.clone(),
+                kind: walk::Kind::Input,
+                inputs: Vec::new(),
+                output: walk::Tensor {
+                    shape: shape(&input.dims),
+                    is_quantized: is_quantized(at),
+                },
+                numerics: Numerics::F32,
+                macs: 0,
+                weight_bytes: 0,
+            });
+        }
         for node in &self.nodes {
             let inputs = node.inputs.iter().map(|edge| match edge.source {
-                From::Input(_) => Source::Input,
+                From::Input(0) => Source::Input,
+                From::Input(at) => Source::Node(at - 1),
                 From::Node(at) => Source::Node(places[at]),
             });
             for part in parts(node, inputs.collect(), nodes.len()) {
@@ -40,19 +46,16 @@ impl Network {
                 outputs.push(Source::Node(nodes.len() - 1));
             }
         }
-        let reads_input = self.nodes.iter().flat_map(|n| &n.inputs);
-        let is_quantized = reads_input
-            .filter(|e| matches!(e.source, From::Input(_)))
-            .all(|e| e.is_quantized);
-        Ok(walk::Network {
+        walk::Network {
             name: self.name.clone(),
             input: walk::Tensor {
-                shape: shape(&input.dims),
-                is_quantized,
+                // A file without an input is refused when it is read.
+                shape: shape(self.inputs.first().map_or(&[], |input| &input.dims)),
+                is_quantized: is_quantized(0),
             },
             nodes,
             outputs,
-        })
+        }
     }
 }
 

@@ -62,6 +62,16 @@ pub fn time(file: &str, bytes: &[u8], network: &Network, threads: usize, seeds: 
             expected: "all of them inside, to be run".into(),
         });
     }
+    if network.inputs.len() > 1 {
+        let names: Vec<&str> = network.inputs.iter().map(|i| i.name.as_str()).collect();
+        return Err(Error::Unsupported {
+            file: file.to_owned(),
+            node: names.join(", "),
+            what: "inputs",
+            found: network.inputs.len().to_string(),
+            expected: "1, to be run: its prediction needs no --measure".into(),
+        });
+    }
     let dims: Vec<i64> = network
         .inputs
         .first()

@@ -15,7 +15,7 @@ fn bytes(name: &str) -> Vec<u8> {
 }
 
 fn at(name: &str, batch: u32) -> Network {
-    read(name, &bytes(name), Options { batch }).unwrap()
+    read(name, &bytes(name), &Options::of_batch(batch)).unwrap()
 }
 
 fn expected() -> Value {
@@ -71,7 +71,7 @@ fn counts_grow_with_the_batch_and_a_fixed_batch_is_kept() {
     assert!(one.external_tensors > 20);
     let fixed = bytes("tiny");
     // `batch` is the only name of a dimension: a file that fixes it refuses another one.
-    let text = read("tiny", &fixed, Options { batch: 3 }).unwrap();
+    let text = read("tiny", &fixed, &Options::of_batch(3)).unwrap();
     assert_eq!(text.inputs[0].dims[0], 3);
 }
 
@@ -124,14 +124,14 @@ fn a_file_cut_anywhere_is_refused_or_read() {
     let whole = bytes("tiny-qlinear");
     let mut refused = 0;
     for length in (0..2000).chain((2000..whole.len()).step_by(37)) {
-        if let Err(error) = read("cut.onnx", &whole[..length], Options { batch: 1 }) {
+        if let Err(error) = read("cut.onnx", &whole[..length], &Options::of_batch(1)) {
             let text = error.to_string();
             assert!(text.contains("cut.onnx"), "{text}");
             refused += 1;
         }
     }
     assert!(refused > 1900, "{refused}");
-    let text = read("cut.onnx", &whole[..whole.len() - 100], Options { batch: 1 });
+    let text = read("cut.onnx", &whole[..whole.len() - 100], &Options::of_batch(1));
     let text = text.unwrap_err().to_string();
     assert!(text.contains("at byte") && text.contains("are left"), "{text}");
 }
@@ -146,7 +146,7 @@ fn a_changed_byte_never_panics() {
             for change in [0x01, 0x80, 0xff] {
                 let mut bytes = whole.clone();
                 bytes[at] ^= change;
-                if let Ok(network) = read("changed", &bytes, Options { batch: 1 }) {
+                if let Ok(network) = read("changed", &bytes, &Options::of_batch(1)) {
                     let _ = (network.macs(), network.unknown().count());
                 }
             }
@@ -158,14 +158,14 @@ fn a_changed_byte_never_panics() {
 fn lengths_that_lie_are_refused_with_their_place() {
     // Field 7 (the graph), 2^40 bytes long.
     let bytes = [0x3a, 0x80, 0x80, 0x80, 0x80, 0x80, 0x20];
-    let text = read("x", &bytes, Options { batch: 1 }).unwrap_err().to_string();
+    let text = read("x", &bytes, &Options::of_batch(1)).unwrap_err().to_string();
     assert!(
         text.contains("at byte 0: model: a field of 1099511627776 bytes, 0 are left"),
         "{text}"
     );
-    let text = read("x", b"", Options { batch: 1 }).unwrap_err().to_string();
+    let text = read("x", b"", &Options::of_batch(1)).unwrap_err().to_string();
     assert!(text.contains("no graph"), "{text}");
-    let text = read("x", &[0x3a, 0x00], Options { batch: 1 }).unwrap_err().to_string();
+    let text = read("x", &[0x3a, 0x00], &Options::of_batch(1)).unwrap_err().to_string();
     assert!(text.contains("no input"), "{text}");
     // A tensor whose dimensions promise more than memory holds: [2^31, 2^31].
     let dims = [0x08, 0x80, 0x80, 0x80, 0x80, 0x08, 0x08, 0x80, 0x80, 0x80, 0x80, 0x08];
@@ -173,7 +173,7 @@ fn lengths_that_lie_are_refused_with_their_place() {
     tensor.extend(dims);
     let mut model = vec![0x3a, 14];
     model.extend(tensor);
-    let text = read("x", &model, Options { batch: 1 }).unwrap_err().to_string();
+    let text = read("x", &model, &Options::of_batch(1)).unwrap_err().to_string();
     assert!(text.contains("2^40"), "{text}");
 }
 
@@ -182,7 +182,7 @@ fn lengths_that_lie_are_refused_with_their_place() {
 fn the_walked_form_keeps_the_arithmetic() {
     for name in expected().as_object().unwrap().keys() {
         let network = at(name, 2);
-        let walked = network.to_walk(name).unwrap();
+        let walked = network.to_walk();
         let macs: u64 = walked.nodes.iter().map(|n| n.macs).sum();
         assert_eq!(macs, network.macs(), "{name}");
         assert!(!walked.outputs.is_empty(), "{name}");
@@ -194,15 +194,7 @@ fn the_walked_form_keeps_the_arithmetic() {
             "{name}"
         );
     }
-    let bytes = |name: &str| -> u64 {
-        at(name, 1)
-            .to_walk(name)
-            .unwrap()
-            .nodes
-            .iter()
-            .map(|n| n.weight_bytes)
-            .sum()
-    };
+    let bytes = |name: &str| -> u64 { at(name, 1).to_walk().nodes.iter().map(|n| n.weight_bytes).sum() };
     assert!((0.2..0.4).contains(&(bytes("tiny-qdq") as f64 / bytes("tiny") as f64)));
 }
 
@@ -256,7 +248,7 @@ fn the_walk_lists_what_onnxruntime_runs() {
         }
         let block = cotk_latency::identity::Identity::here(BTreeMap::new()).block();
         let mut ours: BTreeMap<&str, i32> = BTreeMap::new();
-        for key in walk(&at(name, 1).to_walk(name).unwrap(), 1, Block(block.0)).keys() {
+        for key in walk(&at(name, 1).to_walk(), 1, Block(block.0)).keys() {
             let kind = match key {
                 Key::Conv(_) => "conv",
                 Key::Linear(_) => "linear",
@@ -319,9 +311,88 @@ fn chains_without_end_are_refused() {
             graph: Some(graph),
             ..proto::Model::default()
         };
-        read("chain", &model.encode_to_vec(), Options { batch: 1 })
+        read("chain", &model.encode_to_vec(), &Options::of_batch(1))
     };
     assert_eq!(chain(20_000).unwrap().nodes.len(), 20_000);
     let text = chain(20_001).unwrap_err().to_string();
     assert!(text.contains("20001 nodes, at most 20000"), "{text}");
+}
+
+/// A sum of two images, each of two names of dimensions: what is asked for by name is what is walked, and what does not fit
+/// is refused.
+#[test]
+fn several_inputs_are_walked_with_the_shapes_that_are_asked_for() {
+    use prost::Message;
+
+    use crate::proto;
+
+    let value = |name: &str| proto::ValueInfo {
+        name: name.into(),
+        r#type: Some(proto::Type {
+            tensor_type: Some(proto::TensorType {
+                elem_type: 1,
+                shape: Some(proto::TensorShape {
+                    dim: ["batch", "8", "side", "side"]
+                        .map(|dim| proto::Dimension {
+                            dim_value: dim.parse().ok(),
+                            dim_param: dim.parse::<i64>().err().map(|_| dim.to_owned()),
+                        })
+                        .to_vec(),
+                }),
+            }),
+        }),
+    };
+    let graph = proto::Graph {
+        node: vec![proto::Node {
+            input: vec!["left".into(), "right".into()],
+            output: vec!["sum".into()],
+            op_type: "Add".into(),
+            ..proto::Node::default()
+        }],
+        input: vec![value("left"), value("right")],
+        output: vec![value("sum")],
+        ..proto::Graph::default()
+    };
+    let model = proto::Model {
+        graph: Some(graph),
+        ..proto::Model::default()
+    };
+    let bytes = model.encode_to_vec();
+    let read = |shapes: &[(&str, &[u64])]| {
+        let shapes = shapes.iter().map(|(name, dims)| ((*name).to_owned(), dims.to_vec()));
+        let options = Options {
+            batch: 1,
+            shapes: shapes.collect(),
+        };
+        read("two", &bytes, &options)
+    };
+    // One shape says what `side` is for both.
+    let walked = read(&[("left", &[2, 8, 6, 6])]).unwrap().to_walk();
+    let keys: Vec<String> = cotk_latency::walk::walk(&walked, 1, cotk_latency::work::Block(16))
+        .keys()
+        .map(|key| key.to_string())
+        .collect();
+    assert!(
+        keys.iter()
+            .any(|key| key.contains("8 at 6x6") && key.contains("batch 2")),
+        "{keys:?}"
+    );
+    assert_eq!((walked.nodes.len(), walked.input.shape.batch), (2, 2));
+    for (shapes, expected) in [
+        (&[][..], "--input-shape left="),
+        (&[("left", &[2, 8, 6][..])][..], "3 asked for"),
+        (&[("left", &[2, 9, 6, 6][..])][..], "9 asked for at place 1"),
+        (&[("left", &[2, 8, 6, 5][..])][..], "one number for one name"),
+        (
+            &[("left", &[2, 8, 6, 6][..]), ("right", &[1, 8, 6, 6][..])][..],
+            "one number for one name",
+        ),
+        (
+            &[("left", &[2, 8, 6, 6][..]), ("middle", &[1][..])][..],
+            "one of left, right",
+        ),
+    ] {
+        let text = read(shapes).unwrap_err().to_string();
+        assert!(text.contains(expected), "{text}");
+    }
 }

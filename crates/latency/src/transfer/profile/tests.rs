@@ -235,12 +235,7 @@ fn what_networks_do_not_run_is_left_out() {
             .iter()
             .all(|fit| fit.path.threads == 2 && !matches!(fit.path.family, Family::Expert { .. }))
     );
-    assert!(
-        profile
-            .rows
-            .iter()
-            .all(|row| row.key.with_threads(2) == Some(row.key))
-    );
+    assert!(profile.rows.iter().all(|row| row.key.with_threads(2) == Some(row.key)));
     assert!(profile.heldout.is_empty() && profile.good_for().kinds == ["cnn"]);
     let none = Source::new(&source(), 7, &profile.head.identity, 2)
         .unwrap_err()
