@@ -41,6 +41,9 @@ enum Line {
 /// No job of ours comes near this.
 const LIMIT_BYTES: u64 = 1 << 28;
 
+/// No machine has more.
+const MOST_THREADS: u32 = 4096;
+
 /// Runs each job in a process of its own; what reads a disk stays here, where the file is.
 pub(crate) struct Processes {
     pub(crate) threads: u32,
@@ -133,6 +136,9 @@ pub(crate) fn worker(cx: &Context) -> Result<Outcome, Fault> {
     let read = std::io::stdin().take(LIMIT_BYTES).read_to_end(&mut text);
     read.map_err(|e| wrong(e.to_string()))?;
     let order: Order = serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
+    if !(1..=MOST_THREADS).contains(&order.threads) {
+        return Err(wrong(format!("{} threads, expected 1 to {MOST_THREADS}", order.threads)));
+    }
     let mut out = std::io::stdout().lock();
     let mut say = |line: &Line| -> std::io::Result<()> {
         let text = serde_json::to_string(line).expect("plain data");

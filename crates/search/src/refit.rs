@@ -51,31 +51,39 @@ pub struct Refit {
     pub is_shared: bool,
 }
 
-/// Adds the network to the profile in `folder` (to a copy at `copy`, if it is not this machine's own) and fits anew.
+/// Adds the network to the profile in `folder` (to a copy at `copy`, if it is not this machine's own) and fits anew. Two
+/// searches that do so at once take turns: both networks are in it then.
 ///
 /// # Errors
 /// [`crate::SearchError::Latency`] for a profile that is gone or damaged; the old one then stands.
 pub fn refit(folder: &Path, copy: &Path, here: &Identity, graph: &Graph, judged: &Judged) -> Result<Refit> {
+    let learn = |profile: &mut Profile| -> Result<f64> {
+        profile.learn(NetworkRow {
+            graph: graph.clone(),
+            threads: THREADS,
+            sessions: judged.sessions,
+            count: judged.count,
+            median_us: 1e3 * judged.measured_ms,
+            q10_us: 1e3 * judged.q10_ms,
+            mad_us: 1e3 * judged.spread_ms,
+            is_from_use: true,
+        });
+        profile.refit();
+        let work = Work::Graph {
+            graph,
+            threads: THREADS,
+        };
+        Ok(profile.model(&[]).predict(&work)?.ms)
+    };
     let mut profile = Profile::load(folder)?;
     let is_shared = profile.head.purpose == Purpose::Machine && profile.head.identity.differences(here).is_empty();
-    profile.learn(NetworkRow {
-        graph: graph.clone(),
-        threads: THREADS,
-        sessions: judged.sessions,
-        count: judged.count,
-        median_us: 1e3 * judged.measured_ms,
-        q10_us: 1e3 * judged.q10_ms,
-        mad_us: 1e3 * judged.spread_ms,
-        is_from_use: true,
-    });
-    profile.refit();
-    let work = Work::Graph {
-        graph,
-        threads: THREADS,
+    let (after_ms, to) = if is_shared {
+        (Profile::update(folder, learn)?, folder)
+    } else {
+        let after_ms = learn(&mut profile)?;
+        profile.save(copy)?;
+        (after_ms, copy)
     };
-    let after_ms = profile.model(&[]).predict(&work)?.ms;
-    let to = if is_shared { folder } else { copy };
-    profile.save(to)?;
     let off_pct = |predicted_ms: f64| 100.0 * (judged.measured_ms / predicted_ms - 1.0);
     Ok(Refit {
         before_pct: off_pct(judged.predicted_ms),

@@ -15,6 +15,9 @@ use crate::Result;
 use crate::profile::{Level, Row};
 use crate::work::{Key, ReadKey, Tier};
 
+/// No working set is larger.
+const MOST_BYTES: u64 = 4 << 30;
+
 /// Reads working sets of the sizes in its keys.
 #[derive(Debug, Clone)]
 pub struct MemoryProbe {
@@ -95,12 +98,8 @@ impl Probe for MemoryProbe {
         };
         let words = usize::try_from(read.bytes / 8).map_err(|_| super::refused(self.name(), key, "too large"))?;
         let threads = read.threads.max(1) as usize;
-        if words < 8 * threads {
-            return Err(super::refused(
-                self.name(),
-                key,
-                "fewer bytes than threads read at once",
-            ));
+        if words < 8 * threads || read.bytes > MOST_BYTES {
+            return Err(super::refused(self.name(), key, "expected 64 bytes a thread, and 4 GiB at most"));
         }
         Ok(Box::new(WorkingSet::new(words, threads)))
     }

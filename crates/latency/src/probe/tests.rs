@@ -193,6 +193,65 @@ fn an_interrupted_measurement_goes_on_where_it_was() {
     assert_eq!(measured.resumed, 0);
 }
 
+/// One measurement of a made-up machine, in a process of its own: what fails there is said on its standard error.
+#[test]
+#[ignore = "a part of the test of faults"]
+fn measured_in_a_process() {
+    let Some(folder) = std::env::var_os("COTK_TEST_FOLDER") else {
+        return;
+    };
+    let mut wanted = wanted(None).0;
+    (wanted[0].table, wanted[0].heldout) = (4, 2);
+    measure(wanted, &plan(), HERE, folder.as_ref(), &Cancel::new(), &Silent).unwrap();
+}
+
+/// Law: whichever operation on files fails, the profile is whole or not there, and the same command again makes it whole.
+#[test]
+fn full_disks_leave_things_whole_and_a_restart_finishes() {
+    let run = |folder: &std::path::Path, fault: &str| {
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "probe::tests::measured_in_a_process", "--ignored"]);
+        command.env("COTK_TEST_FOLDER", folder).env("COTK_IO_FAULT", fault);
+        command.output().unwrap()
+    };
+    std::thread::scope(|scope| {
+        for op in ["write", "sync", "rename", "open"] {
+            scope.spawn(move || {
+                let mut faults = 0;
+                for doubling in 0..8 {
+                    let fault = format!("{op}:{}", 1u32 << doubling);
+                    let dir = tempfile::tempdir().unwrap();
+                    let folder = dir.path().join("machine");
+                    let ran = run(&folder, &fault);
+                    if ran.status.success() {
+                        assert_eq!(Profile::load(&folder).unwrap().rows.len(), 4, "{fault}");
+                        // The first operations only ask what machine this is: they may fail unnoticed.
+                        if doubling > 5 {
+                            break;
+                        }
+                        continue;
+                    }
+                    faults += 1;
+                    let said =
+                        String::from_utf8_lossy(&ran.stdout).into_owned() + &String::from_utf8_lossy(&ran.stderr);
+                    assert!(said.contains("StorageFull"), "{fault}: {said}");
+                    if folder.exists() {
+                        Profile::load(&folder).unwrap();
+                    }
+                    assert!(run(&folder, "").status.success(), "{fault}, again");
+                    assert_eq!(Profile::load(&folder).unwrap().rows.len(), 4, "{fault}, again");
+                    assert_eq!(
+                        std::fs::read_dir(dir.path()).unwrap().count(),
+                        1,
+                        "{fault}: something is left"
+                    );
+                }
+                assert!(faults >= 1, "{op} failed {faults} times: the faults do not reach it");
+            });
+        }
+    });
+}
+
 #[test]
 fn memory_and_disk_read_what_they_are_asked() {
     let dir = tempfile::tempdir().unwrap();

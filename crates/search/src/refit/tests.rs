@@ -144,6 +144,38 @@ fn learning_the_same_again_changes_no_byte() {
     assert_eq!((first, once), (second, bytes()));
 }
 
+/// Law: what two searches learn at once is in the profile, both.
+#[test]
+fn two_writers_lose_nothing() {
+    let (dir, here, space) = (
+        tempfile::tempdir().unwrap(),
+        Identity::here(BTreeMap::new()),
+        tiny_space(),
+    );
+    let folder = dir.path().join("machine");
+    machine(Purpose::Machine, &here, &space).save(&folder).unwrap();
+    let copy = dir.path().join("copy");
+    let graphs =
+        [space.largest(), space.uniform(0, 2), space.uniform(1, 0)].map(|p| space.cost_graph(&p, Form::Int8).unwrap());
+    std::thread::scope(|scope| {
+        for graph in &graphs {
+            let (folder, copy, here) = (&folder, &copy, &here);
+            scope.spawn(move || super::refit(folder, copy, here, graph, &judged(1.0, 1.4)).unwrap());
+        }
+    });
+    let learnt = Profile::load(&folder).unwrap().networks;
+    for graph in &graphs {
+        assert_eq!(
+            learnt.iter().filter(|n| n.is_of(graph, THREADS)).count(),
+            1,
+            "{}",
+            graph.name()
+        );
+    }
+    assert!(learnt.iter().all(|n| n.is_from_use));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
 #[test]
 fn a_reference_stays_as_it_is() {
     let (dir, here, space) = (
