@@ -3,10 +3,12 @@
 
 use cotk_quant::QuantError;
 use cotk_quant::allocate::{Allocator, Budgets, Candidate, Greedy};
-use cotk_run::units::LayerId;
+use cotk_run::units::{ExpertId, LayerId};
 use serde::{Deserialize, Serialize};
 
 use crate::layer::Usage;
+use crate::prune::mask::Mask;
+use crate::prune::plan::{Pruned, Surveyed};
 use crate::recipe::{Compress, DropShape};
 use crate::stage::{Change, Proposal};
 use crate::{CompressError, Result};
@@ -18,6 +20,9 @@ pub struct Measured {
     pub usage: Usage,
     /// Codes for every expert, and drops for those that may go.
     pub proposals: Vec<Proposal>,
+    /// Where `[compress.prune]` chooses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prune: Option<Surveyed>,
 }
 
 /// What becomes of each expert.
@@ -53,18 +58,41 @@ pub fn drops(recipe: &Compress, usages: &[&Usage], top_k: usize) -> Vec<usize> {
     }
 }
 
+/// By counts of use alone.
+fn least_used(recipe: &Compress, measured: &[Measured], top_k: usize) -> Vec<Mask> {
+    let usages: Vec<&Usage> = measured.iter().map(|m| &m.usage).collect();
+    let counts = drops(recipe, &usages, top_k);
+    let mask = |(usage, count): (&&Usage, usize)| {
+        let least = usage.least_used();
+        Mask::of(least.len(), least[..count].iter().map(|expert| expert.index()))
+    };
+    usages.iter().zip(counts).map(mask).collect()
+}
+
 /// Chooses under the byte budget of the records.
 ///
 /// # Errors
 /// [`CompressError::Budget`] when even the narrowest codes are too large.
-pub fn decide(recipe: &Compress, measured: &[Measured], top_k: usize, record_budget: Option<u64>) -> Result<Decisions> {
-    let usages: Vec<&Usage> = measured.iter().map(|m| &m.usage).collect();
-    let counts = drops(recipe, &usages, top_k);
+pub fn decide(
+    recipe: &Compress,
+    measured: &[Measured],
+    pruned: Option<&Pruned>,
+    top_k: usize,
+    record_budget: Option<u64>,
+) -> Result<Decisions> {
+    let masks: Vec<Mask> = match pruned {
+        Some(pruned) => pruned.layers.iter().map(|layer| layer.mask.clone()).collect(),
+        None => least_used(recipe, measured, top_k),
+    };
     let mut items = Vec::new();
-    for (layer, count) in measured.iter().zip(counts) {
-        let least = layer.usage.least_used();
-        for expert in (0..).map(cotk_run::units::ExpertId).take(least.len()) {
-            let is_dropped = least[..count].contains(&expert);
+    for (layer, mask) in measured.iter().zip(masks) {
+        for expert in (0..).map(ExpertId).take(mask.experts()) {
+            let is_dropped = mask.is_dropped(expert.index());
+            if is_dropped && pruned.is_some() {
+                // Its loss is the mask's, not its own.
+                items.push(vec![Proposal::free(expert, Change::Drop)]);
+                continue;
+            }
             let offered = layer.proposals.iter().filter(|p| p.expert == expert);
             let wanted = |p: &&Proposal| (p.change == Change::Drop) == is_dropped;
             items.push(offered.filter(wanted).copied().collect::<Vec<Proposal>>());
@@ -109,7 +137,6 @@ pub fn decide(recipe: &Compress, measured: &[Measured], top_k: usize, record_bud
 #[cfg(test)]
 mod tests {
     use cotk_quant::code::{Bits, Code};
-    use cotk_run::units::ExpertId;
 
     use super::*;
     use crate::layer::ExpertUsage;
@@ -162,6 +189,7 @@ mod tests {
                 Measured {
                     layer,
                     usage: usage(&tokens),
+                    prune: None,
                     proposals: proposals.collect(),
                 }
             })
@@ -176,7 +204,7 @@ mod tests {
     #[test]
     fn drops_follow_ratio_and_shape_and_leave_top_k() {
         let measured = measured();
-        let of = |ratio, shape| dropped(&decide(&recipe(ratio, shape), &measured, 1, None).unwrap());
+        let of = |ratio, shape| dropped(&decide(&recipe(ratio, shape), &measured, None, 1, None).unwrap());
         assert_eq!(of(0.0, "uniform"), [0, 0]);
         assert_eq!(of(0.25, "uniform"), [1, 1]);
         assert_eq!(of(0.5, "usage"), [1, 3]);
@@ -188,11 +216,11 @@ mod tests {
         let (measured, recipe) = (measured(), recipe(0.25, "uniform"));
         let mut last = f64::INFINITY;
         for budget in (60..=240).step_by(5) {
-            let decisions = decide(&recipe, &measured, 1, Some(budget)).unwrap();
+            let decisions = decide(&recipe, &measured, None, 1, Some(budget)).unwrap();
             assert!(decisions.loss <= last);
             last = decisions.loss;
         }
-        let error = decide(&recipe, &measured, 1, Some(59)).unwrap_err();
+        let error = decide(&recipe, &measured, None, 1, Some(59)).unwrap_err();
         assert!(matches!(error, CompressError::Budget { budget: 59, least: 60 }));
     }
 }

@@ -11,6 +11,8 @@ use cotk_model::tokenizer::TokenizerError;
 use cotk_quant::QuantError;
 use cotk_run::units::{Bytes, ExpertId, LayerId};
 
+use crate::prune::search::{EXHAUSTIVE_MASKS, TooManyMasks};
+
 /// Errors of the compression pipeline.
 #[derive(Debug, thiserror::Error)]
 pub enum CompressError {
@@ -69,6 +71,27 @@ pub enum CompressError {
     /// The byte budget is below what the recipe can reach.
     #[error("budget of {} cannot be met: the smallest output of this recipe is {}", Bytes(*budget), Bytes(*least))]
     Budget { budget: u64, least: u64 },
+    /// Two keys of the recipe cannot both hold.
+    #[error("{} and {} contradict each other: {found}", keys[0], keys[1])]
+    Contradiction {
+        keys: [&'static str; 2],
+        found: String,
+        help: &'static str,
+    },
+    /// A container cannot hold what the recipe asks for.
+    #[error("compress.prune.semantics is novice: a container cannot store constants, expected masked or removed")]
+    Novices,
+    /// An exhaustive search was asked for where there are too many masks.
+    #[error(
+        "{layer}: {} of {} experts make {} masks, an exhaustive search tries at most {EXHAUSTIVE_MASKS}",
+        too_many.dropped,
+        too_many.experts,
+        too_many.masks
+    )]
+    TooManyMasks { layer: LayerId, too_many: TooManyMasks },
+    /// Samples that an earlier process wrote are not there whole.
+    #[error("{}: not the samples that the journal promises", file.display())]
+    Survey { file: PathBuf },
     /// The allocator refused its candidates.
     #[error("allocation: {0}")]
     Allocation(QuantError),

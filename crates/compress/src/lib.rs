@@ -9,6 +9,7 @@ pub mod decide;
 pub mod layer;
 pub mod partial;
 pub mod pipeline;
+pub mod prune;
 pub mod quality;
 pub mod recipe;
 pub mod report;

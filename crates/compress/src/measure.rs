@@ -1,11 +1,13 @@
 //! The first pass: the source model's own stream, layer by layer, and what the stages propose for each. Decides nothing
 //! (`decide` does). Law: left out where there is nothing to allocate, its absence changes no byte.
 
+use cotk_run::units::ExpertId;
+
 use crate::Result;
 use crate::decide::Measured;
 use crate::partial::{Entry, MeasuredLayer, Partial};
 use crate::pipeline::Job;
-use crate::stage::{DropLeastUsed, RoundToNearest, Stage};
+use crate::stage::{Change, DropLeastUsed, Proposal, RoundToNearest, Stage, record_bytes};
 use crate::states::Stream;
 
 impl Job<'_> {
@@ -24,16 +26,28 @@ impl Job<'_> {
             let found = if layer.is_moe() {
                 let (usage, samples) = self.observe(&layer, stream, index)?;
                 let view = self.view(layer.id(), &usage, &samples);
-                let mut proposals = Vec::new();
+                let mut proposals = self.undisputed_codes(usage.experts.len());
                 for stage in self.stages(usage.experts.len()) {
                     proposals.extend(stage.propose(&view)?);
                 }
-                let plain = self.plain_layer(layer.id())?;
-                self.step_plain(&layer, &plain, stream, index)?;
+                let prune = match &self.request.recipe.compress.prune {
+                    Some(prune) => {
+                        let experts = self.experts(&layer)?;
+                        let survey = self.survey(&layer, &experts, stream, index, prune.gram_tokens.get())?;
+                        let semantics = self.request.recipe.compress.semantics();
+                        Some(self.keep_survey(partial, layer.id(), &survey, semantics)?)
+                    }
+                    None => {
+                        let plain = self.plain_layer(layer.id())?;
+                        self.step_plain(&layer, &plain, stream, index)?;
+                        None
+                    }
+                };
                 Some(Measured {
                     layer: layer.id(),
                     usage,
                     proposals,
+                    prune,
                 })
             } else {
                 self.step_dense(&layer, stream, index)?;
@@ -51,6 +65,27 @@ impl Job<'_> {
         Ok(partial.measured().into_iter().filter_map(|m| m.found.clone()).collect())
     }
 
+    /// One code for whatever `[compress.prune]` keeps: nothing to measure, nothing to allocate.
+    fn has_one_code(&self) -> bool {
+        let recipe = &self.request.recipe.compress;
+        recipe.prune.is_some() && recipe.codes.get().len() == 1
+    }
+
+    /// That code for every expert, where there is one.
+    fn undisputed_codes(&self, experts: usize) -> Vec<Proposal> {
+        if !self.has_one_code() {
+            return Vec::new();
+        }
+        let (spec, recipe) = (&self.source.files.spec, &self.request.recipe.compress);
+        let code = recipe.codes.get()[0];
+        let bytes = record_bytes(spec.hidden, spec.moe_intermediate, code, recipe.group.get());
+        let of = |expert| Proposal {
+            bytes,
+            ..Proposal::free(expert, Change::Code(code))
+        };
+        (0..).map(ExpertId).take(experts).map(of).collect()
+    }
+
     /// In order; the first pass offers every drop that could be wanted.
     fn stages(&self, experts: usize) -> Vec<Box<dyn Stage + '_>> {
         let (spec, recipe) = (&self.source.files.spec, &self.request.recipe.compress);
@@ -58,6 +93,9 @@ impl Job<'_> {
         if recipe.drop_ratio.get() > 0.0 {
             let count = experts.saturating_sub(spec.routing.top_k);
             stages.push(Box::new(DropLeastUsed { count }));
+        }
+        if self.has_one_code() {
+            return stages;
         }
         stages.push(Box::new(RoundToNearest {
             codes: recipe.codes.get(),

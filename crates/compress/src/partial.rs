@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::decide::Measured;
 use crate::layer::Usage;
+use crate::prune::compare::{Comparison, Judged};
+use crate::prune::plan::{Pruned, Sensitivity};
 use crate::quality::Quality;
 use crate::report::Report;
 use crate::{CompressError, Result};
@@ -35,6 +37,11 @@ pub struct Identity {
 #[serde(rename_all = "lowercase")]
 pub enum Entry {
     Measured(MeasuredLayer),
+    Sensitivity(Sensitivity),
+    Pruned(Box<Pruned>),
+    Judged(Box<Judged>),
+    /// As `Finished`, of a comparison.
+    Compared(Box<Comparison>),
     Built(Box<BuiltLayer>),
     Scored(Quality),
     /// Everything stands in `out/`; what is left is to rename it.
@@ -45,21 +52,21 @@ impl Entry {
     fn measured(&self) -> Option<&MeasuredLayer> {
         match self {
             Self::Measured(layer) => Some(layer),
-            Self::Built(_) | Self::Scored(_) | Self::Finished(_) => None,
+            _ => None,
         }
     }
 
     fn built(&self) -> Option<&BuiltLayer> {
         match self {
             Self::Built(layer) => Some(layer),
-            Self::Measured(_) | Self::Scored(_) | Self::Finished(_) => None,
+            _ => None,
         }
     }
 
     fn scored(&self) -> Option<&Quality> {
         match self {
             Self::Scored(quality) => Some(quality),
-            Self::Measured(_) | Self::Built(_) | Self::Finished(_) => None,
+            _ => None,
         }
     }
 }
@@ -112,6 +119,8 @@ pub enum Begun {
     Working(Box<Partial>),
     /// An earlier process had finished all but the last clean-up.
     Finished(Box<Report>),
+    /// The same of a comparison.
+    Compared(Box<Comparison>),
 }
 
 impl Partial {
@@ -160,6 +169,11 @@ impl Partial {
             let report = report.clone();
             partial.publish(out)?;
             return Ok(Begun::Finished(report));
+        }
+        if let Some(Entry::Compared(comparison)) = partial.entries.last() {
+            let comparison = comparison.clone();
+            partial.publish(out)?;
+            return Ok(Begun::Compared(comparison));
         }
         if out.exists() {
             return Err(exists(out));
@@ -210,6 +224,23 @@ impl Partial {
     /// The first pass as far as it got.
     pub fn measured(&self) -> Vec<&MeasuredLayer> {
         self.entries.iter().filter_map(Entry::measured).collect()
+    }
+
+    /// The masks, if they are chosen.
+    pub fn pruned(&self) -> Option<&Pruned> {
+        self.entries.iter().find_map(|entry| match entry {
+            Entry::Pruned(pruned) => Some(&**pruned),
+            _ => None,
+        })
+    }
+
+    /// Rows of a comparison, as far as it got.
+    pub fn judged(&self) -> Vec<Judged> {
+        let judged = |entry: &Entry| match entry {
+            Entry::Judged(judged) => Some((**judged).clone()),
+            _ => None,
+        };
+        self.entries.iter().filter_map(judged).collect()
     }
 
     /// The second pass as far as it got.

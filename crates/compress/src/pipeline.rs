@@ -20,8 +20,11 @@ use cotk_run::seeds::Seeds;
 use cotk_runtime::mix::Cpu;
 use serde::Serialize;
 
-use crate::decide;
+use crate::decide::{self, Measured};
 use crate::partial::{Begun, Entry, Identity, Partial, layer_id, partial_path};
+use crate::prune;
+use crate::prune::gram::Semantics;
+use crate::prune::plan::{Pruned, Wish};
 use crate::quality;
 use crate::recipe::Recipe;
 use crate::report::Report;
@@ -115,8 +118,15 @@ pub fn compress(request: &Request, with: &Surroundings<'_>) -> Result<Report> {
     let plan = job.plan()?;
     job.check_budget(&plan)?;
     check_disk(&plan, request)?;
+    if request.recipe.compress.semantics() == Semantics::Novice {
+        return Err(CompressError::Novices);
+    }
     let mut partial = match Partial::begin(&request.out, &job.identity()?)? {
         Begun::Finished(report) => return Ok(*report),
+        Begun::Compared(_) => {
+            let folder = request.out.clone();
+            return Err(CompressError::OutputExists { folder });
+        }
         Begun::Working(partial) => *partial,
     };
     let streams = job.streams(&partial);
@@ -127,9 +137,11 @@ pub fn compress(request: &Request, with: &Surroundings<'_>) -> Result<Report> {
         let measured = job.measure(&mut partial, &streams.calibration)?;
         let top_k = job.source.files.spec.routing.top_k;
         let record_budget = job.record_budget();
+        let pruned = job.masks(&mut partial, &measured)?;
         Some(decide::decide(
             &request.recipe.compress,
             &measured,
+            pruned.as_ref(),
             top_k,
             record_budget,
         )?)
@@ -169,7 +181,7 @@ impl Streams {
 }
 
 impl<'a> Job<'a> {
-    fn open(request: &'a Request, with: &'a Surroundings<'a>) -> Result<Self> {
+    pub(crate) fn open(request: &'a Request, with: &'a Surroundings<'a>) -> Result<Self> {
         let source = Source::open(&request.model, request.recipe.compress.dense_bits)?;
         let spec = &source.files.spec;
         let texts = text::draw(
@@ -206,12 +218,18 @@ impl<'a> Job<'a> {
     }
 
     fn identity(&self) -> Result<Identity> {
+        self.identity_with(&[])
+    }
+
+    /// With what else decides.
+    pub(crate) fn identity_with(&self, more: &[u8]) -> Result<Identity> {
         let text = |path: &PathBuf| files::checksum_file(path);
         let mut inputs = self.source.origin.hash.0.to_le_bytes().to_vec();
         inputs.extend(text(&self.request.calibration)?.to_le_bytes());
         if let Some(path) = &self.request.eval_text {
             inputs.extend(text(path)?.to_le_bytes());
         }
+        inputs.extend(more);
         Ok(Identity {
             recipe: Checksum(recipes::hash(&self.request.recipe)?),
             inputs: Checksum(files::checksum(&inputs)),
@@ -221,11 +239,11 @@ impl<'a> Job<'a> {
     fn plan(&self) -> Result<Plan> {
         let (spec, recipe) = (&self.source.files.spec, &self.request.recipe);
         let layers = self.source.moe_layers().len();
-        let dropped = recipe
-            .compress
-            .drop_ratio
-            .count(spec.routing.experts, spec.routing.top_k)
-            * layers;
+        let (experts, top_k) = (spec.routing.experts, spec.routing.top_k);
+        let dropped = match &recipe.compress.prune {
+            Some(prune) => prune::plan::total(prune.ratio.get(), layers, experts, top_k, prune.spread),
+            None => recipe.compress.drop_ratio.count(experts, top_k) * layers,
+        };
         let kept = (layers * spec.routing.experts - dropped) as u64;
         let group = recipe.compress.group.get();
         let widest = recipe.compress.codes.get().iter();
@@ -273,6 +291,21 @@ impl<'a> Job<'a> {
         })
     }
 
+    /// What `[compress.prune]` drops; `None`: the recipe drops by use, or nothing.
+    fn masks(&self, partial: &mut Partial, measured: &[Measured]) -> Result<Option<Pruned>> {
+        let recipe = &self.request.recipe;
+        let Some(prune) = &recipe.compress.prune else {
+            return Ok(None);
+        };
+        if let Some(pruned) = partial.pruned() {
+            return Ok(Some(pruned.clone()));
+        }
+        let wish = Wish::of(prune, recipe.compress.semantics(), recipe.seed);
+        let pruned = self.prune(partial, measured, &wish)?;
+        partial.finished(Entry::Pruned(Box::new(pruned.clone())))?;
+        Ok(Some(pruned))
+    }
+
     /// What the budget leaves for records.
     pub(crate) fn record_budget(&self) -> Option<u64> {
         let budget = self.request.recipe.budget.bytes?;
@@ -297,7 +330,7 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
-    fn streams(&self, partial: &Partial) -> Streams {
+    pub(crate) fn streams(&self, partial: &Partial) -> Streams {
         let spec = &self.source.files.spec;
         let folder = partial.states();
         let quality = quality::plan(spec, self.texts.quality.len()).2;
@@ -315,7 +348,7 @@ impl<'a> Job<'a> {
     }
 
     /// Begins anew when states that the journal promises are not there whole: the machine itself went down.
-    fn recover(&self, partial: &mut Partial, streams: &Streams) -> Result<()> {
+    pub(crate) fn recover(&self, partial: &mut Partial, streams: &Streams) -> Result<()> {
         let is_whole = |stream: &Stream, layer: usize, expected: Checksum| {
             stream.path(layer).is_file() && stream.checksum(layer).is_ok_and(|found| found == expected)
         };
@@ -326,10 +359,17 @@ impl<'a> Job<'a> {
                     .into_iter()
                     .all(|(stream, sum)| is_whole(stream, last.layer + 1, sum))
         });
+        let surveys_are_whole = partial.pruned().is_some()
+            || partial.measured().iter().filter_map(|m| m.found.as_ref()).all(|found| {
+                found
+                    .prune
+                    .as_ref()
+                    .is_none_or(|s| Self::survey_is_whole(partial, found.layer, s))
+            });
         let measured_is_whole = partial.measured().last().is_none_or(|last| {
             last.layer + 1 == self.layers() || is_whole(&streams.calibration[0], last.layer + 1, last.states)
         });
-        if !(built_is_whole && measured_is_whole) {
+        if !(built_is_whole && measured_is_whole && surveys_are_whole) {
             self.with
                 .progress
                 .note("the unfinished output lost what its journal promises: beginning anew");

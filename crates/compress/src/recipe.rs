@@ -7,10 +7,15 @@ use cotk_run::recipe::{self, Source};
 use cotk_run::units::significant;
 use serde::{Deserialize, Serialize};
 
+use crate::prune::gram::Semantics;
+use crate::prune::recipe::Prune;
 use crate::{CompressError, Result};
 
 /// Recipes that are found by bare name.
-pub const EMBEDDED: [(&str, &str); 1] = [("moe-int4", include_str!("../../../recipes/moe-int4.toml"))];
+pub const EMBEDDED: [(&str, &str); 2] = [
+    ("moe-int4", include_str!("../../../recipes/moe-int4.toml")),
+    ("moe-prune", include_str!("../../../recipes/moe-prune.toml")),
+];
 
 /// A whole recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -58,6 +63,9 @@ pub struct Compress {
     /// there is no `little`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub little_bits: Option<Bits>,
+    /// Choose what goes by measured loss, in the place of `drop_ratio` and `drop_shape`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prune: Option<Prune>,
 }
 
 impl Compress {
@@ -66,6 +74,35 @@ impl Compress {
         let proper = |&code: &Code| code.prefixes().iter().filter(move |&&bits| bits != code.full());
         let all: Vec<Bits> = self.codes.get().iter().flat_map(proper).copied().collect();
         Bits::ALL.into_iter().filter(|bits| all.contains(bits)).collect()
+    }
+
+    /// What a dropped expert means to the searches of `prune`.
+    pub fn semantics(&self) -> Semantics {
+        let named = self.prune.as_ref().and_then(|prune| prune.semantics);
+        named.unwrap_or(match self.dropped {
+            DroppedMeaning::Masked => Semantics::Masked,
+            DroppedMeaning::Removed => Semantics::Removed,
+        })
+    }
+
+    /// Loss, runtime and exports speak of the same absence; one key says how much goes.
+    fn settle_pruning(&mut self) -> Result<()> {
+        let Some(prune) = &self.prune else {
+            return Ok(());
+        };
+        if self.drop_ratio.get() > 0.0 {
+            return Err(CompressError::Contradiction {
+                keys: ["compress.drop_ratio", "compress.prune.ratio"],
+                found: format!("{} and {}", self.drop_ratio.get(), prune.ratio.get()),
+                help: "set compress.drop_ratio=0",
+            });
+        }
+        match prune.semantics {
+            Some(Semantics::Masked) => self.dropped = DroppedMeaning::Masked,
+            Some(Semantics::Removed) => self.dropped = DroppedMeaning::Removed,
+            Some(Semantics::Novice) | None => {}
+        }
+        Ok(())
     }
 
     /// What `little` reads, where a record has it.
@@ -181,6 +218,11 @@ impl From<DropRatio> for f64 {
 pub struct Tokens(usize);
 
 impl Tokens {
+    /// A count that is known to be in bounds.
+    pub(crate) const fn of(count: usize) -> Self {
+        Self(count)
+    }
+
     /// The number.
     pub fn get(self) -> usize {
         self.0
@@ -347,6 +389,7 @@ impl Recipe {
         let mut recipe: Self = recipe::parse(&Source::find(name, &EMBEDDED)?, sets)?;
         recipe.seed = seed.unwrap_or(recipe.seed);
         recipe.budget.bytes = budget_bytes.or(recipe.budget.bytes);
+        recipe.compress.settle_pruning()?;
         let widths = recipe.compress.little_widths();
         match recipe.compress.little_bits {
             Some(found) if !widths.contains(&found) => {
@@ -368,7 +411,9 @@ impl Recipe {
     /// Whether the first pass, that of the uncompressed model, has anything to find out.
     pub fn needs_measuring(&self) -> bool {
         let drops = self.compress.drop_ratio.get() > 0.0;
-        self.compress.codes.get().len() > 1 || (drops && self.compress.drop_shape == DropShape::Usage)
+        self.compress.codes.get().len() > 1
+            || self.compress.prune.is_some()
+            || (drops && self.compress.drop_shape == DropShape::Usage)
     }
 }
 
@@ -406,6 +451,11 @@ mod tests {
             ("calibration_tokens = 0", "count of tokens"),
             ("little_bits = 5", "expected one of 2, 3, 4, 8"),
             ("dense_bits = 2", "expected 4, 8 or 16"),
+            ("prune = { ratio = 1.0 }", "expected 0 or more and below 1"),
+            ("prune = { ratio = 0.5, method = \"reep\" }", "reap"),
+            ("prune = { ratio = 0.5, field_masks = 9 }", "expected 1 to 8"),
+            ("prune = { ratio = 0.5, spreads = \"equal\" }", "spread"),
+            ("prune = { method = \"reap\" }", "ratio"),
             ("drop_shapes = \"uniform\"", "drop_shape"),
         ] {
             let error = parse(&format!("[compress]\n{line}\n")).unwrap_err().to_string();

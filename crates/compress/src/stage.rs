@@ -42,6 +42,19 @@ pub struct Proposal {
     pub ms: f64,
 }
 
+impl Proposal {
+    /// Without loss, bytes and time.
+    pub(crate) fn free(expert: ExpertId, change: Change) -> Self {
+        Self {
+            expert,
+            change,
+            loss: 0.0,
+            bytes: 0,
+            ms: 0.0,
+        }
+    }
+}
+
 /// Proposes changes of one layer.
 pub trait Stage: Sync {
     /// In reports and errors.
@@ -161,7 +174,7 @@ pub fn code_expert(
 ) -> Result<CodedExpert> {
     let matrix = |name, linear: &Linear| {
         let coded = MatrixFormat::try_new(linear.outputs(), linear.inputs(), code, group)
-            .and_then(|format| encode(linear.weights(), format));
+            .and_then(|format| encode(&linear.weights(), format));
         coded.map_err(|source| CompressError::Weights {
             file: layer.source.file("").to_owned(),
             layer: layer.layer,

@@ -23,7 +23,7 @@ const BATCH_TOKENS: usize = 4096;
 #[derive(Debug)]
 pub struct Stream {
     folder: PathBuf,
-    name: &'static str,
+    name: String,
     hidden: usize,
     /// Tokens of each window.
     windows: Vec<usize>,
@@ -31,10 +31,10 @@ pub struct Stream {
 
 impl Stream {
     /// Nothing on disk yet.
-    pub fn new(folder: &Path, name: &'static str, hidden: usize, windows: Vec<usize>) -> Self {
+    pub fn new(folder: &Path, name: &str, hidden: usize, windows: Vec<usize>) -> Self {
         Self {
             folder: folder.to_owned(),
-            name,
+            name: name.to_owned(),
             hidden,
             windows,
         }
@@ -43,6 +43,11 @@ impl Stream {
     /// The states that enter layer `layer`; raw f32, `[tokens, hidden]`.
     pub fn path(&self, layer: usize) -> PathBuf {
         self.folder.join(format!("{}-{layer}.f32", self.name))
+    }
+
+    /// Tokens of each window.
+    pub fn windows(&self) -> &[usize] {
+        &self.windows
     }
 
     /// Tokens of all windows.
@@ -119,14 +124,41 @@ impl Stream {
         &self,
         layer: usize,
         cancel: &Cancel,
+        apply: impl FnMut(&mut Vec<f32>, &[usize]) -> Result<()>,
+    ) -> Result<()> {
+        self.step_to(self, layer, cancel, apply)
+    }
+
+    /// The same, as states of another stream of the same windows: it goes its own way from there.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn step_to(
+        &self,
+        to: &Self,
+        layer: usize,
+        cancel: &Cancel,
         mut apply: impl FnMut(&mut Vec<f32>, &[usize]) -> Result<()>,
     ) -> Result<()> {
-        let mut writer = Writer::create(self.path(layer + 1))?;
+        let mut writer = Writer::create(to.path(layer + 1))?;
         self.read(layer, cancel, |mut rows, windows| {
             apply(&mut rows, windows)?;
             writer.write(&rows)
         })?;
         writer.finish()
+    }
+
+    /// The states that enter a layer, handed out row by row: for streams that are read side by side.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn rows(&self, layer: usize) -> Result<Rows> {
+        let path = self.path(layer);
+        Ok(Rows {
+            file: BufReader::with_capacity(1 << 20, files::open(&path)?),
+            path,
+            hidden: self.hidden,
+        })
     }
 
     fn batches(&self) -> impl Iterator<Item = &[usize]> {
@@ -148,12 +180,36 @@ impl Stream {
     }
 }
 
+/// States of one stream, in order.
+#[derive(Debug)]
+pub struct Rows {
+    file: BufReader<std::fs::File>,
+    path: PathBuf,
+    hidden: usize,
+}
+
+impl Rows {
+    /// The next `tokens` rows, `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// The file system's; fewer rows than that.
+    pub fn next(&mut self, tokens: usize) -> Result<Vec<f32>> {
+        let mut bytes = vec![0; tokens * self.hidden * 4];
+        fault_point(Op::Read)
+            .and_then(|()| self.file.read_exact(&mut bytes))
+            .map_err(Error::io("read", &self.path))?;
+        Ok(bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect())
+    }
+}
+
 /// The first half of a layer for whole windows: `hidden += attention(norm(hidden))`, positions from 0 in each.
 pub fn attend(spec: &ModelSpec, rope: &Rope, layer: &Layer, hidden: &mut [f32], windows: &[usize]) {
-    let mut caches: Vec<LayerCache> = windows
-        .iter()
-        .map(|_| LayerCache::new(&spec.attention, KvKind::default()))
-        .collect();
+    let mut caches: Vec<LayerCache> = windows.iter().map(|_| LayerCache::new(&spec.attention, KvKind::default())).collect();
     let mut spans: Vec<Span<'_>> = windows
         .iter()
         .zip(&mut caches)

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use cotk_compress::CompressError;
 use cotk_compress::pipeline::{Plan, Request, Surroundings, compress, plan};
+use cotk_compress::prune::search::EXHAUSTIVE_MASKS;
 use cotk_compress::recipe::Recipe;
 use cotk_compress::report::Report;
 use cotk_data::DataError;
@@ -14,6 +15,7 @@ use cotk_run::recipe;
 use cotk_run::units::{Bytes, significant};
 use serde_json::{Value, json};
 
+use crate::commands::compress_compare;
 use crate::context::{Context, Outcome};
 use crate::fault::{self, FAILED, Fault, OUT_OF_REACH, Report as FaultReport, WRONG_USE};
 use crate::model_faults;
@@ -24,7 +26,7 @@ use crate::table::Table;
 /// Compress a mixture-of-experts model: drop experts, code the rest, measure what it cost
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  cotk compress --moe ../shared/models/ref-qwen2moe -o out --calibration ../shared/models/text/calibration.txt\n  cotk compress --moe data/tiny-qwen2moe -o out --calibration data/tiny-qwen2moe/train.txt --set compress.drop_ratio=0.25 --dense-bits 8\n\nKilled at any moment, the same command goes on where it was."
+    after_help = "Examples:\n  cotk compress --moe ../shared/models/ref-qwen2moe -o out --calibration ../shared/models/text/calibration.txt\n  cotk compress --moe data/tiny-qwen2moe -o out --calibration data/tiny-qwen2moe/train.txt --set compress.drop_ratio=0.25 --dense-bits 8\n  cotk compress --moe data/tiny-qwen2moe -o out --calibration data/tiny-qwen2moe/train.txt --recipe moe-prune --set compress.prune.ratio=0.5\n  cotk compress --moe data/tiny-qwen2moe -o table --calibration data/tiny-qwen2moe/train.txt --eval-text data/tiny-qwen2moe/heldout.txt --compare reap,swap:equal,swap:unequal --ratios 0.25,0.5\n\nKilled at any moment, the same command goes on where it was."
 )]
 pub struct Args {
     /// Hugging Face folder with config.json, safetensors and tokenizer.json
@@ -39,9 +41,12 @@ pub struct Args {
     /// Text that shows how experts are used (UTF-8, documents separated by <|endoftext|>)
     #[arg(long, value_name = "F", required = true)]
     pub calibration: PathBuf,
-    /// Text that judges (default: the last fifth of the calibration documents, which then does nothing else)
+    /// Text that judges (default: the last fifth of the calibration documents, which then does nothing else); with
+    /// --compare once per text, all of them decide together
     #[arg(long, value_name = "F")]
-    pub eval_text: Option<PathBuf>,
+    pub eval_text: Vec<PathBuf>,
+    #[command(flatten)]
+    pub compare: compress_compare::Args,
     /// Most bytes of the weights: dense.safetensors and experts.bin together (`weight_bytes_after`). Tokenizer, config and
     /// manifest come on top (`bytes_after` counts all files)
     #[arg(long, value_name = "N")]
@@ -60,7 +65,8 @@ pub struct Args {
 /// # Errors
 /// An input that cannot be right, a budget that cannot be met, a full disk, Ctrl-C.
 pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
-    let mut sets = args.set.clone();
+    let mut sets = compress_compare::sets(&args.compare);
+    sets.extend_from_slice(&args.set);
     sets.extend(args.dense_bits.map(|bits| format!("compress.dense_bits={bits}")));
     let request = Request {
         model: args.moe.clone(),
@@ -68,8 +74,14 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         recipe_name: recipe_name(&args.recipe),
         recipe: Recipe::load(&args.recipe, &sets, cx.seed, args.budget_bytes)?,
         calibration: args.calibration.clone(),
-        eval_text: args.eval_text.clone(),
+        eval_text: args.eval_text.first().cloned(),
     };
+    if args.compare.compare.is_none() && args.eval_text.len() > 1 {
+        return Err(Fault::usage(
+            format!("{} texts to judge by, expected one", args.eval_text.len()),
+            "join them in one file, or add --compare",
+        ));
+    }
     let predictor = predictor::find(cx, Some(&request.recipe.latency.profile))?;
     let mut warnings = predictor.as_ref().map(|p| p.warnings.clone()).unwrap_or_default();
     let run = Run {
@@ -91,6 +103,9 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         warnings.extend(plan.warnings.clone());
         return Ok(Outcome::new(json!({ "plan": plan }), plan_table(&plan)).warn(warnings));
     }
+    if args.compare.compare.is_some() {
+        return compress_compare::run(args, request, &with, warnings);
+    }
     let report = compress(&request, &with)?;
     warnings.extend(report.warnings.clone());
     if report.resumed {
@@ -107,7 +122,7 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
 /// Hash over the texts that the figures depend on.
 fn texts_hash(args: &Args) -> cotk_run::Result<u64> {
     let mut hashes = files::checksum_file(&args.calibration)?.to_le_bytes().to_vec();
-    if let Some(text) = &args.eval_text {
+    for text in args.eval_text.iter().chain(&args.compare.second_text) {
         hashes.extend(files::checksum_file(text)?.to_le_bytes());
     }
     Ok(files::checksum(&hashes))
@@ -287,6 +302,32 @@ pub(crate) fn failure(error: &CompressError) -> FaultReport {
             expected: Some(format!("at least {least}")),
             help: Some("raise the budget, add narrower codes to compress.codes, or raise compress.drop_ratio".into()),
             ..facts("budget", OUT_OF_REACH)
+        },
+        CompressError::Contradiction { keys, found, help } => FaultReport {
+            key: Some(keys[1].into()),
+            found: Some(found.clone()),
+            expected: Some(format!("one of {} and {}", keys[0], keys[1])),
+            help: Some((*help).into()),
+            ..facts("contradiction", WRONG_USE)
+        },
+        CompressError::Novices => FaultReport {
+            key: Some("compress.prune.semantics".into()),
+            found: Some("novice".into()),
+            expected: Some("masked or removed".into()),
+            help: Some("--compare judges novices without writing a container".into()),
+            ..facts("novices", WRONG_USE)
+        },
+        CompressError::TooManyMasks { too_many, .. } => FaultReport {
+            key: Some("compress.prune.method".into()),
+            found: Some(format!("{} masks", too_many.masks)),
+            expected: Some(format!("at most {EXHAUSTIVE_MASKS} masks")),
+            help: Some("use method genetic or swap, or a smaller compress.prune.ratio".into()),
+            ..facts("too-many-masks", WRONG_USE)
+        },
+        CompressError::Survey { file } => FaultReport {
+            file: Some(file.display().to_string()),
+            help: Some("remove the .partial folder beside the output and begin anew".into()),
+            ..facts("survey", FAILED)
         },
         CompressError::Allocation(_) => FaultReport {
             help: Some("this is a bug of cotk: please report it with the recipe".into()),

@@ -12,6 +12,7 @@ use crate::sibling;
 pub mod bench;
 pub mod check;
 pub mod compress;
+mod compress_compare;
 pub mod eval;
 mod eval_tasks;
 pub mod export;
