@@ -1,6 +1,8 @@
 //! The arithmetic of a MoE layer over coded experts: tokens grouped by expert, each group run once, slots summed in
 //! order. Law: a token's result depends neither on its neighbours in the batch nor on the thread count.
 
+use std::cell::RefCell;
+
 use cotk_container::ContainerError;
 use cotk_container::reader::ExpertView;
 use cotk_kernels::KernelError;
@@ -9,7 +11,7 @@ use cotk_kernels::cpu::dispatch::Isa;
 use cotk_kernels::cpu::expert::{self, Expert, ExpertScratch};
 use cotk_kernels::cpu::gemm::Threads;
 use cotk_model::moe::{ExpertUse, MoeRecord, Precision, Routed, RuntimeError};
-use cotk_run::units::LayerId;
+use cotk_run::units::{ExpertId, LayerId};
 use rayon::prelude::*;
 
 use crate::policy::{Choice, Place, RoutingMode, Width};
@@ -47,24 +49,67 @@ pub struct Mix<'a> {
     pub hidden_size: usize,
 }
 
+/// What a thread keeps between calls.
+#[derive(Default)]
+struct MixScratch {
+    /// Expert and bits of each pair.
+    asked: Vec<(ExpertId, u32)>,
+    /// Pairs that run, by expert.
+    order: Vec<usize>,
+    /// How each pair was read.
+    read: Vec<(u8, Precision)>,
+    /// Empty between calls: its memory is what is kept.
+    groups: Vec<(Expert<'static>, &'static [usize])>,
+}
+
+thread_local! {
+    static MIX: RefCell<MixScratch> = RefCell::default();
+}
+
+/// An empty list of another type in the memory of this one: the standard library collects in place where sizes are equal.
+fn emptied<A, B>(mut list: Vec<A>) -> Vec<B> {
+    list.clear();
+    list.into_iter().map(|_| unreachable!("it is empty")).collect()
+}
+
 impl Mix<'_> {
     /// `out[t] = Σ gate · expert(hidden[t])` over the routed experts, in slot order; both `[tokens, hidden]`.
     ///
     /// # Errors
     /// [`RuntimeError::Expert`] with the container's reason.
     pub fn forward(&self, hidden: &[f32], routed: &Routed, out: &mut [f32]) -> Result<MoeRecord, RuntimeError> {
+        let mut record = MoeRecord::default();
+        self.forward_into(hidden, routed, out, &mut record)?;
+        Ok(record)
+    }
+
+    /// [`forward`](Self::forward) into a record that is kept: nothing is allocated once a thread has mixed as many tokens.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_into(
+        &self,
+        hidden: &[f32],
+        routed: &Routed,
+        out: &mut [f32],
+        record: &mut MoeRecord,
+    ) -> Result<(), RuntimeError> {
         let width = self.hidden_size;
         let slots = routed.slots;
-        let mut uses = Vec::with_capacity(routed.experts.len());
+        record.slots = slots;
+        record.uses.clear();
         out.fill(0.0);
         if slots > 0 {
+            // Taken, not borrowed: whoever runs inside has its own.
+            let mut scratch = MIX.take();
             for (block, out) in out.chunks_mut(BLOCK_TOKENS * width).enumerate() {
                 let first = block * BLOCK_TOKENS;
                 let hidden = &hidden[first * width..][..out.len()];
-                self.block(hidden, routed, first, out, &mut uses)?;
+                self.block(hidden, routed, first, out, &mut record.uses, &mut scratch)?;
             }
+            MIX.set(scratch);
         }
-        Ok(MoeRecord { slots, uses })
+        Ok(())
     }
 
     /// One block of tokens, the first of which is `first` in `routed`.
@@ -75,13 +120,20 @@ impl Mix<'_> {
         first: usize,
         out: &mut [f32],
         uses: &mut Vec<ExpertUse>,
+        scratch: &mut MixScratch,
     ) -> Result<(), RuntimeError> {
         let (width, slots) = (self.hidden_size, routed.slots);
         let pairs = first * slots..(first + hidden.len() / width) * slots;
         let (experts, gates) = (&routed.experts[pairs.clone()], &routed.gates[pairs]);
+        let MixScratch {
+            asked,
+            order,
+            read,
+            groups: kept,
+        } = scratch;
 
         // (expert, bits asked) of each pair; equal ones share a job.
-        let mut asked = Vec::with_capacity(experts.len());
+        asked.clear();
         for (pair, (&expert, &gate)) in experts.iter().zip(gates).enumerate() {
             let place = Place {
                 layer: self.layer,
@@ -103,11 +155,14 @@ impl Mix<'_> {
             };
             asked.push((expert, bits));
         }
-        let mut order: Vec<usize> = (0..asked.len()).filter(|&pair| asked[pair].1 > 0).collect();
-        order.sort_by_key(|&pair| asked[pair]); // stable: pairs of a group stay in token order
+        order.clear();
+        order.extend((0..asked.len()).filter(|&pair| asked[pair].1 > 0));
+        // Pairs of a group stay in token order. (A stable sort may allocate.)
+        order.sort_unstable_by_key(|&pair| (asked[pair], pair));
 
-        let mut groups = Vec::new();
-        let mut view_of = vec![None; asked.len()];
+        read.clear();
+        read.resize(asked.len(), (0, Precision::Skipped));
+        let mut groups = emptied(std::mem::take(kept));
         for group in order.chunk_by(|&a, &b| asked[a] == asked[b]) {
             let (id, bits) = asked[group[0]];
             let fail = |source| RuntimeError::Expert {
@@ -122,19 +177,18 @@ impl Mix<'_> {
                 .ok_or_else(|| fail("was dropped, but routing chose it".into()))?;
             let kernel = Expert::try_new(view.gate, view.up, view.down).map_err(|e| fail(e.into()))?;
             for &pair in group {
-                view_of[pair] = Some(view);
+                read[pair] = width_of(&view);
             }
             groups.push((kernel, group));
         }
         run_groups(self.cpu, &groups, hidden, slots, gates, out);
-        uses.extend(experts.iter().zip(gates).zip(&view_of).map(|((&expert, &gate), view)| {
-            let (bits, precision) = view.map_or((0, Precision::Skipped), |view| width_of(&view));
-            ExpertUse {
-                expert,
-                gate,
-                bits,
-                precision,
-            }
+        *kept = emptied(groups);
+        let read = experts.iter().zip(gates).zip(&*read);
+        uses.extend(read.map(|((&expert, &gate), &(bits, precision))| ExpertUse {
+            expert,
+            gate,
+            bits,
+            precision,
         }));
         Ok(())
     }

@@ -1,11 +1,12 @@
 //! [`Resident`]: every expert of a container in memory (mapped), modes `exact` and `little`. Law: passes
 //! `cotk_model::laws` against the decoded weights in f32.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use cotk_container::manifest::State;
 use cotk_container::reader::Container;
-use cotk_model::moe::{Mode, MoeRecord, MoeRuntime, MoeShape, RouterScores, RuntimeError, route};
+use cotk_model::moe::{Mode, MoeRecord, MoeRuntime, MoeShape, Routed, RouterScores, RuntimeError, route_to};
 use cotk_model::spec::ModelSpec;
 use cotk_run::units::LayerId;
 
@@ -101,6 +102,23 @@ impl MoeRuntime for Resident {
         mode: Mode,
         out: &mut [f32],
     ) -> Result<MoeRecord, RuntimeError> {
+        let mut record = MoeRecord::default();
+        self.forward_into(layer, hidden, router, mode, out, &mut record)?;
+        Ok(record)
+    }
+
+    fn forward_into(
+        &self,
+        layer: LayerId,
+        hidden: &[f32],
+        router: RouterScores<'_>,
+        mode: Mode,
+        out: &mut [f32],
+        record: &mut MoeRecord,
+    ) -> Result<(), RuntimeError> {
+        thread_local! {
+            static ROUTED: RefCell<Routed> = RefCell::default();
+        }
         self.check_call(layer, hidden, &router, mode, out)?;
         let at = self
             .shape
@@ -108,7 +126,9 @@ impl MoeRuntime for Resident {
             .iter()
             .position(|&l| l == layer)
             .expect("checked above");
-        let routed = route(&router, alive(self.container.manifest().dropped, &self.living[at]));
+        let mut routed = ROUTED.take();
+        let alive = alive(self.container.manifest().dropped, &self.living[at]);
+        route_to(&router, alive, &mut routed);
         let mode: &dyn RoutingMode = match (mode, &self.little) {
             (Mode::Exact, _) => &Exact,
             (Mode::Little, Some(little)) => little,
@@ -122,6 +142,8 @@ impl MoeRuntime for Resident {
             layer,
             hidden_size: self.shape.hidden,
         };
-        mix.forward(hidden, &routed, out)
+        mix.forward_into(hidden, &routed, out, record)?;
+        ROUTED.set(routed);
+        Ok(())
     }
 }
