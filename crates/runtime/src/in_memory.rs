@@ -2,13 +2,14 @@
 //! them, or to experts drawn anew for each token: what decides speed is which bytes are read, and a router of noise
 //! repeats itself. Law: the same seed draws the same experts.
 
+use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use cotk_kernels::cpu::noise::NoiseExpert;
 use cotk_model::checkpoint::TensorSource;
 use cotk_model::families::{self, LayerTensor, Matrix, Tensor};
 use cotk_model::moe::{
-    Alive, ExpertUse, Mode, MoeRecord, MoeRuntime, MoeShape, Precision, RouterScores, RuntimeError, route,
+    Alive, ExpertUse, Mode, MoeRecord, MoeRuntime, MoeShape, Precision, Routed, RouterScores, RuntimeError, route_to,
 };
 use cotk_model::spec::ModelSpec;
 use cotk_run::cancel::Cancel;
@@ -113,27 +114,24 @@ impl InMemory {
         found.map_or(0, |e| e.len() as u64)
     }
 
-    /// The experts that token number `token` of a layer is sent to, distinct and in random order.
-    fn draw(&self, seed: u64, layer: usize, token: u64) -> Vec<usize> {
+    /// Adds the experts that token number `token` of a layer is sent to: distinct, in random order.
+    fn draw(&self, seed: u64, layer: usize, token: u64, drawn: &mut Vec<usize>) {
         let count = self.shape.rule.experts;
         let slots = self.shape.rule.top_k.min(count);
-        // splitmix64 (Steele, Lea and Flood, 2014) over a partial shuffle.
+        // splitmix64 (Steele, Lea and Flood, 2014); what was drawn before is drawn again.
         let mut state = seed ^ (layer as u64) << 48 ^ token.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let mut next = || {
+        let first = drawn.len();
+        while drawn.len() < first + slots {
             state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
             let mut z = state;
             z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-            z ^ z >> 31
-        };
-        let mut order: Vec<usize> = (0..count).collect();
-        for slot in 0..slots {
             #[expect(clippy::cast_possible_truncation, reason = "below the number of experts")]
-            let other = slot + (next() % (count - slot) as u64) as usize;
-            order.swap(slot, other);
+            let expert = ((z ^ z >> 31) % count as u64) as usize;
+            if !drawn[first..].contains(&expert) {
+                drawn.push(expert);
+            }
         }
-        order.truncate(slots);
-        order
     }
 
     /// Distinct expert bytes of the next 100 tokens where experts are drawn (else of all): many times the last-level cache,
@@ -144,10 +142,9 @@ impl InMemory {
         };
         let of = |(layer, (experts, routed)): (usize, (&Vec<NoiseExpert>, &AtomicU64))| -> u64 {
             let from = routed.load(Ordering::Relaxed);
-            let mut touched = vec![false; experts.len()];
-            (from..from + 100)
-                .flat_map(|token| self.draw(*seed, layer, token))
-                .for_each(|e| touched[e] = true);
+            let (mut touched, mut drawn) = (vec![false; experts.len()], Vec::new());
+            (from..from + 100).for_each(|token| self.draw(*seed, layer, token, &mut drawn));
+            drawn.into_iter().for_each(|e| touched[e] = true);
             let of_touched = experts.iter().zip(touched).filter(|(_, touched)| *touched);
             of_touched.map(|(expert, _)| expert.len() as u64).sum()
         };
@@ -191,6 +188,23 @@ impl MoeRuntime for InMemory {
         mode: Mode,
         out: &mut [f32],
     ) -> std::result::Result<MoeRecord, RuntimeError> {
+        let mut record = MoeRecord::default();
+        self.forward_into(layer, hidden, router, mode, out, &mut record)?;
+        Ok(record)
+    }
+
+    fn forward_into(
+        &self,
+        layer: LayerId,
+        hidden: &[f32],
+        router: RouterScores<'_>,
+        mode: Mode,
+        out: &mut [f32],
+        record: &mut MoeRecord,
+    ) -> std::result::Result<(), RuntimeError> {
+        thread_local! {
+            static SCRATCH: RefCell<Scratch> = RefCell::default();
+        }
         let tokens = self.check_call(layer, hidden, &router, mode, out)?;
         let at = self
             .shape
@@ -198,22 +212,30 @@ impl MoeRuntime for InMemory {
             .iter()
             .position(|&l| l == layer)
             .expect("checked above");
-        let routed = route(&router, Alive::All);
+        // Taken, not borrowed: whoever runs inside has its own.
+        let mut scratch = SCRATCH.take();
+        let Scratch {
+            routed,
+            chosen,
+            pairs,
+            order,
+        } = &mut scratch;
+        route_to(&router, Alive::All, routed);
         let slots = routed.slots;
-        let mut pairs: Vec<(usize, usize)> = Vec::with_capacity(tokens * slots);
+        chosen.clear();
         match &self.routing {
-            Routing::Router => pairs.extend(routed.experts.iter().enumerate().map(|(pair, e)| (e.index(), pair))),
+            Routing::Router => chosen.extend(routed.experts.iter().map(|e| e.index())),
             Routing::Drawn { seed, routed } => {
                 let first = routed[at].fetch_add(tokens as u64, Ordering::Relaxed);
-                for token in 0..tokens {
-                    let drawn = self.draw(*seed, at, first + token as u64);
-                    pairs.extend(drawn.into_iter().enumerate().map(|(slot, e)| (e, token * slots + slot)));
-                }
+                (first..first + tokens as u64).for_each(|token| self.draw(*seed, at, token, chosen));
             }
         }
+        pairs.clear();
+        pairs.extend(chosen.iter().copied().zip(0..));
         pairs.sort_unstable();
-        let order: Vec<usize> = pairs.iter().map(|(_, pair)| *pair).collect();
-        let mut groups = Vec::new();
+        order.clear();
+        order.extend(pairs.iter().map(|(_, pair)| *pair));
+        let mut groups = Vec::with_capacity(pairs.len().min(self.shape.rule.experts));
         let mut from = 0;
         for group in pairs.chunk_by(|a, b| a.0 == b.0) {
             groups.push((self.experts[at][group[0].0].expert(), &order[from..from + group.len()]));
@@ -221,21 +243,29 @@ impl MoeRuntime for InMemory {
         }
         out.fill(0.0);
         run_groups(self.cpu, &groups, hidden, slots, &routed.gates, out);
-        let mut uses = vec![
-            ExpertUse {
-                expert: ExpertId(0),
-                gate: 0.0,
-                bits: self.bits,
-                precision: Precision::Full,
-            };
-            pairs.len()
-        ];
-        for (expert, pair) in pairs {
-            uses[pair].expert = ExpertId(u32::try_from(expert).expect("expert counts fit 32 bits"));
-            uses[pair].gate = routed.gates[pair];
-        }
-        Ok(MoeRecord { slots, uses })
+        record.slots = slots;
+        record.uses.clear();
+        let uses = chosen.iter().zip(&routed.gates).map(|(&expert, &gate)| ExpertUse {
+            expert: ExpertId(u32::try_from(expert).expect("expert counts fit 32 bits")),
+            gate,
+            bits: self.bits,
+            precision: Precision::Full,
+        });
+        record.uses.extend(uses);
+        SCRATCH.set(scratch);
+        Ok(())
     }
+}
+
+/// What a thread keeps between calls.
+#[derive(Default)]
+struct Scratch {
+    routed: Routed,
+    /// `[tokens, slots]`
+    chosen: Vec<usize>,
+    /// Expert and pair, by expert.
+    pairs: Vec<(usize, usize)>,
+    order: Vec<usize>,
 }
 
 #[cfg(test)]
@@ -253,7 +283,8 @@ mod tests {
         let all = InMemory::new(&spec, experts, 2, Routing::drawn(3, 2)).unwrap();
         let mut counts = [0u32; 8];
         for token in 0..1000 {
-            let drawn = all.draw(3, 1, token);
+            let mut drawn = Vec::new();
+            all.draw(3, 1, token, &mut drawn);
             assert_eq!(drawn.iter().collect::<BTreeSet<_>>().len(), 4);
             drawn.iter().for_each(|&e| counts[e] += 1);
         }

@@ -13,7 +13,7 @@ use cotk_kernels::cpu::noise;
 use cotk_latency::probe::{Statistics, median};
 use cotk_model::generate::PREFILL_CHUNK;
 use cotk_model::layers::cache::KvKind;
-use cotk_model::model::{KvCache, Logits, Model, Sequence};
+use cotk_model::model::{KvCache, Logits, Model, Sequence, Workspace};
 use cotk_model::moe::{Mode, MoeRecord, MoeRuntime, MoeShape, RouterScores, RuntimeError};
 use cotk_model::spec::ModelSpec;
 use cotk_model::{ModelError, inventory};
@@ -180,11 +180,25 @@ impl MoeRuntime for Clocked {
         mode: Mode,
         out: &mut [f32],
     ) -> std::result::Result<MoeRecord, RuntimeError> {
+        let mut record = MoeRecord::default();
+        self.forward_into(layer, hidden, router, mode, out, &mut record)?;
+        Ok(record)
+    }
+
+    fn forward_into(
+        &self,
+        layer: LayerId,
+        hidden: &[f32],
+        router: RouterScores<'_>,
+        mode: Mode,
+        out: &mut [f32],
+        record: &mut MoeRecord,
+    ) -> std::result::Result<(), RuntimeError> {
         let begin = Instant::now();
-        let record = self.inner.forward(layer, hidden, router, mode, out);
+        let done = self.inner.forward_into(layer, hidden, router, mode, out, record);
         let nanos = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.nanos.fetch_add(nanos, Ordering::Relaxed);
-        record
+        done
     }
 }
 
@@ -239,6 +253,8 @@ pub fn measure(subject: &Subject<'_>, settings: &Settings, progress: &dyn Progre
         settings,
         probe: &probe,
         cancel,
+        workspace: Workspace::default(),
+        experts: Vec::new(),
         seen: Seen::default(),
     };
     let rows = settings.threads.len() * settings.work.len();
@@ -275,6 +291,9 @@ struct Bench<'a> {
     settings: &'a Settings,
     probe: &'a Probe,
     cancel: &'a Cancel,
+    workspace: Workspace,
+    /// Of a layer, for counting.
+    experts: Vec<ExpertId>,
     seen: Seen,
 }
 
@@ -299,10 +318,14 @@ struct Sample {
 impl Bench<'_> {
     #[expect(clippy::cast_precision_loss, reason = "counts and bytes of a model")]
     fn row(&mut self, work: Work, threads: usize, progress: &dyn Progress) -> Result<Row> {
-        // Caches, pages and threads are warm after the first; the second says how often the work fits into a sample.
+        // Caches, pages and threads are warm after the first; a second, where it is short, says how often the work fits
+        // into a sample.
+        let mut begin = Instant::now();
         self.run(work, 1, WARM_UP_STEPS)?;
-        let begin = Instant::now();
-        self.run(work, 1, WARM_UP_STEPS)?;
+        if begin.elapsed() < 2 * SAMPLE {
+            begin = Instant::now();
+            self.run(work, 1, WARM_UP_STEPS)?;
+        }
         let share = match work {
             Work::Prefill { .. } => 1.0,
             Work::Decode { steps, .. } => steps.max(1) as f64 / steps.clamp(1, WARM_UP_STEPS) as f64,
@@ -411,8 +434,10 @@ impl Bench<'_> {
         black_box(&forward.logits);
         counts.passes += 1;
         let is_single = new.len() == 1 && new[0].len() == 1;
-        for (layer, record) in &forward.records {
-            let mut experts: Vec<ExpertId> = record.uses.iter().map(|used| used.expert).collect();
+        for (layer, record) in self.workspace.records() {
+            let experts = &mut self.experts;
+            experts.clear();
+            experts.extend(record.uses.iter().map(|used| used.expert));
             experts.sort_unstable();
             experts.dedup();
             counts.layers += 1;
