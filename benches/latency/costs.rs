@@ -14,6 +14,7 @@ use cotk_run::seeds::Seeds;
 use serde::Serialize;
 
 use crate::Args;
+use crate::bars::Bar;
 use crate::output::{round, write};
 use crate::profile::{Frozen, Judged};
 
@@ -46,7 +47,7 @@ impl<F: FnMut()> Prepared for Repeated<F> {
 }
 
 /// All of it.
-pub(crate) fn run(args: &Args) -> Result<()> {
+pub(crate) fn run(args: &Args) -> Result<Vec<Bar>> {
     let frozen = Frozen::load(args.profile.clone())?;
     let block = frozen.here.block();
     let origin = |model: &Model, key: &Key| model.predict(&Work::Operator(*key)).map(|p| p.origin).ok();
@@ -115,15 +116,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             c.what, c.us, c.spread_us, c.us_at_most
         )
     });
-    write(
-        args,
-        "latency-costs",
-        "What a prediction costs",
-        &Figures {
-            profile: frozen.judged(),
-            cost,
-        },
-    )
+    let figures = Figures {
+        profile: frozen.judged(),
+        cost,
+    };
+    write(args, "latency-costs", "What a prediction costs", &figures)?;
+    let bar = |c: &Cost| Bar::at_most(format!("cost: {}", c.what), c.us, "us", c.us_at_most);
+    Ok(figures.cost.iter().map(bar).collect())
 }
 
 /// Predicts every key once.

@@ -7,6 +7,7 @@ use cotk_runtime::figure::{Bench, Case};
 use serde::Serialize;
 
 use crate::Args;
+use crate::bars::Bar;
 use crate::output::{round, write};
 use crate::profile::{Frozen, Judged};
 
@@ -50,7 +51,7 @@ struct Row {
 }
 
 /// All of it.
-pub(crate) fn run(args: &Args) -> Result<()> {
+pub(crate) fn run(args: &Args) -> Result<Vec<Bar>> {
     let frozen = Frozen::load(args.profile.clone())?;
     let (shapes, widths) = if args.small {
         (&SHAPES[..1], &BITS[1..2])
@@ -118,5 +119,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         "latency-decode",
         "Decoding steps of mixtures of experts in memory: predicted, then measured",
         &figures,
-    )
+    )?;
+    let repeats: Vec<f64> = figures.row.iter().map(|row| row.repeat_pct).collect();
+    let repeat = Some(cotk_latency::probe::median(&repeats));
+    let within = { figures.row.iter() }
+        .filter(|row| row.off_pct.abs() <= figures.within_pct)
+        .count();
+    #[expect(clippy::cast_precision_loss, reason = "counts of rows")]
+    let within_pct = 100.0 * within as f64 / count;
+    let name = format!("decode steps: within {} %", figures.within_pct);
+    Ok(vec![
+        Bar::at_least(name, within_pct, "%", 100.0).beside(repeat),
+        Bar::none("decode steps: mean error", figures.mape_pct, "%").beside(repeat),
+        Bar::between("decode steps: covered by nominal 90 %", covered_pct, "%", 85.0, 95.0),
+    ])
 }

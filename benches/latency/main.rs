@@ -3,6 +3,7 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for people")]
 
+mod bars;
 mod costs;
 mod decode;
 mod list;
@@ -16,7 +17,10 @@ mod transfer;
 
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use serde::Serialize;
+
+use crate::bars::Bar;
 
 /// What was asked for.
 pub(crate) struct Args {
@@ -28,11 +32,13 @@ pub(crate) struct Args {
     pub(crate) profile: Option<PathBuf>,
     /// Where results go.
     pub(crate) out: PathBuf,
+    /// Of everything that judges: another one each day and commit, unless it is named.
+    pub(crate) seed: u64,
     /// The command line, for the results' head.
     pub(crate) command: String,
 }
 
-type Part = (&'static str, &'static str, fn(&Args) -> Result<()>);
+type Part = (&'static str, &'static str, fn(&Args) -> Result<Vec<Bar>>);
 
 const PARTS: &[Part] = &[
     (
@@ -55,8 +61,19 @@ const PARTS: &[Part] = &[
     ("costs", "what a prediction costs", costs::run),
 ];
 
-const HELP: &str =
-    "usage: latency [PART…] [--profile FOLDER] [--small] [--fresh] [--out FOLDER]\n\nparts (all without one):";
+const HELP: &str = "usage: latency [PART…] [--profile FOLDER] [--seed N] [--small] [--fresh] [--out FOLDER]
+
+--seed N  draws what judges; without it a number made of the day and the commit, which the results state
+
+parts (all without one):";
+
+/// `latency.toml`.
+#[derive(Serialize)]
+struct Figures {
+    seed: u64,
+    seconds: f64,
+    figure: Vec<Bar>,
+}
 
 fn main() -> Result<()> {
     let mut args = Args {
@@ -64,8 +81,10 @@ fn main() -> Result<()> {
         fresh: false,
         profile: None,
         out: "benches/results".into(),
+        seed: output::seed_of_the_day()?,
         command: "cargo xtask bench latency".into(),
     };
+    let begin = std::time::Instant::now();
     let mut chosen: Vec<&Part> = Vec::new();
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -84,6 +103,7 @@ fn main() -> Result<()> {
                 Some(folder) => args.profile = Some(folder.into()),
                 None => bail!("--profile wants a folder"),
             },
+            "--seed" => args.seed = words.next().context("--seed wants a number")?.parse()?,
             "--out" => match words.next() {
                 Some(folder) => args.out = folder.into(),
                 None => bail!("--out wants a folder"),
@@ -99,17 +119,45 @@ fn main() -> Result<()> {
             },
         }
     }
-    if chosen.is_empty() {
+    let is_whole = chosen.is_empty();
+    if is_whole {
         chosen = PARTS.iter().collect();
     } else {
         chosen.iter().for_each(|part| args.command += &format!(" {}", part.0));
     }
+    if let Some(folder) = &args.profile {
+        args.command += &format!(" --profile {}", output::shown(folder));
+    }
+    args.command += &format!(" --seed {}", args.seed);
     if args.small {
         args.command += " --small";
     }
+    let (mut bars, mut failed) = (Vec::new(), Vec::new());
     for (name, what, part) in chosen {
         println!("{name}: {what}");
-        part(&args)?;
+        match part(&args) {
+            Ok(of_part) => bars.extend(of_part),
+            // The others are still worth their minutes.
+            Err(error) => {
+                eprintln!("{name}: {error:#}");
+                failed.push(*name);
+            }
+        }
     }
+    println!("\n{}", bars::table(&bars));
+    if is_whole {
+        let figures = Figures {
+            seed: args.seed,
+            seconds: begin.elapsed().as_secs_f64().round(),
+            figure: bars,
+        };
+        output::write(
+            &args,
+            "latency",
+            "Every figure of the latency model beside its bar",
+            &figures,
+        )?;
+    }
+    ensure!(failed.is_empty(), "failed: {}", failed.join(", "));
     Ok(())
 }

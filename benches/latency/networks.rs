@@ -11,12 +11,10 @@ use cotk_run::seeds::Seeds;
 use serde::Serialize;
 
 use crate::Args;
+use crate::bars::Bar;
 use crate::list;
 use crate::output::{round, write};
 use crate::profile::{Frozen, Judged};
-
-/// Of the held-out list; profiles draw theirs from another stream of other seeds.
-const SEED: u64 = 20_261_121;
 
 #[derive(Serialize)]
 struct Figures {
@@ -57,6 +55,9 @@ pub(crate) struct Judged1 {
     pub(crate) bias_pct: f64,
     pub(crate) spearman: f64,
     pub(crate) regret_pct: f64,
+    /// What repeats of the measurement differ by, in percent: median over the list.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) repeat_pct: Option<f64>,
 }
 
 impl Judged1 {
@@ -73,12 +74,21 @@ impl Judged1 {
             bias_pct: round(j.bias_pct),
             spearman: round(j.spearman),
             regret_pct: round(j.regret_pct),
+            repeat_pct: None,
+        }
+    }
+
+    /// The same, with what repeats of the measurement differ by.
+    pub(crate) fn beside(self, repeat_pct: Option<f64>) -> Self {
+        Self {
+            repeat_pct: repeat_pct.map(round),
+            ..self
         }
     }
 
     pub(crate) fn print(&self) {
         println!(
-            "  {:24} {:10} {:4}  error {:6.2} %  within 10 %: {:5.1}  15 %: {:5.1}  bias {:+6.2}  spearman {:.4}",
+            "  {:24} {:24} {:4}  error {:6.2} %  within 10 %: {:5.1}  15 %: {:5.1}  bias {:+6.2}  spearman {:.4}",
             self.method,
             self.list,
             self.count,
@@ -104,8 +114,9 @@ struct Network {
 }
 
 /// The held-out list: in no profile's table of networks.
-pub(crate) fn held_out(frozen: &Frozen, count: usize) -> Result<Vec<(Kind, Graph)>> {
-    let list = random_networks(count, &[], &mut Seeds::new(SEED).stream("held-out networks"));
+pub(crate) fn held_out(frozen: &Frozen, seed: u64, count: usize) -> Result<Vec<(Kind, Graph)>> {
+    // Profiles draw theirs from another stream.
+    let list = random_networks(count, &[], &mut Seeds::new(seed).stream("held-out networks"));
     for (_, graph) in &list {
         let known = frozen.found.profile.networks.iter();
         let seen = known
@@ -121,10 +132,10 @@ pub(crate) fn held_out(frozen: &Frozen, count: usize) -> Result<Vec<(Kind, Graph
 }
 
 /// All of it.
-pub(crate) fn run(args: &Args) -> Result<()> {
+pub(crate) fn run(args: &Args) -> Result<Vec<Bar>> {
     let frozen = Frozen::load(args.profile.clone())?;
     let count = if args.small { 8 } else { 100 };
-    let list = held_out(&frozen, count)?;
+    let list = held_out(&frozen, args.seed, count)?;
     let graphs: Vec<Graph> = list.iter().map(|(_, graph)| graph.clone()).collect();
     // Before anything is timed.
     let threads = 1;
@@ -182,7 +193,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     let figures = Figures {
         profile: frozen.judged(),
-        seed: SEED,
+        seed: args.seed,
         threads,
         sessions: times.sessions,
         timed: times.timed.clone(),
@@ -203,5 +214,19 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         "latency-networks",
         "Random networks that the profile has not seen: predicted, then timed",
         &figures,
-    )
+    )?;
+    let (bar, all) = (&figures.bar, &figures.judged[0]);
+    let repeat = Some(times.floor_pct);
+    let [low, high] = bar.covered_pct_between;
+    Ok(vec![
+        Bar::at_most("networks: mean error", all.mape_pct, "%", bar.mape_pct_at_most).beside(repeat),
+        Bar::at_least(
+            "networks: within 10 %",
+            all.within_10_pct,
+            "%",
+            bar.within_10_pct_at_least,
+        ),
+        Bar::at_least("networks: Spearman", all.spearman, "", bar.spearman_at_least),
+        Bar::between("networks: covered by nominal 90 %", covered_pct, "%", low, high),
+    ])
 }

@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, ensure};
 use cotk_latency::judge::Judgement;
+use cotk_latency::probe::median;
 use cotk_latency::profile::HeldOut;
 use cotk_latency::work::{Context, Key};
 use serde::Serialize;
 
 use crate::Args;
+use crate::bars::Bar;
 use crate::networks::Judged1;
 use crate::output::{round, write};
 use crate::profile::{Frozen, Judged};
@@ -22,6 +24,10 @@ const LONG_US: f64 = 3.0;
 #[derive(Serialize)]
 struct Figures {
     profile: Judged,
+    /// What drew the keys: the profile's own seed.
+    seed: u64,
+    /// What the profile left out, for its slope is lost in noise: of its table, and of the held-out list. Judged by nothing.
+    unmeasurable_of_table: usize,
     unmeasurable: usize,
     covered_pct: f64,
     mape_pct_at_most: f64,
@@ -39,10 +45,13 @@ struct Operator {
     hi_us: f64,
     measured_us: f64,
     off_pct: f64,
+    /// What its own repeats differ by.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repeat_pct: Option<f64>,
 }
 
 /// All of it.
-pub(crate) fn run(args: &Args) -> Result<()> {
+pub(crate) fn run(args: &Args) -> Result<Vec<Bar>> {
     let frozen = Frozen::load(args.profile.clone())?;
     let profile = &frozen.found.profile;
     let block = profile.head.identity.block();
@@ -60,41 +69,45 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         );
     }
     // The slope of what costs nothing comes out as nothing: no error can be said of it.
-    let unmeasurable = heldout.iter().filter(|h| h.measured_us < UNMEASURABLE_US).count();
+    let left_out = &profile.head.left_out;
+    let of_heldout = left_out.iter().filter(|l| l.is_heldout).count();
+    let unmeasurable = of_heldout + heldout.iter().filter(|h| h.measured_us < UNMEASURABLE_US).count();
     let heldout: Vec<HeldOut> = heldout
         .iter()
         .filter(|h| h.measured_us >= UNMEASURABLE_US)
         .copied()
         .collect();
-    let mut lists: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
-    let (mut all, mut cnn) = (Vec::new(), Vec::new());
+    let mut lists: BTreeMap<String, Vec<&HeldOut>> = BTreeMap::new();
     for held in &heldout {
-        let pair = (held.predicted_us, held.measured_us);
-        all.push(pair);
-        if is_cnn(&held.key) {
-            cnn.push(pair);
+        let kind = if is_cnn(&held.key) { "cnn" } else { "engine" };
+        let threads = held.key.path(block).threads;
+        let is_long = held.measured_us >= LONG_US;
+        let mut names = vec![
+            "all".to_owned(),
+            kind.to_owned(),
+            format!("{kind}, {threads} threads"),
+            held.key.operator().to_owned(),
+        ];
+        if is_long {
+            names.push("all, 3 us or more".to_owned());
+            names.push(format!("{kind}, {threads} threads, 3 us or more"));
         }
-        lists.entry(held.key.operator()).or_default().push(pair);
+        for name in names {
+            lists.entry(name).or_default().push(held);
+        }
     }
     let mut judged = Vec::new();
-    let mut add = |method: &str, list: &str, pairs: &[(f64, f64)]| {
+    let mut add = |method: &str, list: &str, pairs: &[(f64, f64)], repeat_pct: Option<f64>| {
         if let Some(j) = Judgement::of(pairs) {
-            let row = Judged1::new(method, list, &j);
+            let row = Judged1::new(method, list, &j).beside(repeat_pct);
             row.print();
             judged.push(row);
         }
     };
-    add("cotk", "all", &all);
-    add("cotk", "cnn", &cnn);
-    let long = |h: &&HeldOut| h.measured_us >= LONG_US;
-    let pairs = |of: &dyn Fn(&HeldOut) -> bool| -> Vec<(f64, f64)> {
-        let rows = heldout.iter().filter(long).filter(|h| of(h));
-        rows.map(|h| (h.predicted_us, h.measured_us)).collect()
-    };
-    add("cotk", "all, 3 us or more", &pairs(&|_| true));
-    add("cotk", "cnn, 3 us or more", &pairs(&|h| is_cnn(&h.key)));
-    add("cotk", "engine, 3 us or more", &pairs(&|h| !is_cnn(&h.key)));
-    lists.iter().for_each(|(name, pairs)| add("cotk", name, pairs));
+    for (name, of) in &lists {
+        let pairs: Vec<(f64, f64)> = of.iter().map(|h| (h.predicted_us, h.measured_us)).collect();
+        add("cotk", name, &pairs, repeat(of));
+    }
     // Rivals know plain operators only, not edges: on those, both.
     let plain =
         |h: &&HeldOut| matches!(h.key, Key::Conv(c) if c.context == Context::Chain) || matches!(h.key, Key::Linear(_));
@@ -104,14 +117,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .filter(|h| h.key.path(block).threads == 1)
         .collect();
     let ours: Vec<(f64, f64)> = plain.iter().map(|h| (h.predicted_us, h.measured_us)).collect();
-    add("cotk", "conv, linear, 1 thread", &ours);
+    add("cotk", "conv, linear, 1 thread", &ours, repeat(&plain));
     let keys: Vec<Key> = plain.iter().map(|held| held.key).collect();
     for (name, predicted_us) in crate::rivals::operators(&frozen, &keys, 1) {
         let pairs: Vec<(f64, f64)> = predicted_us
             .into_iter()
             .zip(plain.iter().map(|h| h.measured_us))
             .collect();
-        add(name, "conv, linear, 1 thread", &pairs);
+        add(name, "conv, linear, 1 thread", &pairs, None);
     }
     let covered = heldout
         .iter()
@@ -122,6 +135,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     println!("  covered {covered_pct:.1} %");
     let figures = Figures {
         profile: frozen.judged(),
+        seed: profile.head.provenance.seed,
+        unmeasurable_of_table: left_out.len() - of_heldout,
         unmeasurable,
         covered_pct: round(covered_pct),
         mape_pct_at_most: 7.0,
@@ -137,6 +152,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 hi_us: round(h.hi_us),
                 measured_us: round(h.measured_us),
                 off_pct: round(100.0 * (h.predicted_us / h.measured_us - 1.0)),
+                repeat_pct: repeat(&[h]).map(round),
             })
             .collect(),
     };
@@ -145,7 +161,32 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         "latency-operators",
         "Operators held out of the profile's table: predicted, then timed",
         &figures,
-    )
+    )?;
+    let mut bars = Vec::new();
+    for row in figures.judged.iter().filter(|row| row.method == "cotk") {
+        let is_part = ["cnn, ", "engine, "].iter().any(|kind| row.list.starts_with(kind));
+        if row.list == "all" || (is_part && row.list.ends_with("threads")) {
+            let name = |what: &str| format!("operators, {} ({}): {what}", row.list, row.count);
+            let (mape, within) = (figures.mape_pct_at_most, figures.within_15_pct_at_least);
+            bars.push(Bar::at_most(name("mean error"), row.mape_pct, "%", mape).beside(row.repeat_pct));
+            bars.push(Bar::at_least(name("within 15 %"), row.within_15_pct, "%", within));
+        }
+    }
+    bars.push(Bar::between(
+        "operators, all: covered by nominal 90 %",
+        covered_pct,
+        "%",
+        85.0,
+        95.0,
+    ));
+    Ok(bars)
+}
+
+/// Median of what repeats differ by, in percent of the time; `None` where no profile recorded it.
+fn repeat(of: &[&HeldOut]) -> Option<f64> {
+    let known = of.iter().filter_map(|h| Some(100.0 * h.repeat_us? / h.measured_us));
+    let known: Vec<f64> = known.collect();
+    (!known.is_empty()).then(|| median(&known))
 }
 
 fn is_cnn(key: &Key) -> bool {

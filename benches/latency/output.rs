@@ -1,8 +1,10 @@
 //! The head that every result file carries, and its writing: machine, commit, date, command, then the figures.
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Result;
+use cotk_run::files;
 use serde::Serialize;
 
 use crate::Args;
@@ -34,6 +36,27 @@ const SOURCES: [&str; 8] = [
 fn output(program: &str, args: &[&str]) -> Result<String> {
     let output = Command::new(program).args(args).output()?;
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// The seed of what judges when nobody names one: nobody has tuned anything on lists that did not exist.
+pub(crate) fn seed_of_the_day() -> Result<u64> {
+    let (day, commit) = (
+        output("date", &["-u", "+%Y-%m-%d"])?,
+        output("git", &["rev-parse", "HEAD"])?,
+    );
+    Ok(files::checksum(format!("{day} {commit}").as_bytes()) % 1_000_000)
+}
+
+/// A folder as a command names it: from here if it lies below, else by its last name: where it lies is no fact about it.
+pub(crate) fn shown(folder: &Path) -> String {
+    let here = std::env::current_dir().ok();
+    let below = here.and_then(|here| Some(folder.strip_prefix(here).ok()?.to_owned()));
+    let shown = match below {
+        Some(below) => Some(below),
+        None if folder.is_relative() => Some(folder.to_owned()),
+        None => folder.file_name().map(PathBuf::from),
+    };
+    shown.unwrap_or_default().display().to_string()
 }
 
 /// Writes `NAME.toml`: `# what`, the head, then `figures`.

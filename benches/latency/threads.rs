@@ -13,12 +13,12 @@ use cotk_run::seeds::Seeds;
 use serde::Serialize;
 
 use crate::Args;
+use crate::bars::Bar;
 use crate::list;
 use crate::networks::{Judged1, held_out};
 use crate::output::{round, write};
 use crate::profile::{Frozen, Judged};
 
-const SEED: u64 = 1_206;
 const SAMPLES: usize = 10;
 
 #[derive(Serialize)]
@@ -40,14 +40,18 @@ struct Figures {
 }
 
 /// All of it.
-pub(crate) fn run(args: &Args) -> Result<()> {
+pub(crate) fn run(args: &Args) -> Result<Vec<Bar>> {
     let frozen = Frozen::load(args.profile.clone())?;
     let (from_threads, threads) = (1, 2);
     let profile = &frozen.found.profile;
     let source = Source::new(profile, from_threads, &frozen.here, threads)?;
     let count = if args.small { 8 } else { 60 };
-    let judges: Vec<Graph> = held_out(&frozen, 100)?.into_iter().take(count).map(|n| n.1).collect();
-    let stream = &mut Seeds::new(SEED).stream("transfer candidates");
+    let judges: Vec<Graph> = held_out(&frozen, args.seed, 100)?
+        .into_iter()
+        .take(count)
+        .map(|n| n.1)
+        .collect();
+    let stream = &mut Seeds::new(args.seed).stream("transfer candidates");
     let candidates: Vec<Graph> = random_networks(200, &judges, stream).into_iter().map(|n| n.1).collect();
     let designed = source.choose(&candidates, SAMPLES)?;
     // The first ten of the list are as random as any.
@@ -118,7 +122,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let transfer = |profile: cotk_latency::profile::Profile| profile.head.transfer.expect("a carried profile");
     let figures = Figures {
         profile: frozen.judged(),
-        seed: SEED,
+        seed: args.seed,
         from_threads,
         threads,
         samples: SAMPLES,
@@ -137,5 +141,26 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         "latency-transfer-threads",
         "One thread's profile carried over to two by ten networks",
         &figures,
-    )
+    )?;
+    let repeat = Some(times.floor_pct);
+    let bar = figures.mape_pct_at_most;
+    Ok({ figures.judged.iter() }
+        .filter_map(|row| {
+            let what = format!("1 to 2 threads, {}: mean error", row.method);
+            Some(match row.method.as_str() {
+                "10 designed samples" | "10 random samples" => {
+                    Bar::at_most(what, row.mape_pct, "%", bar).beside(repeat)
+                }
+                "whole profile of 2 threads" => Bar::none(what, row.mape_pct, "%").beside(repeat),
+                _ => return None,
+            })
+        })
+        .chain([Bar::between(
+            "1 to 2 threads, designed: covered by nominal 90 %",
+            covered_pct,
+            "%",
+            85.0,
+            95.0,
+        )])
+        .collect())
 }

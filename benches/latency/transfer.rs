@@ -11,6 +11,7 @@ use rand::seq::index::sample;
 use serde::Serialize;
 
 use crate::Args;
+use crate::bars::Bar;
 use crate::output::{rounded, write};
 
 const TRAIN: [&str; 9] = [
@@ -88,7 +89,7 @@ struct Row {
 }
 
 /// All of it.
-pub(crate) fn run(args: &Args) -> Result<()> {
+pub(crate) fn run(args: &Args) -> Result<Vec<Bar>> {
     let tables = help::nasbench201(&help::folder()?)?;
     let draws = if args.small { 4 } else { 100 };
     let seeds = Seeds::new(SEED);
@@ -214,7 +215,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         "latency-transfer",
         "Few-shot transfer on HELP's NAS-Bench-201 tables (rank correlation)",
         &figures,
-    )
+    )?;
+    let bar = |mean: &Mean| {
+        let bar = mean.bar_at_least?;
+        Some(Bar::at_least(
+            format!("HELP, {}: mean Spearman", mean.method),
+            mean.spearman,
+            "",
+            bar,
+        ))
+    };
+    Ok(figures.mean.iter().filter_map(bar).collect())
 }
 
 /// A device whose query cells judge.

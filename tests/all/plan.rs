@@ -289,6 +289,16 @@ fn wrong_arguments_are_refused() {
     }
 }
 
+/// A profile for a file reads it before it measures anything.
+#[test]
+fn a_profile_for_a_file_that_is_none_is_refused_at_once() {
+    let place = Workplace::new();
+    let profile = |file: &str| place.run(["profile", "--quick", "--for", file, "--out", "p", "--json"]).fault(2);
+    assert_eq!(profile("nothing.onnx")["kind"], "no-such-file");
+    std::fs::write(place.path().join("cut.onnx"), [0x08, 0x08, 0x12]).unwrap();
+    assert!(profile("cut.onnx")["message"].as_str().unwrap().contains("cut.onnx"));
+}
+
 /// Networks of every family of layers, f32 and both int8 forms, as torch and onnxruntime export them.
 #[test]
 fn every_export_is_planned_whole() {

@@ -14,11 +14,12 @@ use cotk_latency::probe::measure::{Plan, Wanted, With, measure};
 use cotk_latency::probe::memory::MemoryProbe;
 use cotk_latency::probe::{Listed, NetworkProbe, Prepared, Probe, median, refused};
 use cotk_latency::profile::{self, Profile, Purpose, Row, Verdict};
-use cotk_latency::walk::operators;
+use cotk_latency::walk::{operators, walk};
 use cotk_latency::work::{
     Block, Context as Place, ConvKey, DenseKey, EdgeKey, ElementwiseKey, Family, Heat, Key, PlaneKey, PoolKey, Term,
     Tier,
 };
+use cotk_onnx::foreign;
 use cotk_onnx::probe::OnnxProbe;
 use cotk_onnx::zoo::{OnnxNetworks, random_networks};
 use cotk_run::recipe::{Source, parse};
@@ -42,7 +43,7 @@ use crate::table::Table;
 /// Measure this machine: CNN operators in ONNX Runtime, experts in our kernels, memory and disk
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  cotk profile --quick\n  cotk profile --for recipes/quickstart.toml\n  cotk profile --seconds 1200\n  cotk profile --from profiles/other --samples 10 --threads 2\n\nInterrupted at any moment, the same command goes on where it was."
+    after_help = "Examples:\n  cotk profile --quick\n  cotk profile --for recipes/quickstart.toml\n  cotk profile --for resnet50.onnx --quick --out profiles/resnet50\n  cotk profile --seconds 1200\n  cotk profile --from profiles/other --samples 10 --threads 2\n\nInterrupted at any moment, the same command goes on where it was."
 )]
 pub struct Args {
     /// Only what the recipe's networks need, three sessions each: a minute
@@ -54,8 +55,8 @@ pub struct Args {
     /// Folder to write (default: ./profiles/MACHINE in a checkout of cotk, else the user's data folder)
     #[arg(long, short, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Recipe of a search whose operators are measured
-    #[arg(long = "for", value_name = "RECIPE", default_value = "quickstart")]
+    /// Recipe of a search, or ONNX file of any origin, whose operators are measured
+    #[arg(long = "for", value_name = "RECIPE|ONNX", default_value = "quickstart")]
     pub recipe: String,
     /// Mark it as a reference: usable anywhere, to compare predictions between commits
     #[arg(long)]
@@ -95,7 +96,13 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         return profile_transfer::run(args, cx, from);
     }
     let mut warnings = Vec::new();
-    let keys = recipe_keys(&args.recipe, Identity::here(BTreeMap::default()).block())?;
+    let block = Identity::here(BTreeMap::default()).block();
+    let is_file = args.recipe.ends_with(".onnx");
+    let keys = if is_file {
+        file_keys(&args.recipe, block)?
+    } else {
+        recipe_keys(&args.recipe, block)?
+    };
     // Without ONNX Runtime the rest is measured all the same.
     let version = match cotk_onnx::runtime::version() {
         Ok(version) => Some(version),
@@ -114,7 +121,7 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
     let threads = u32::try_from(cx.threads).unwrap_or(1);
     let mut wanted = Vec::new();
     if version.is_some() {
-        wanted.push(cnn(keys, threads, identity.block(), args.quick)?);
+        wanted.push(cnn(keys, threads, identity.block(), args.quick, is_file)?);
     }
     wanted.push(engine(threads, identity.cache_bytes, args.quick)?);
     let mut memory = MemoryProbe::new(one_and(threads), identity.cache_bytes);
@@ -391,14 +398,28 @@ fn recipe_keys(name: &str, block: Block) -> Result<Vec<Key>, Fault> {
     Ok(keys)
 }
 
-/// The recipe's operators at one thread; in a full profile also with N threads, a batch, alone, and draws around them.
-fn cnn(keys: Vec<Key>, threads: u32, block: Block, quick: bool) -> Result<Wanted, Fault> {
+/// Every operator that an ONNX file runs at batch 1.
+fn file_keys(file: &str, block: Block) -> Result<Vec<Key>, Fault> {
+    let network = foreign::from_file(file.as_ref(), &foreign::Options::of_batch(1)).map_err(SearchError::Onnx)?;
+    let mut keys: Vec<Key> = Vec::new();
+    for key in walk(&network.to_walk(), 1, block).keys() {
+        if !keys.contains(&key) {
+            keys.push(key);
+        }
+    }
+    Ok(keys)
+}
+
+/// The recipe's or the file's operators at one thread; in a full profile also with N threads, a batch, alone, and draws around them.
+fn cnn(keys: Vec<Key>, threads: u32, block: Block, quick: bool, is_file: bool) -> Result<Wanted, Fault> {
     let mut seeds = keys;
     if !quick {
         let base = seeds.clone();
         for &count in one_and(threads).iter().skip(1) {
             seeds.extend(base.iter().map(|k| with(*k, count, 1)));
         }
+        // A file's images may be large: what it runs at another batch is drawn, not measured whole.
+        let base = if is_file { Vec::new() } else { base };
         seeds.extend(base.iter().map(|k| with(*k, 1, 8)));
         let alone = base.iter().filter_map(|k| match *k {
             Key::Conv(c) => Some(Key::Conv(ConvKey {
