@@ -7,7 +7,12 @@
 use cotk_kernels::cpu::activations::Activations;
 use cotk_kernels::cpu::bandwidth::read_once;
 use cotk_kernels::cpu::dispatch::Isa;
+use cotk_kernels::cpu::expert::Expert;
+use cotk_kernels::cpu::experts::{self, ExpertsScratch, Slots};
 use cotk_kernels::cpu::gemm::{Threads, gemm};
+use cotk_kernels::cpu::pages::Pages;
+use cotk_kernels::cpu::peak::integer_ops;
+use cotk_kernels::cpu::team::Team;
 use cotk_quant::code::Code;
 use cotk_quant::coded::{CodedMatrix, CodedView};
 use cotk_quant::layout::{MatrixFormat, Placement};
@@ -49,19 +54,18 @@ fn matrix(code: Code) -> CodedMatrix {
 /// Copies of a matrix's planes, each at a multiple of 64 bytes as in a record.
 struct Copies {
     one: CodedMatrix,
-    planes: Vec<(Vec<u8>, usize, usize)>,
+    planes: Vec<(Pages, usize)>,
 }
 
 impl Copies {
     fn new(one: CodedMatrix, count: usize) -> Self {
         let planes = one.planes.iter().map(|plane| {
             let pitch = plane.len().next_multiple_of(64);
-            let mut bytes = vec![0; pitch * count + 64];
-            let start = bytes.as_ptr().align_offset(64);
+            let mut bytes = Pages::zeroed(pitch * count);
             for i in 0..count {
-                bytes[start + i * pitch..][..plane.len()].copy_from_slice(plane);
+                bytes[i * pitch..][..plane.len()].copy_from_slice(plane);
             }
-            (bytes, start, pitch)
+            (bytes, pitch)
         });
         let planes = planes.collect();
         Self { one, planes }
@@ -70,10 +74,116 @@ impl Copies {
     fn view(&self, i: usize) -> CodedView<'_> {
         let planes = self.planes.iter().zip(&self.one.planes);
         let slices: Vec<&[u8]> = planes
-            .map(|((bytes, start, pitch), plane)| &bytes[start + i * pitch..][..plane.len()])
+            .map(|((bytes, pitch), plane)| &bytes[i * pitch..][..plane.len()])
             .collect();
         CodedView::try_new(self.one.format, &slices, &self.one.zero_points, Placement::Alone)
             .expect("lengths of the format")
+    }
+}
+
+/// Wall time: several threads work.
+fn wall(work: impl FnOnce()) -> f64 {
+    let start = std::time::Instant::now();
+    work();
+    start.elapsed().as_secs_f64()
+}
+
+/// The experts of OLMoE's layers: 8 of many, hidden 2048, inner 1024.
+fn layers(stream: &[u8], wanted: &dyn Fn(&Isa) -> bool) {
+    const HIDDEN: usize = 2048;
+    const INNER: usize = 1024;
+    const TOP: usize = 8;
+    println!("\nexperts of a layer, {HIDDEN} × {INNER}, 8 a token: GB/s at 1 and 4 tokens, GOPS at 512");
+    println!(
+        "{:12} {:12} {:>7} {:>8} {:>8} {:>8} {:>10} {:>8} {:>8}",
+        "path", "code", "threads", "1 token", "read", "share %", "4 tokens", "prefill", "peak"
+    );
+    for isa in Isa::present()
+        .into_iter()
+        .filter(wanted)
+        .filter(|isa| isa.name() != "scalar")
+    {
+        for code in Code::ALL
+            .into_iter()
+            .filter(|code| std::env::var("COTK_CODE").map_or(true, |name| name == code.name()))
+        {
+            let make = |rows, cols| {
+                let format = MatrixFormat::try_new(rows, cols, code, 32).expect("a shape of ours");
+                let codes = vec![1; rows * cols];
+                let scales = vec![f16::from_f32(0.01); rows * format.groups()];
+                cotk_quant::encode::assemble(format, &codes, &scales, vec![8.0; code.planes()]).expect("lengths")
+            };
+            let (up, down) = (make(INNER, HIDDEN), make(HIDDEN, INNER));
+            let bytes = 2 * up.format.total_bytes() + down.format.total_bytes();
+            let count = ((stream.len()).div_ceil(bytes) / TOP * TOP).clamp(2 * TOP, 64);
+            let pair: Vec<Vec<u8>> = CodedMatrix::interleave(&up, &up).expect("one format");
+            let mut pairs = up.clone();
+            pairs.planes = pair;
+            let (pairs, downs) = (Copies::new(pairs, count), Copies::new(down, count));
+            let expert = |i: usize| {
+                let side = |placement| {
+                    let slices: Vec<&[u8]> = (pairs.planes.iter().zip(&pairs.one.planes))
+                        .map(|((bytes, pitch), plane)| &bytes[i * pitch..][..plane.len()])
+                        .collect();
+                    CodedView::try_new(up.format, &slices, &up.zero_points, placement)
+                        .and_then(|v| v.prefix(code.full()))
+                        .expect("a view")
+                };
+                let down = downs.view(i).prefix(code.full()).expect("a prefix");
+                Expert::try_new(side(Placement::PairFirst), side(Placement::PairSecond), down).expect("they fit")
+            };
+            for threads in [1, 2] {
+                let team = Team::new(threads);
+                let mut scratch = ExpertsScratch::default();
+                let mut time = |tokens: usize, distinct: usize, first: usize| {
+                    let pairs: Vec<Vec<usize>> = (0..distinct)
+                        .map(|e| {
+                            (0..tokens * TOP)
+                                .filter(|p| (p / TOP * 3 + p % TOP) % distinct == e)
+                                .collect()
+                        })
+                        .collect();
+                    let groups: Vec<_> = (pairs.iter().enumerate())
+                        .map(|(e, pairs)| (expert((first + e) % count), pairs.as_slice()))
+                        .collect();
+                    let hidden = vec![0.5; tokens * HIDDEN];
+                    let gates = vec![0.1; tokens * TOP];
+                    let mut out = vec![0.0; tokens * HIDDEN];
+                    let slots = Slots {
+                        slots: TOP,
+                        gates: &gates,
+                    };
+                    wall(|| experts::forward(isa, &groups, &hidden, slots, &mut out, &mut scratch, Threads::Pool))
+                };
+                team.install(|| {
+                    let (mut one, mut four, mut many, mut reads, mut peaks) = (vec![], vec![], vec![], vec![], vec![]);
+                    for _ in 0..5 {
+                        one.push((0..count / TOP).map(|i| time(1, TOP, i * TOP)).sum::<f64>());
+                        four.push((0..count / 16).map(|i| time(4, 16.min(count), i * 16)).sum::<f64>());
+                        reads.push(wall(|| {
+                            std::hint::black_box(read_once(isa, stream, Threads::Pool));
+                        }));
+                        peaks.push(wall(|| {
+                            std::hint::black_box(integer_ops(isa, 200_000));
+                        }));
+                    }
+                    for i in 0..2 {
+                        many.push(time(512, 64.min(count), i));
+                    }
+                    let one = (count / TOP * TOP * bytes) as f64 / median(one) / 1e9;
+                    let four = (count / 16 * 16 * bytes) as f64 / median(four) / 1e9;
+                    let read = stream.len() as f64 / median(reads) / 1e9;
+                    let many = 2.0 * (512 * TOP * 3 * HIDDEN * INNER) as f64 / median(many) / 1e9;
+                    let peak = integer_ops(isa, 200_000).0 as f64 / median(peaks) / 1e9 * threads as f64;
+                    println!(
+                        "{:12} {:12} {threads:>7} {one:>8.1} {read:>8.1} {:>8.0} {four:>10.1} {many:>8.0} {peak:>8.0}",
+                        isa.name(),
+                        code.name(),
+                        100.0 * one / read
+                    );
+                });
+            }
+        }
     }
 }
 
@@ -82,7 +192,8 @@ fn main() {
         .ok()
         .and_then(|v| v.parse().ok())
         .unwrap_or(256);
-    let stream: Vec<u8> = (0..mib << 20).map(|i| i as u8).collect();
+    let mut stream = Pages::zeroed(mib << 20);
+    stream.iter_mut().zip(0usize..).for_each(|(b, i)| *b = i as u8);
     let x: Vec<f32> = (0..COLS).map(|i| (i as f32).sin()).collect();
     println!("{ROWS} × {COLS}, group 32, 1 thread, {mib} MiB of weights in turn");
     println!(
@@ -90,9 +201,12 @@ fn main() {
         "path", "code", "bits", "gemv GB/s", "read GB/s", "share %"
     );
     let wanted = |isa: &Isa| std::env::var("COTK_ISA").map_or(true, |name| name == isa.name());
-    for isa in Isa::present().into_iter().filter(wanted) {
+    for isa in Isa::present().into_iter().filter(&wanted) {
         let acts = Activations::of(isa, &x, COLS);
-        for code in Code::ALL {
+        for code in Code::ALL
+            .into_iter()
+            .filter(|code| std::env::var("COTK_CODE").map_or(true, |name| name == code.name()))
+        {
             let one = matrix(code);
             for bits in code.prefixes() {
                 let bytes = one.format.prefix_bytes(*bits).expect("a prefix of the code");
@@ -123,13 +237,17 @@ fn main() {
             }
         }
     }
+    layers(&stream, &wanted);
     println!("\nGEMM, weights in cache (512 × 512), 1 thread, GOPS (2 per weight and token)");
     println!(
         "{:12} {:12} {:>5} {:>8} {:>8} {:>8}",
-        "path", "code", "bits", "1", "8", "64"
+        "path", "code", "bits", "1", "12", "60"
     );
-    for isa in Isa::present().into_iter().filter(wanted) {
-        for code in Code::ALL {
+    for isa in Isa::present().into_iter().filter(&wanted) {
+        for code in Code::ALL
+            .into_iter()
+            .filter(|code| std::env::var("COTK_CODE").map_or(true, |name| name == code.name()))
+        {
             let format = MatrixFormat::try_new(512, 512, code, 32).expect("a shape of ours");
             let scales = vec![f16::from_f32(0.01); 512 * 16];
             let m = cotk_quant::encode::assemble(format, &vec![1; 512 * 512], &scales, vec![8.0; code.planes()])
@@ -137,7 +255,7 @@ fn main() {
             let m = Copies::new(m, 1);
             let prefix = m.view(0).prefix(code.full()).expect("the full width");
             let mut figures = Vec::new();
-            for tokens in [1usize, 8, 64] {
+            for tokens in [1usize, 12, 60] {
                 let x: Vec<f32> = (0..512 * tokens).map(|i| (i as f32).sin()).collect();
                 let acts = Activations::of(isa, &x, 512);
                 let mut out = vec![0.0; 512 * tokens];

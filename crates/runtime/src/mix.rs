@@ -9,20 +9,16 @@ use cotk_kernels::KernelError;
 use cotk_kernels::cpu::activations::Activations;
 use cotk_kernels::cpu::dispatch::Isa;
 use cotk_kernels::cpu::expert::{self, Expert, ExpertScratch};
+use cotk_kernels::cpu::experts::{self, ExpertsScratch, Slots};
 use cotk_kernels::cpu::gemm::Threads;
 use cotk_model::moe::{ExpertUse, MoeRecord, Precision, Routed, RuntimeError};
 use cotk_run::units::{ExpertId, LayerId};
-use rayon::prelude::*;
 
 use crate::policy::{Choice, Place, RoutingMode, Width};
 use crate::store::ExpertStore;
 
 /// Tokens of one pass: bounds what stands between experts and their sum, and is enough for every expert to see many.
-const BLOCK_TOKENS: usize = 1024;
-/// Rows of one job: large groups are shared by several threads.
-const JOB_ROWS: usize = 64;
-/// Multiply-adds below which a thread costs more than it brings. Decides who works, not what comes out.
-const PARALLEL_FROM: usize = 1 << 20;
+const BLOCK_TOKENS: usize = 512;
 
 /// The kernels that this process runs on.
 #[derive(Debug, Clone, Copy)]
@@ -204,44 +200,21 @@ pub fn run_groups(
     gates: &[f32],
     out: &mut [f32],
 ) {
-    let Some(width) = groups.first().map(|(expert, _)| expert.hidden()) else {
-        return;
-    };
-    let jobs: Vec<(&Expert<'_>, &[usize])> = groups
-        .iter()
-        .flat_map(|(expert, pairs)| pairs.chunks(JOB_ROWS).map(move |rows| (expert, rows)))
-        .collect();
-    // Quantized once for all experts of a token.
-    let acts = Activations::of(cpu.0, hidden, width);
-    let run = |scratch: &mut (Activations, ExpertScratch), (expert, rows): &(&Expert<'_>, &[usize])| {
-        let (gathered, scratch) = scratch;
-        gathered.gather(&acts, rows.iter().map(|pair| pair / slots));
-        let mut out = vec![0.0; rows.len() * width];
-        expert::forward(cpu.0, expert, gathered, &mut out, scratch, Threads::One);
-        out
-    };
-    let work: usize = jobs
-        .iter()
-        .map(|(expert, rows)| 3 * width * expert.inner() * rows.len())
-        .sum();
-    let outputs: Vec<Vec<f32>> = if work >= PARALLEL_FROM && jobs.len() > 1 {
-        jobs.par_iter().map_init(Default::default, run).collect()
-    } else {
-        let mut scratch = Default::default();
-        jobs.iter().map(|job| run(&mut scratch, job)).collect()
-    };
-
-    // Each token sums its slots in order, whoever computed them.
-    let mut row_of: Vec<&[f32]> = vec![&[]; gates.len()];
-    for ((_, rows), output) in jobs.iter().zip(&outputs) {
-        for (&pair, row) in rows.iter().zip(output.chunks_exact(width)) {
-            row_of[pair] = row;
-        }
+    thread_local! {
+        static SCRATCH: RefCell<ExpertsScratch> = RefCell::default();
     }
-    for (pair, (row, gate)) in row_of.iter().zip(gates).enumerate() {
-        let out = &mut out[pair / slots * width..][..width];
-        out.iter_mut().zip(*row).for_each(|(out, value)| *out += gate * value);
-    }
+    // Taken, not borrowed: whoever runs inside has its own.
+    let mut scratch = SCRATCH.take();
+    experts::forward(
+        cpu.0,
+        groups,
+        hidden,
+        Slots { slots, gates },
+        out,
+        &mut scratch,
+        Threads::Pool,
+    );
+    SCRATCH.set(scratch);
 }
 
 /// Widest of the three matrices; full if each is read as stored.

@@ -5,6 +5,7 @@
 use cotk_quant::layout::STEP;
 
 use super::dispatch::Isa;
+use super::gemm::{Disjoint, Threads, in_chunks};
 
 /// One step: `x ≈ scale · codes`, codes in −127..=127.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -22,12 +23,6 @@ impl StepCodes {
         scale: 0.0,
         sum: 0.0,
     };
-
-    /// Four codes that meet the four-deep codes of a line, as a lane of 32 bits.
-    #[inline(always)]
-    pub(crate) fn depth(&self, depth: usize) -> i32 {
-        i32::from_le_bytes(self.codes.as_chunks::<4>().0[depth].map(i8::cast_unsigned))
-    }
 }
 
 /// Quantized activations of several tokens, `[tokens, cols]`, columns padded with zeros to a multiple of 32.
@@ -58,24 +53,28 @@ impl Activations {
     /// # Panics
     /// `x` is not a whole number of rows.
     pub fn quantize(&mut self, isa: Isa, x: &[f32], cols: usize) {
+        self.quantize_on(isa, x, cols, Threads::One);
+    }
+
+    /// [`Activations::quantize`] on the team where there are many tokens.
+    ///
+    /// # Panics
+    /// As [`Activations::quantize`].
+    pub fn quantize_on(&mut self, isa: Isa, x: &[f32], cols: usize, threads: Threads) {
+        /// Tokens of a part.
+        const CHUNK_TOKENS: usize = 8;
         assert!(
             cols > 0 && x.len().is_multiple_of(cols),
             "activations are whole rows of {cols}"
         );
         self.reset(x.len() / cols, cols);
         let per_token = self.steps_per_token();
-        for (row, steps) in x.chunks_exact(cols).zip(self.steps.chunks_exact_mut(per_token)) {
-            for (x, step) in row.chunks(STEP).zip(steps) {
-                *step = match x.try_into() {
-                    Ok(whole) => isa.quantize(whole),
-                    Err(_) => {
-                        let mut padded = [0.0; STEP];
-                        padded[..x.len()].copy_from_slice(x);
-                        isa.quantize(&padded)
-                    }
-                };
-            }
-        }
+        let (tokens, steps) = (self.tokens, Disjoint::new(&mut self.steps));
+        in_chunks(tokens, CHUNK_TOKENS, threads, |tokens| {
+            // SAFETY: a token belongs to one part.
+            let steps = unsafe { steps.part(tokens.start * per_token..tokens.end * per_token) };
+            quantize_rows(isa, &x[tokens.start * cols..tokens.end * cols], cols, steps);
+        });
     }
 
     /// A new quantization of `x` `[tokens, cols]`.
@@ -83,18 +82,6 @@ impl Activations {
         let mut acts = Self::default();
         acts.quantize(isa, x, cols);
         acts
-    }
-
-    /// Replaces the contents by the given tokens of `from`, in that order: the tokens of one expert.
-    ///
-    /// # Panics
-    /// A token that `from` does not have.
-    pub fn gather(&mut self, from: &Self, tokens: impl ExactSizeIterator<Item = usize>) {
-        (self.tokens, self.cols) = (tokens.len(), from.cols);
-        self.steps.clear();
-        for token in tokens {
-            self.steps.extend_from_slice(from.token(token));
-        }
     }
 
     /// Zeros of the given shape, for a kernel to fill.
@@ -130,6 +117,22 @@ impl Activations {
     pub fn token(&self, token: usize) -> &[StepCodes] {
         let per_token = self.steps_per_token();
         &self.steps[token * per_token..(token + 1) * per_token]
+    }
+}
+
+/// Whole rows of `x`, each padded to whole steps.
+fn quantize_rows(isa: Isa, x: &[f32], cols: usize, steps: &mut [StepCodes]) {
+    for (row, steps) in x.chunks_exact(cols).zip(steps.chunks_exact_mut(cols.div_ceil(STEP))) {
+        for (x, step) in row.chunks(STEP).zip(steps) {
+            *step = match x.try_into() {
+                Ok(whole) => isa.quantize(whole),
+                Err(_) => {
+                    let mut padded = [0.0; STEP];
+                    padded[..x.len()].copy_from_slice(x);
+                    isa.quantize(&padded)
+                }
+            };
+        }
     }
 }
 

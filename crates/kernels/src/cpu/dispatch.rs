@@ -6,14 +6,14 @@
 use std::fmt;
 use std::sync::OnceLock;
 
-use cotk_quant::coded::Prefix;
-
-use super::activations::{Activations, StepCodes};
+use super::activations::StepCodes;
 use super::half_matrix::HalfMatrix;
+use super::panels::Panel;
+use super::tiles::Coded;
 use super::{scalar, tiles};
 use crate::KernelError;
 
-/// Most tokens that one call of a block kernel serves; calls come in 8, 4, 2 and 1.
+/// Most tokens that one call of a kernel over rows of floats serves; calls come in 8, 4, 2 and 1.
 pub(crate) const TOKENS: usize = 8;
 
 /// Results of one row block for one token.
@@ -23,11 +23,12 @@ pub(crate) type BlockOut = [f32; 16];
 pub(crate) struct Path {
     name: &'static str,
     present: fn() -> bool,
-    /// 16 rows × `out.len()` (8, 4, 2 or 1) tokens from `first_token`.
-    pub(crate) block: unsafe fn(&Prefix<'_>, block: usize, &Activations, first_token: usize, out: &mut [BlockOut]),
-    /// The same over 16-bit weights.
-    pub(crate) half_block:
-        unsafe fn(&HalfMatrix<'_>, block: usize, &Activations, first_token: usize, out: &mut [BlockOut]),
+    /// 16 rows × the panel's tokens; `out` has the panel's width.
+    pub(crate) block: unsafe fn(&Coded<'_>, block: usize, &Panel<'_>, out: &mut [BlockOut]),
+    /// The same block of two matrices of one format in one pass: gate and up, whose tiles lie in turn.
+    pub(crate) pair: unsafe fn([&Coded<'_>; 2], block: usize, &Panel<'_>, [&mut [BlockOut]; 2]),
+    /// As `block`, over 16-bit weights.
+    pub(crate) half_block: unsafe fn(&HalfMatrix<'_>, block: usize, &Panel<'_>, out: &mut [BlockOut]),
     /// One step of 32 activations.
     pub(crate) quantize: unsafe fn(&[f32; 32]) -> StepCodes,
     /// `silu(gate) · up`, quantized, for one step of an expert's inner channels.
@@ -42,6 +43,10 @@ static PATHS: &[Path] = &[
         name: "scalar",
         present: || true,
         block: scalar::block,
+        pair: |both, block, panel, [one, two]| {
+            scalar::block(both[0], block, panel, one);
+            scalar::block(both[1], block, panel, two);
+        },
         half_block: scalar::half_block,
         quantize: scalar::quantize,
         swiglu: scalar::swiglu,
@@ -52,6 +57,7 @@ static PATHS: &[Path] = &[
         name: "avx2",
         present: super::x86::avx2::present,
         block: super::x86::avx2::block,
+        pair: super::x86::avx2::pair,
         half_block: super::x86::avx2::half_block,
         quantize: super::x86::avx2::quantize,
         swiglu: super::x86::avx2::swiglu,
@@ -62,6 +68,7 @@ static PATHS: &[Path] = &[
         name: "avx512vnni",
         present: super::x86::avx512::present,
         block: super::x86::avx512::block,
+        pair: super::x86::avx512::pair,
         half_block: super::x86::avx512::half_block,
         quantize: super::x86::avx512::quantize,
         swiglu: super::x86::avx512::swiglu,
@@ -108,32 +115,38 @@ impl Isa {
         self.0.name
     }
 
-    /// One row block for up to 8 tokens (8, 4, 2 or 1).
-    pub(crate) fn block(
-        self,
-        prefix: &Prefix<'_>,
-        block: usize,
-        acts: &Activations,
-        first_token: usize,
-        out: &mut [BlockOut],
-    ) {
-        tiles::check(prefix, block, acts, first_token, out.len());
+    /// One row block for the tokens of a panel.
+    pub(crate) fn block(self, coded: &Coded<'_>, block: usize, panel: &Panel<'_>, out: &mut [BlockOut]) {
+        tiles::check(coded.steps, coded.row_blocks, block, panel, out.len());
         // SAFETY: `self` exists, so `present` has seen this path's features here.
-        unsafe { (self.0.block)(prefix, block, acts, first_token, out) }
+        unsafe { (self.0.block)(coded, block, panel, out) }
     }
 
-    /// One row block of 16-bit weights for up to 8 tokens (8, 4, 2 or 1).
-    pub(crate) fn half_block(
+    /// One row block of two matrices of one format and width.
+    pub(crate) fn pair(
         self,
-        half: &HalfMatrix<'_>,
+        both: [&Coded<'_>; 2],
         block: usize,
-        acts: &Activations,
-        first_token: usize,
-        out: &mut [BlockOut],
+        panel: &Panel<'_>,
+        [first, second]: [&mut [BlockOut]; 2],
     ) {
-        tiles::check_shape(half.cols(), half.row_blocks(), block, acts, first_token, out.len());
+        assert!(
+            both[0].widths == both[1].widths && both[0].prefix().format() == both[1].prefix().format(),
+            "a pair has one format and width"
+        );
+        for out in [&first, &second] {
+            tiles::check(both[0].steps, both[0].row_blocks, block, panel, out.len());
+        }
         // SAFETY: `self` exists, so `present` has seen this path's features here.
-        unsafe { (self.0.half_block)(half, block, acts, first_token, out) }
+        unsafe { (self.0.pair)(both, block, panel, [first, second]) }
+    }
+
+    /// One row block of 16-bit weights for the tokens of a panel.
+    pub(crate) fn half_block(self, half: &HalfMatrix<'_>, block: usize, panel: &Panel<'_>, out: &mut [BlockOut]) {
+        let steps = half.cols().div_ceil(cotk_quant::layout::STEP);
+        tiles::check(steps, half.row_blocks(), block, panel, out.len());
+        // SAFETY: `self` exists, so `present` has seen this path's features here.
+        unsafe { (self.0.half_block)(half, block, panel, out) }
     }
 
     pub(crate) fn quantize(self, x: &[f32; 32]) -> StepCodes {

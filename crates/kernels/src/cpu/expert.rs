@@ -1,15 +1,14 @@
 //! A whole expert: `down(silu(gate · x) · (up · x))` for some tokens, the middle never leaving the cache.
 //!
-//! Gate and up go block by block together (their tiles alternate in a record), 32 inner channels at a time: one quantized
-//! step of the hidden activations. Choosing experts and weighing their outputs is the runtime's.
+//! Several at once, and how rows are split: [`super::experts`]. Choosing experts is the runtime's.
 
 use cotk_quant::QuantError;
-use cotk_quant::layout::{BLOCK_ROWS, STEP};
 
-use super::activations::{Activations, StepCodes};
-use super::dispatch::{Isa, TOKENS};
-use super::gemm::{Disjoint, Threads, for_tokens, gemm, in_chunks};
-use super::weights::{Matrix, Weights};
+use super::activations::Activations;
+use super::dispatch::Isa;
+use super::experts::{self, ExpertsScratch};
+use super::gemm::Threads;
+use super::weights::Matrix;
 
 /// Three matrices that fit together: gate and up `[inner, hidden]`, down `[hidden, inner]`.
 #[derive(Debug, Clone, Copy)]
@@ -52,58 +51,17 @@ impl<'a> Expert<'a> {
     pub fn inner(&self) -> usize {
         self.gate.rows()
     }
-}
 
-/// What [`forward`] needs beside its arguments; grows when asked for more than it was made for.
-#[derive(Debug, Default)]
-pub struct ExpertScratch {
-    middle: Activations,
-    /// Between the factors of gate, up and down.
-    between: [Activations; 3],
-    /// The same before it is quantized.
-    floats: Vec<f32>,
-}
-
-impl ExpertScratch {
-    /// Room for `tokens` × `inner`; factors are given theirs when they come.
-    pub fn new(tokens: usize, inner: usize) -> Self {
-        Self {
-            middle: Activations::with_capacity(tokens, inner),
-            ..Self::default()
-        }
+    /// Gate, up, down.
+    pub(crate) fn matrices(&self) -> [&Matrix<'a>; 3] {
+        [&self.gate, &self.up, &self.down]
     }
 }
 
-/// Bytes that [`ExpertScratch::new`] allocates.
-pub fn expert_scratch_bytes(tokens: usize, inner: usize) -> usize {
-    Activations::capacity_bytes(tokens, inner)
-}
+/// What [`forward`] needs beside its arguments.
+pub type ExpertScratch = ExpertsScratch;
 
-/// What is left to multiply, and with what: of two factors the right one is done here, on all threads.
-fn last_factor<'w, 'a>(
-    isa: Isa,
-    matrix: &Matrix<'w>,
-    acts: &'a Activations,
-    between: &'a mut Activations,
-    floats: &mut Vec<f32>,
-    threads: Threads,
-) -> (Weights<'w>, &'a Activations) {
-    match *matrix {
-        Matrix::Whole(weights) => (weights, acts),
-        Matrix::Product { left, right } => {
-            floats.clear();
-            floats.resize(acts.tokens() * right.rows(), 0.0);
-            gemm(isa, right, acts, floats, threads);
-            between.quantize(isa, floats, right.rows());
-            (left, between)
-        }
-    }
-}
-
-/// Inner steps of one chunk: 128 rows each of gate and up.
-const CHUNK_STEPS: usize = 4;
-
-/// Fills `out` `[tokens, hidden]`. With [`Threads::One`] and a scratch of sufficient size nothing is allocated.
+/// Fills `out` `[tokens, hidden]`. Once the scratch has met the shape nothing is allocated.
 ///
 /// Equals [`super::reference::expert`] bit for bit.
 ///
@@ -117,42 +75,5 @@ pub fn forward(
     scratch: &mut ExpertScratch,
     threads: Threads,
 ) {
-    let ExpertScratch {
-        middle,
-        between: [between_gate, between_up, between_down],
-        floats,
-    } = scratch;
-    middle.reset(acts.tokens(), expert.inner());
-    let gate_factor = last_factor(isa, &expert.gate, acts, between_gate, floats, threads);
-    let up_factor = last_factor(isa, &expert.up, acts, between_up, floats, threads);
-    let steps = middle.steps_per_token();
-    let blocks = gate_factor.0.row_blocks();
-    let shared = Disjoint::new(middle.steps_mut());
-    in_chunks(steps, CHUNK_STEPS, threads, |range| {
-        for step in range {
-            let (mut gate, mut up) = ([[0.0; STEP]; TOKENS], [[0.0; STEP]; TOKENS]);
-            for_tokens(acts.tokens(), |first, buffer| {
-                for half in 0..STEP / BLOCK_ROWS {
-                    let (block, at) = (step * STEP / BLOCK_ROWS + half, half * BLOCK_ROWS);
-                    for ((weights, acts), side) in [(gate_factor, &mut gate), (up_factor, &mut up)] {
-                        if block < blocks {
-                            weights.block(isa, block, acts, first, buffer);
-                        } else {
-                            buffer.fill([0.0; BLOCK_ROWS]);
-                        }
-                        for (side, values) in side.iter_mut().zip(buffer.iter()) {
-                            side[at..at + BLOCK_ROWS].copy_from_slice(values);
-                        }
-                    }
-                }
-                for t in 0..buffer.len() {
-                    let codes: StepCodes = isa.swiglu(&gate[t], &up[t]);
-                    // SAFETY: this step of this token is written here alone: steps belong to one chunk.
-                    unsafe { shared.write((first + t) * steps + step, &[codes]) };
-                }
-            });
-        }
-    });
-    let (weights, acts) = last_factor(isa, &expert.down, middle, between_down, floats, threads);
-    gemm(isa, weights, acts, out, threads);
+    experts::alone(isa, expert, acts, out, scratch, threads);
 }

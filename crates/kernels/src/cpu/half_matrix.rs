@@ -94,6 +94,11 @@ impl<'a> HalfMatrix<'a> {
         self.rows.div_ceil(BLOCK_ROWS)
     }
 
+    /// Bytes of a row block.
+    pub fn block_bytes(&self) -> usize {
+        COLUMN_BYTES * self.cols.next_multiple_of(STEP)
+    }
+
     /// One weight, widened.
     pub fn at(&self, row: usize, col: usize) -> f32 {
         let line = &self.block(row / BLOCK_ROWS)[col];

@@ -202,20 +202,6 @@ proptest! {
             }
         }
     }
-
-    #[test]
-    fn gathered_tokens_are_their_rows(tokens in 1usize..6, cols in 1usize..100, seed in any::<u64>()) {
-        let mut rng = SmallRng::seed_from_u64(seed);
-        let isa = Isa::selected().unwrap();
-        let x = random_tokens(&mut rng, tokens, cols);
-        let all = Activations::of(isa, &x, cols);
-        let picks: Vec<usize> = (0..4).map(|_| rng.random_range(0..tokens)).collect();
-        let mut some = Activations::default();
-        some.gather(&all, picks.iter().copied());
-        for (i, pick) in picks.iter().enumerate() {
-            prop_assert_eq!(some.token(i), all.token(*pick));
-        }
-    }
 }
 
 /// Worst case of every integer bound: all codes and all activations at their extremes.

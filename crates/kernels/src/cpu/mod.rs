@@ -8,9 +8,12 @@ pub mod activations;
 pub mod bandwidth;
 pub mod dispatch;
 pub mod expert;
+pub mod experts;
 pub mod gemm;
 pub mod half_matrix;
 pub mod noise;
+pub mod pages;
+pub mod panels;
 pub mod peak;
 pub mod reference;
 pub mod rows;
@@ -19,7 +22,7 @@ pub mod weights;
 
 mod scalar;
 mod swiglu;
-mod tiles;
+pub mod tiles;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 

@@ -17,7 +17,7 @@ pub fn gemm<'a>(weights: impl Into<Weights<'a>>, acts: &Activations, out: &mut [
     for token in 0..acts.tokens() {
         for row in 0..rows {
             out[token * rows + row] = match &weights {
-                Weights::Coded(prefix) => dot(prefix, row, acts.token(token)),
+                Weights::Coded(coded) => dot(coded.prefix(), row, acts.token(token)),
                 Weights::Half(half) => half_dot(half, row, acts.token(token)),
             };
         }

@@ -1,33 +1,34 @@
 //! The path of every CPU: plain Rust over the layout's lines.
 
-use cotk_quant::coded::Prefix;
 use half::f16;
 
-use super::activations::{Activations, StepCodes, quantize_step};
+use super::activations::{StepCodes, quantize_step};
 use super::dispatch::BlockOut;
 use super::half_matrix::HalfMatrix;
+use super::panels::Panel;
 use super::swiglu::swiglu_step;
-use super::tiles::{Tiles, by_fields};
+use super::tiles::{Coded, Tiles, by_fields};
 
-pub(super) fn block(prefix: &Prefix<'_>, block: usize, acts: &Activations, first_token: usize, out: &mut [BlockOut]) {
+pub(super) fn block(coded: &Coded<'_>, block: usize, panel: &Panel<'_>, out: &mut [BlockOut]) {
     for (t, out) in out.iter_mut().enumerate() {
-        by_fields!(prefix, one_token::<1>(prefix, block, acts.token(first_token + t), out));
+        by_fields!(coded, one_token::<1>(coded, block, panel, t, out));
     }
 }
 
 fn one_token<const T: usize, const A: usize, const B: usize, const C: usize>(
-    prefix: &Prefix<'_>,
+    coded: &Coded<'_>,
     block: usize,
-    steps: &[StepCodes],
+    panel: &Panel<'_>,
+    token: usize,
     sums: &mut BlockOut,
 ) {
-    let (cell, zero_point) = (prefix.cell(), prefix.zero_point());
-    let tiles = Tiles::<A, B, C>::new(prefix, block);
+    let (cell, zero_point) = (coded.cell, coded.zero_point);
+    let tiles = Tiles::<A, B, C>::new(coded.prefix(), block);
     let mut scales = [0.0f32; 16];
     *sums = [0.0; 16];
     for tile in tiles {
         for s in 0..tile.steps {
-            let step = &steps[tile.first_step + s];
+            let step = &panel.codes(tile.first_step + s, token);
             if let Some(bytes) = tile.scales(s) {
                 for (scale, b) in scales.iter_mut().zip(bytes.as_chunks::<2>().0) {
                     *scale = f16::from_le_bytes(*b).to_f32() * cell;
@@ -68,17 +69,12 @@ fn add_lines<const BITS: usize>(lines: &[[u8; 64]; BITS], step: &StepCodes, dots
     }
 }
 
-pub(super) fn half_block(
-    half: &HalfMatrix<'_>,
-    block: usize,
-    acts: &Activations,
-    first_token: usize,
-    out: &mut [BlockOut],
-) {
+pub(super) fn half_block(half: &HalfMatrix<'_>, block: usize, panel: &Panel<'_>, out: &mut [BlockOut]) {
     let columns = half.block(block);
     for (t, sums) in out.iter_mut().enumerate() {
         *sums = [0.0; 16];
-        for (step, columns) in acts.token(first_token + t).iter().zip(columns.as_chunks::<32>().0) {
+        for (s, columns) in columns.as_chunks::<32>().0.iter().enumerate() {
+            let step = panel.codes(s, t);
             let mut chains = [[0.0f32; 16]; 4];
             for (c, (column, code)) in columns.iter().zip(step.codes).enumerate() {
                 for (chain, bytes) in chains[c % 4].iter_mut().zip(column.as_chunks::<2>().0) {

@@ -2,10 +2,9 @@
 //! `cotk_quant::layout`; this only steps through them without asking again for each tile.
 
 use cotk_quant::coded::Prefix;
-use cotk_quant::layout::{Placement, SCALE_BYTES, TILE_STEPS};
+use cotk_quant::layout::{MAX_PLANES, Placement, SCALE_BYTES, TILE_STEPS};
 
-use super::activations::Activations;
-use super::dispatch::TOKENS;
+use super::panels::Panel;
 
 /// Most fields of a code.
 const FIELDS: usize = 3;
@@ -170,22 +169,229 @@ impl<'a> Tile<'a> {
     }
 }
 
-/// Calls `$kernel::<$tokens, A, B, C>$arguments` with the widths of the prefix's fields as constants (0: no such field),
+/// A prefix with all that kernels ask of its layout, found once: a row block is a hundred tiles or fewer.
+#[derive(Debug, Clone, Copy)]
+pub struct Coded<'a> {
+    prefix: Prefix<'a>,
+    /// Widths of its fields, high bits first; 0: no such field.
+    pub(crate) widths: [u32; FIELDS],
+    fields: [FieldMap; FIELDS],
+    pub(crate) steps: usize,
+    pub(crate) row_blocks: usize,
+    group_mask: usize,
+    pub(crate) block_bytes: usize,
+    pub(crate) cell: f32,
+    pub(crate) zero_point: f32,
+}
+
+/// Where one field's codes lie in its plane.
+#[derive(Debug, Clone, Copy, Default)]
+struct FieldMap {
+    plane: usize,
+    /// Of the first tile of the first block.
+    start: usize,
+    /// From a row block to the next.
+    block_pitch: usize,
+    /// From the start of an even (odd) whole tile to that of the next.
+    pitch: [usize; 2],
+    /// From the codes of a tile's first step to those of its second.
+    step_bytes: usize,
+    /// What a last tile of one step begins earlier, because the other matrix's tile before it is short, too.
+    early: usize,
+}
+
+// A prefix names its planes; that none is shorter than its tiles need is asserted in `from`, and no field is public.
+impl<'a> From<Prefix<'a>> for Coded<'a> {
+    fn from(prefix: Prefix<'a>) -> Self {
+        let format = prefix.format();
+        let (planes, placement) = prefix.planes();
+        let (turns, is_second) = match placement {
+            Placement::Alone => (1, false),
+            Placement::PairFirst => (2, false),
+            Placement::PairSecond => (2, true),
+        };
+        let (steps, group_steps) = (format.steps(), format.group_steps());
+        // Scales of whole tiles, even and odd, for groups of one, two and four steps; then of all, and of a last half tile.
+        let scales = match group_steps {
+            1 => [2, 2],
+            2 => [1, 1],
+            _ => [1, 0],
+        };
+        let all_scales = steps.div_ceil(group_steps);
+        let half_scales = usize::from((steps - 1).is_multiple_of(group_steps));
+        let mut plane_bits = [0; MAX_PLANES];
+        let known = format.code().fields();
+        for field in known {
+            plane_bits[field.plane] += field.bits as usize;
+        }
+        let mut coded = Self {
+            prefix,
+            widths: [0; FIELDS],
+            fields: [FieldMap::default(); FIELDS],
+            steps,
+            row_blocks: format.row_blocks(),
+            group_mask: group_steps - 1,
+            block_bytes: 0,
+            cell: prefix.cell(),
+            zero_point: prefix.zero_point(),
+        };
+        let mut used = [0; MAX_PLANES];
+        for (i, field) in known.iter().filter(|field| field.plane < planes.len()).enumerate() {
+            let plane = field.plane;
+            let step_bytes = 64 * plane_bits[plane];
+            let scale_bytes = if plane == 0 { SCALE_BYTES } else { 0 };
+            let whole = scales.map(|n| TILE_STEPS * step_bytes + n * scale_bytes);
+            let block_bytes = steps * step_bytes + all_scales * scale_bytes;
+            assert_eq!(
+                planes[plane].len(),
+                turns * coded.row_blocks * block_bytes,
+                "bytes of plane {plane}"
+            );
+            if used[plane] == 0 {
+                coded.block_bytes += block_bytes;
+            }
+            // A tile of one step alone is a block's first and its last.
+            let half = step_bytes + half_scales * scale_bytes;
+            coded.widths[i] = field.bits;
+            coded.fields[i] = FieldMap {
+                plane,
+                start: used[plane] + if is_second { whole[0] } else { 0 },
+                block_pitch: turns * block_bytes,
+                pitch: if is_second {
+                    [whole[0] + whole[1]; 2]
+                } else {
+                    whole.map(|bytes| turns * bytes)
+                },
+                step_bytes,
+                early: if is_second {
+                    whole[steps / TILE_STEPS % 2] - half
+                } else {
+                    0
+                },
+            };
+            used[plane] += 64 * field.bits as usize;
+        }
+        coded
+    }
+}
+
+impl<'a> Coded<'a> {
+    /// What it was made from.
+    pub fn prefix(&self) -> &Prefix<'a> {
+        &self.prefix
+    }
+}
+
+/// The tiles of a row block by address, for kernels whose loop may hold nothing else.
+#[cfg(target_arch = "x86_64")]
+pub(crate) struct Walk<const A: usize, const B: usize, const C: usize> {
+    at: [*const u8; FIELDS],
+    pitch: [[usize; 2]; FIELDS],
+    step_bytes: [usize; FIELDS],
+    early: [usize; FIELDS],
+    group_mask: usize,
+    steps: usize,
+    next_step: usize,
+}
+
+/// Where one tile lies.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub(crate) struct TileAt {
+    /// Each field's codes in the first step.
+    pub(crate) codes: [*const u8; FIELDS],
+    pub(crate) step_bytes: [usize; FIELDS],
+    /// Of the groups that begin in the tile.
+    pub(crate) scales: *const u8,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<const A: usize, const B: usize, const C: usize> Walk<A, B, C> {
+    /// # Panics
+    /// A block that the matrix does not have: behind it every tile lies inside the planes, whose lengths `Coded` knows.
+    #[inline(always)]
+    pub(crate) fn new(coded: &Coded<'_>, block: usize) -> Self {
+        assert!(block < coded.row_blocks, "row block {block}");
+        let planes = coded.prefix.planes().0;
+        let mut walk = Self {
+            at: [std::ptr::null(); FIELDS],
+            pitch: [[0; 2]; FIELDS],
+            step_bytes: [0; FIELDS],
+            early: [0; FIELDS],
+            group_mask: coded.group_mask,
+            steps: coded.steps,
+            next_step: 0,
+        };
+        for (i, bits) in [A, B, C].into_iter().enumerate() {
+            if bits > 0 {
+                let map = &coded.fields[i];
+                let start = block * map.block_pitch + map.start;
+                walk.at[i] = planes[map.plane].as_ptr().wrapping_add(start);
+                (walk.pitch[i], walk.step_bytes[i], walk.early[i]) = (map.pitch, map.step_bytes, map.early);
+            }
+        }
+        walk
+    }
+
+    /// Tiles of two steps.
+    #[inline(always)]
+    pub(crate) fn whole_tiles(&self) -> usize {
+        self.steps / TILE_STEPS
+    }
+
+    /// The next tile of two steps.
+    #[inline(always)]
+    pub(crate) fn whole(&mut self) -> TileAt {
+        let odd = self.next_step / TILE_STEPS % 2;
+        let tile = TileAt {
+            codes: self.at,
+            step_bytes: self.step_bytes,
+            scales: self.at[0].wrapping_add(TILE_STEPS * self.step_bytes[0]),
+        };
+        for (i, bits) in [A, B, C].into_iter().enumerate() {
+            if bits > 0 {
+                self.at[i] = self.at[i].wrapping_add(self.pitch[i][odd]);
+            }
+        }
+        self.next_step += TILE_STEPS;
+        tile
+    }
+
+    /// The last tile, of one step, where there is one.
+    pub(crate) fn half(&self) -> Option<TileAt> {
+        if self.steps.is_multiple_of(TILE_STEPS) {
+            return None;
+        }
+        let mut codes = self.at;
+        for (at, early) in codes.iter_mut().zip(self.early) {
+            *at = at.wrapping_sub(early);
+        }
+        Some(TileAt {
+            codes,
+            step_bytes: self.step_bytes,
+            scales: codes[0].wrapping_add(self.step_bytes[0]),
+        })
+    }
+
+    /// Where the scales lie of the group that begins at step `within` of the tile that begins at step `first`, if one does.
+    #[inline(always)]
+    pub(crate) fn scales(&self, tile: &TileAt, first: usize, within: usize) -> Option<*const u8> {
+        ((first + within) & self.group_mask == 0).then(|| tile.scales.wrapping_add(within * SCALE_BYTES))
+    }
+}
+
+/// Calls `$kernel::<$constants, A, B, C>$arguments` with the widths of the matrix's fields as constants (0: no such field),
 /// so that each combination is compiled to straight code.
 macro_rules! by_fields {
-    ($prefix:expr, $kernel:ident::<$tokens:literal>$arguments:tt) => {{
-        let mut widths = [0; 3];
-        for (width, field) in widths.iter_mut().zip($prefix.fields()) {
-            *width = field.bits;
-        }
-        match widths {
-            [2, 0, 0] => $kernel::<$tokens, 2, 0, 0> $arguments,
-            [4, 0, 0] => $kernel::<$tokens, 4, 0, 0> $arguments,
-            [8, 0, 0] => $kernel::<$tokens, 8, 0, 0> $arguments,
-            [2, 1, 0] => $kernel::<$tokens, 2, 1, 0> $arguments,
-            [2, 2, 0] => $kernel::<$tokens, 2, 2, 0> $arguments,
-            [4, 4, 0] => $kernel::<$tokens, 4, 4, 0> $arguments,
-            [2, 2, 4] => $kernel::<$tokens, 2, 2, 4> $arguments,
+    ($coded:expr, $kernel:ident::<$($constant:literal),+>$arguments:tt) => {{
+        match $coded.widths {
+            [2, 0, 0] => $kernel::<$($constant),+, 2, 0, 0> $arguments,
+            [4, 0, 0] => $kernel::<$($constant),+, 4, 0, 0> $arguments,
+            [8, 0, 0] => $kernel::<$($constant),+, 8, 0, 0> $arguments,
+            [2, 1, 0] => $kernel::<$($constant),+, 2, 1, 0> $arguments,
+            [2, 2, 0] => $kernel::<$($constant),+, 2, 2, 0> $arguments,
+            [4, 4, 0] => $kernel::<$($constant),+, 4, 4, 0> $arguments,
+            [2, 2, 4] => $kernel::<$($constant),+, 2, 2, 4> $arguments,
             // A new code fails the battery here until its line is added.
             other => unreachable!("no kernel is compiled for fields of {other:?} bits"),
         }
@@ -194,24 +400,8 @@ macro_rules! by_fields {
 pub(crate) use by_fields;
 
 /// What every block kernel may rely on.
-pub(crate) fn check(prefix: &Prefix<'_>, block: usize, acts: &Activations, first_token: usize, tokens: usize) {
-    let format = prefix.format();
-    check_shape(format.cols(), format.row_blocks(), block, acts, first_token, tokens);
-}
-
-/// The same, of a matrix with so many columns and row blocks.
-pub(crate) fn check_shape(
-    cols: usize,
-    row_blocks: usize,
-    block: usize,
-    acts: &Activations,
-    first_token: usize,
-    tokens: usize,
-) {
-    assert_eq!(cols, acts.cols(), "matrix columns and activations");
+pub(crate) fn check(steps: usize, row_blocks: usize, block: usize, panel: &Panel<'_>, tokens: usize) {
+    assert_eq!(steps, panel.steps, "steps of the matrix and of the activations");
     assert!(block < row_blocks, "row block {block}");
-    assert!(
-        tokens.is_power_of_two() && tokens <= TOKENS && first_token + tokens <= acts.tokens(),
-        "{tokens} tokens from {first_token}"
-    );
+    assert_eq!(tokens, panel.width, "outputs and tokens");
 }

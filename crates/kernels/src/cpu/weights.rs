@@ -4,28 +4,29 @@
 use cotk_quant::QuantError;
 use cotk_quant::coded::Prefix;
 
-use super::activations::Activations;
 use super::dispatch::{BlockOut, Isa};
 use super::half_matrix::HalfMatrix;
+use super::panels::Panel;
+use super::tiles::Coded;
 
 /// One matrix `[rows, cols]` as it lies in memory.
 #[derive(Debug, Clone, Copy)]
 pub enum Weights<'a> {
-    Coded(Prefix<'a>),
+    Coded(Coded<'a>),
     Half(HalfMatrix<'a>),
 }
 
 impl Weights<'_> {
     pub fn rows(&self) -> usize {
         match self {
-            Self::Coded(prefix) => prefix.format().rows(),
+            Self::Coded(coded) => coded.prefix().format().rows(),
             Self::Half(half) => half.rows(),
         }
     }
 
     pub fn cols(&self) -> usize {
         match self {
-            Self::Coded(prefix) => prefix.format().cols(),
+            Self::Coded(coded) => coded.prefix().format().cols(),
             Self::Half(half) => half.cols(),
         }
     }
@@ -35,18 +36,50 @@ impl Weights<'_> {
         self.rows().div_ceil(cotk_quant::layout::BLOCK_ROWS)
     }
 
-    /// One row block for up to 8 tokens (8, 4, 2 or 1).
-    pub(crate) fn block(&self, isa: Isa, block: usize, acts: &Activations, first_token: usize, out: &mut [BlockOut]) {
+    /// Bytes of a row block that kernels read.
+    pub fn block_bytes(&self) -> usize {
         match self {
-            Self::Coded(prefix) => isa.block(prefix, block, acts, first_token, out),
-            Self::Half(half) => isa.half_block(half, block, acts, first_token, out),
+            Self::Coded(coded) => coded.block_bytes,
+            Self::Half(half) => half.block_bytes(),
+        }
+    }
+
+    /// Bytes that kernels read for one pass over all rows.
+    pub fn bytes(&self) -> usize {
+        self.row_blocks() * self.block_bytes()
+    }
+
+    /// One row block for the tokens of a panel; `out` has the panel's width.
+    pub(crate) fn block(&self, isa: Isa, block: usize, panel: &Panel<'_>, out: &mut [BlockOut]) {
+        match self {
+            Self::Coded(coded) => isa.block(coded, block, panel, out),
+            Self::Half(half) => isa.half_block(half, block, panel, out),
+        }
+    }
+
+    /// The same row block of two matrices that meet the same activations.
+    pub(crate) fn pair(
+        isa: Isa,
+        both: [&Self; 2],
+        block: usize,
+        panel: &Panel<'_>,
+        [first, second]: [&mut [BlockOut]; 2],
+    ) {
+        match both {
+            [Self::Coded(a), Self::Coded(b)] if a.prefix().format() == b.prefix().format() && a.widths == b.widths => {
+                isa.pair([a, b], block, panel, [first, second]);
+            }
+            [a, b] => {
+                a.block(isa, block, panel, first);
+                b.block(isa, block, panel, second);
+            }
         }
     }
 }
 
 impl<'a> From<Prefix<'a>> for Weights<'a> {
     fn from(prefix: Prefix<'a>) -> Self {
-        Self::Coded(prefix)
+        Self::Coded(prefix.into())
     }
 }
 

@@ -10,50 +10,53 @@ use std::arch::x86_64::{
     _mm256_storeu_ps,
 };
 
-use cotk_quant::coded::Prefix;
-
-use super::super::activations::{Activations, StepCodes, quantize_step};
+use super::super::activations::{StepCodes, quantize_step};
 use super::super::dispatch::BlockOut;
 use super::super::half_matrix::{HalfKind, HalfMatrix};
+use super::super::panels::{DEPTHS, Panel};
 use super::super::scalar::sum_lanes;
 use super::super::swiglu::swiglu_step;
-use super::super::tiles::{Tiles, by_fields};
+use super::super::tiles::{Coded, Tiles, by_fields};
 
 pub(in super::super) fn present() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(in super::super) fn block(
-    prefix: &Prefix<'_>,
-    block: usize,
-    acts: &Activations,
-    first_token: usize,
-    out: &mut [BlockOut],
-) {
-    let mut first = first_token;
+pub(in super::super) fn block(coded: &Coded<'_>, block: usize, panel: &Panel<'_>, out: &mut [BlockOut]) {
+    let mut first = 0;
     // 16 registers: more than four tokens at once would spill.
     for four in out.chunks_mut(4) {
         match four.len() {
-            1 => by_fields!(prefix, tokens::<1>(prefix, block, acts, first, four)),
-            2 => by_fields!(prefix, tokens::<2>(prefix, block, acts, first, four)),
-            _ => by_fields!(prefix, tokens::<4>(prefix, block, acts, first, four)),
+            1 => by_fields!(coded, tokens::<1>(coded, block, panel, first, four)),
+            2 => by_fields!(coded, tokens::<2>(coded, block, panel, first, four)),
+            _ => by_fields!(coded, tokens::<4>(coded, block, panel, first, four)),
         }
         first += 4;
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) fn pair(
+    both: [&Coded<'_>; 2],
+    at: usize,
+    panel: &Panel<'_>,
+    [first, second]: [&mut [BlockOut]; 2],
+) {
+    block(both[0], at, panel, first);
+    block(both[1], at, panel, second);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
 fn tokens<const T: usize, const A: usize, const B: usize, const C: usize>(
-    prefix: &Prefix<'_>,
+    coded: &Coded<'_>,
     block: usize,
-    acts: &Activations,
+    panel: &Panel<'_>,
     first_token: usize,
     out: &mut [BlockOut],
 ) {
-    let steps: [&[StepCodes]; T] = std::array::from_fn(|t| acts.token(first_token + t));
-    let tiles = Tiles::<A, B, C>::new(prefix, block);
-    let (cell, zero_point) = (_mm256_set1_ps(prefix.cell()), _mm256_set1_ps(prefix.zero_point()));
+    let tiles = Tiles::<A, B, C>::new(coded.prefix(), block);
+    let (cell, zero_point) = (_mm256_set1_ps(coded.cell), _mm256_set1_ps(coded.zero_point));
     let mut sums = [[_mm256_setzero_ps(); 2]; T];
     let mut scales = [_mm256_setzero_ps(); 2];
     for tile in tiles {
@@ -65,7 +68,11 @@ fn tokens<const T: usize, const A: usize, const B: usize, const C: usize>(
                     *scale = _mm256_mul_ps(_mm256_cvtph_ps(halves), cell);
                 }
             }
-            let step: [&StepCodes; T] = std::array::from_fn(|t| &steps[t][tile.first_step + s]);
+            let step = Step {
+                words: panel.step(tile.first_step + s),
+                width: panel.width,
+                first_token,
+            };
             for half in 0..2 {
                 let dots = [_mm256_setzero_si256(); T];
                 // SAFETY: this function has the path's features.
@@ -75,7 +82,14 @@ fn tokens<const T: usize, const A: usize, const B: usize, const C: usize>(
                     add_lines::<C, T>(tile.lines(2, s), half, &step, dots)
                 };
                 for t in 0..T {
-                    sums[t][half] = add_step(dots[t], scales[half], zero_point, step[t], sums[t][half]);
+                    sums[t][half] = add_step(
+                        dots[t],
+                        scales[half],
+                        zero_point,
+                        step.scale(t),
+                        step.sum(t),
+                        sums[t][half],
+                    );
                 }
             }
         }
@@ -88,11 +102,37 @@ fn tokens<const T: usize, const A: usize, const B: usize, const C: usize>(
     }
 }
 
+/// One step of some of a panel's tokens.
+#[derive(Clone, Copy)]
+struct Step<'a> {
+    words: &'a [u32],
+    width: usize,
+    first_token: usize,
+}
+
+impl Step<'_> {
+    /// Four codes that meet the four-deep codes of a line.
+    #[inline(always)]
+    fn depth(&self, depth: usize, token: usize) -> i32 {
+        self.words[depth * self.width + self.first_token + token].cast_signed()
+    }
+
+    #[inline(always)]
+    fn scale(&self, token: usize) -> f32 {
+        f32::from_bits(self.words[DEPTHS * self.width + self.first_token + token])
+    }
+
+    #[inline(always)]
+    fn sum(&self, token: usize) -> f32 {
+        f32::from_bits(self.words[(DEPTHS + 1) * self.width + self.first_token + token])
+    }
+}
+
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_step(dots: __m256i, scales: __m256, zero_point: __m256, step: &StepCodes, sum: __m256) -> __m256 {
-    let centred = _mm256_fmadd_ps(zero_point, _mm256_set1_ps(-step.sum), _mm256_cvtepi32_ps(dots));
-    _mm256_fmadd_ps(centred, _mm256_mul_ps(scales, _mm256_set1_ps(step.scale)), sum)
+fn add_step(dots: __m256i, scales: __m256, zero_point: __m256, scale: f32, codes_sum: f32, sum: __m256) -> __m256 {
+    let centred = _mm256_fmadd_ps(zero_point, _mm256_set1_ps(-codes_sum), _mm256_cvtepi32_ps(dots));
+    _mm256_fmadd_ps(centred, _mm256_mul_ps(scales, _mm256_set1_ps(scale)), sum)
 }
 
 /// `dots << BITS` plus the products of one field, for rows 0–7 (`half` 0) or 8–15.
@@ -103,7 +143,7 @@ fn add_step(dots: __m256i, scales: __m256, zero_point: __m256, step: &StepCodes,
 unsafe fn add_lines<const BITS: usize, const T: usize>(
     lines: &[[u8; 64]; BITS],
     half: usize,
-    steps: &[&StepCodes; T],
+    step: &Step<'_>,
     dots: [__m256i; T],
 ) -> [__m256i; T] {
     if BITS == 0 {
@@ -124,7 +164,7 @@ unsafe fn add_lines<const BITS: usize, const T: usize>(
                 let low = _mm256_and_si256(packed, mask);
                 let high = _mm256_and_si256(_mm256_srli_epi16::<4>(packed), mask);
                 for t in 0..T {
-                    let a = _mm256_set1_epi32(steps[t].depth(l));
+                    let a = _mm256_set1_epi32(step.depth(l, t));
                     pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(low, a));
                     high_pairs[t] = _mm256_add_epi16(high_pairs[t], _mm256_maddubs_epi16(high, a));
                 }
@@ -143,7 +183,7 @@ unsafe fn add_lines<const BITS: usize, const T: usize>(
                 };
                 let codes = _mm256_and_si256(codes, mask);
                 for t in 0..T {
-                    let a = _mm256_set1_epi32(steps[t].depth(l * per_line + i));
+                    let a = _mm256_set1_epi32(step.depth(l * per_line + i, t));
                     pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(codes, a));
                 }
             }
@@ -166,21 +206,15 @@ unsafe fn add_lines<const BITS: usize, const T: usize>(
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(in super::super) fn half_block(
-    half: &HalfMatrix<'_>,
-    block: usize,
-    acts: &Activations,
-    first_token: usize,
-    out: &mut [BlockOut],
-) {
-    let mut first = first_token;
+pub(in super::super) fn half_block(half: &HalfMatrix<'_>, block: usize, panel: &Panel<'_>, out: &mut [BlockOut]) {
+    let mut first = 0;
     // Four chains a token and 16 registers: more than two tokens at once would spill.
     for two in out.chunks_mut(2) {
         match (two.len(), half.kind()) {
-            (1, HalfKind::F16) => half_tokens::<1, false>(half, block, acts, first, two),
-            (1, HalfKind::Bf16) => half_tokens::<1, true>(half, block, acts, first, two),
-            (_, HalfKind::F16) => half_tokens::<2, false>(half, block, acts, first, two),
-            (_, HalfKind::Bf16) => half_tokens::<2, true>(half, block, acts, first, two),
+            (1, HalfKind::F16) => half_tokens::<1, false>(half, block, panel, first, two),
+            (1, HalfKind::Bf16) => half_tokens::<1, true>(half, block, panel, first, two),
+            (_, HalfKind::F16) => half_tokens::<2, false>(half, block, panel, first, two),
+            (_, HalfKind::Bf16) => half_tokens::<2, true>(half, block, panel, first, two),
         }
         first += 2;
     }
@@ -190,14 +224,14 @@ pub(in super::super) fn half_block(
 fn half_tokens<const T: usize, const BF16: bool>(
     half: &HalfMatrix<'_>,
     block: usize,
-    acts: &Activations,
+    panel: &Panel<'_>,
     first_token: usize,
     out: &mut [BlockOut],
 ) {
-    let steps: [&[StepCodes]; T] = std::array::from_fn(|t| acts.token(first_token + t));
     let mut sums = [[_mm256_setzero_ps(); T]; 2];
     for (s, columns) in half.block(block).as_chunks::<32>().0.iter().enumerate() {
-        let codes: [[f32; 32]; T] = std::array::from_fn(|t| steps[t][s].codes.map(f32::from));
+        let steps: [StepCodes; T] = std::array::from_fn(|t| panel.codes(s, first_token + t));
+        let codes = steps.map(|step| step.codes.map(f32::from));
         for (side, sums) in sums.iter_mut().enumerate() {
             let mut chains = [[_mm256_setzero_ps(); 4]; T];
             for (c, column) in columns.iter().enumerate() {
@@ -215,7 +249,7 @@ fn half_tokens<const T: usize, const BF16: bool>(
             for t in 0..T {
                 let low = _mm256_add_ps(chains[t][0], chains[t][1]);
                 let dot = _mm256_add_ps(low, _mm256_add_ps(chains[t][2], chains[t][3]));
-                sums[t] = _mm256_fmadd_ps(dot, _mm256_set1_ps(steps[t][s].scale), sums[t]);
+                sums[t] = _mm256_fmadd_ps(dot, _mm256_set1_ps(steps[t].scale), sums[t]);
             }
         }
     }
