@@ -4,6 +4,7 @@
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
+use cotk_kernels::cpu::pages::Pages;
 use memmap2::Mmap;
 
 /// Bytes with an owner. Cheap to clone.
@@ -17,7 +18,12 @@ pub struct SharedBytes {
 enum Owner {
     Mapped(Arc<Mmap>),
     Own(Arc<Vec<u8>>),
+    /// Weights made in this process: large pages stream faster.
+    Pages(Arc<Pages>),
 }
+
+/// Bytes from which large pages are worth a copy.
+const PAGED_FROM: usize = 1 << 20;
 
 impl SharedBytes {
     /// A piece of a mapped file.
@@ -55,7 +61,11 @@ impl From<Vec<u8>> for SharedBytes {
     fn from(bytes: Vec<u8>) -> Self {
         Self {
             range: 0..bytes.len(),
-            owner: Owner::Own(Arc::new(bytes)),
+            owner: if bytes.len() < PAGED_FROM {
+                Owner::Own(Arc::new(bytes))
+            } else {
+                Owner::Pages(Arc::new(Pages::from(bytes.as_slice())))
+            },
         }
     }
 }
@@ -67,6 +77,7 @@ impl Deref for SharedBytes {
         let all: &[u8] = match &self.owner {
             Owner::Mapped(map) => map,
             Owner::Own(bytes) => bytes,
+            Owner::Pages(pages) => pages,
         };
         &all[self.range.clone()]
     }

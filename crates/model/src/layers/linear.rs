@@ -10,7 +10,7 @@ use cotk_container::dense::{decode, decode_row};
 use cotk_container::manifest::Matrix;
 use cotk_kernels::cpu::activations::Activations;
 use cotk_kernels::cpu::dispatch::Isa;
-use cotk_kernels::cpu::gemm::{Threads, gemm};
+use cotk_kernels::cpu::gemm::{self, Product, Threads};
 use cotk_kernels::cpu::rows::{self, RowKind, Rows};
 use cotk_kernels::cpu::team;
 use cotk_kernels::cpu::weights::Weights;
@@ -299,16 +299,13 @@ impl Linear {
         apply_all(x, [(self, y)]);
     }
 
-    /// The product, with `acts` the codes of `x` where the weights are codes.
-    fn multiply(&self, x: &[f32], acts: &Activations, y: &mut [f32]) {
+    /// The product on its own.
+    fn multiply(&self, x: &[f32], y: &mut [f32]) {
         let rows = x.len() / self.inputs;
         let is_small = self.bytes() * rows.div_ceil(FEW_ROWS) as u64 <= PARALLEL_FROM;
         let threads = if is_small { Threads::One } else { Threads::Pool };
         match &self.held {
-            Held::Coded(..) => {
-                let weights = self.codes().expect("coded");
-                gemm(isa(), weights, acts, y, threads);
-            }
+            Held::Coded(..) => return apply_all(x, [(self, y)]),
             Held::F32(_) | Held::Half(..) if rows <= FEW_ROWS => {
                 let weights = self.stored(0..self.outputs).expect("not coded");
                 rows::dot(isa(), weights, x, y, threads);
@@ -385,14 +382,21 @@ pub fn apply_all<const N: usize>(x: &[f32], mut products: [(&Linear, &mut [f32])
     if rows == 0 {
         return;
     }
-    with_scratch(&CODES, |acts| {
-        if products.iter().any(|(linear, _)| linear.codes().is_some()) {
-            acts.quantize(isa(), x, inputs);
-        }
+    if products.iter().all(|(linear, _)| linear.codes().is_some()) {
+        with_scratch(&CODES, |acts| {
+            acts.quantize_on(isa(), x, inputs, Threads::Pool);
+            let mut products = products.map(|(linear, out)| Product {
+                weights: linear.codes().expect("looked at above"),
+                bias: linear.bias.as_deref(),
+                out,
+            });
+            gemm::products(isa(), acts, &mut products, Threads::Pool);
+        });
+    } else {
         for (linear, y) in &mut products {
-            linear.multiply(x, acts, y);
+            linear.multiply(x, y);
         }
-    });
+    }
 }
 
 /// What a thread keeps between calls; a call inside a call gets its own.

@@ -7,16 +7,12 @@ use cotk_kernels::cpu::activations::Activations;
 use cotk_kernels::cpu::expert::{self, Expert, ExpertScratch};
 use cotk_kernels::cpu::gemm::Threads;
 
-use super::linear::{DenseForm, FEW_ROWS, Linear, apply_all, isa, with_scratch};
+use super::linear::{DenseForm, Linear, apply_all, isa, with_scratch};
 use crate::checkpoint::{CheckpointError, TensorSource};
 use crate::families::Matrix;
 
 /// Rows of one pass over f32 or 16-bit weights: bounds what stands between the projections.
 const MLP_ROWS: usize = 256;
-/// Bytes of codes, read once per few rows, below which a thread costs more than it brings (about 5 µs of one). Decides who
-/// works, not what comes out.
-const PARALLEL_FROM: u64 = 1 << 18;
-
 /// `down(silu(gate(x)) · up(x))`.
 #[derive(Debug, Clone)]
 pub struct Mlp {
@@ -77,15 +73,9 @@ impl Mlp {
         if let (Some(gate), Some(up), Some(down)) = (self.gate.codes(), self.up.codes(), self.down.codes()) {
             let whole = cotk_kernels::cpu::weights::Matrix::Whole;
             let expert = Expert::try_new(whole(gate), whole(up), whole(down)).expect("shapes of one MLP");
-            let rows = x.len() / width;
-            let threads = if self.bytes() * rows.div_ceil(FEW_ROWS) as u64 <= PARALLEL_FROM {
-                Threads::One
-            } else {
-                Threads::Pool
-            };
             with_scratch(&CODES, |(acts, scratch)| {
-                acts.quantize(isa(), x, width);
-                expert::forward(isa(), &expert, acts, out, scratch, threads);
+                acts.quantize_on(isa(), x, width, Threads::Pool);
+                expert::forward(isa(), &expert, acts, out, scratch, Threads::Pool);
             });
             return;
         }
