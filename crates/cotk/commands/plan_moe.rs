@@ -6,6 +6,7 @@ use std::path::Path;
 
 use cotk_latency::moe::{LayerPrediction, MoeStep, StepPrediction};
 use cotk_latency::predict::Terms;
+use cotk_model::layers::cache::KvKind;
 use cotk_run::units::{Bytes, significant};
 use cotk_runtime::cost::{self, Pass};
 use cotk_runtime::open::{Folder, open_folder};
@@ -120,15 +121,20 @@ pub fn run(model: &Path, args: &Args, batch: u32, cx: &Context) -> Result<Outcom
     let threads = u32::try_from(cx.threads).unwrap_or(1);
     let batch = batch as usize;
     let mode = args.mode.into();
+    let dense = cost::forms_of(spec, files.source.as_ref());
+    let held = cost::Held {
+        dense: &dense,
+        kv: KvKind::default(),
+    };
     let step = |pass: Pass, bits: u32| -> MoeStep {
-        cost::step(spec, pass, threads, &cost::Held::F32, |layer| match &container {
+        cost::step(spec, pass, threads, &held, |layer| match &container {
             Some(container) => cost::container_experts(container.manifest(), spec, layer, mode, threads),
             None => cost::uniform_experts(spec, bits, threads),
         })
     };
     let decode = Pass::Decode { context, batch };
     let own_bits = args.bits.unwrap_or(DEFAULT_BITS);
-    let held = plan::held_bytes(spec, context, batch);
+    let held = plan::held_bytes(spec, &held, context, batch);
     let mut placed = step(decode, own_bits);
     let placement = plan::place(&mut placed, held, args.budget_bytes)?;
     let mut prefill = step(Pass::Prefill { tokens: prompt }, own_bits);

@@ -4,9 +4,11 @@
 use cotk_container::manifest::{Manifest, Record, State};
 use cotk_latency::moe::{Home, LayerStep, MoeStep, RoutedExpert};
 use cotk_latency::work::{AttentionKey, DenseKey, ExpertKey, GlueKey, Heat, Key};
-use cotk_model::families::{LayerTensor, Tensor};
+use cotk_model::checkpoint::TensorSource;
+use cotk_model::families::{self, LayerTensor, Matrix, Tensor};
 use cotk_model::inventory;
 use cotk_model::layers::cache::KvKind;
+use cotk_model::layers::linear::DenseForm;
 use cotk_model::model::KvCache;
 use cotk_model::moe::Mode;
 use cotk_model::spec::{AttentionKind, LayerKind, ModelSpec};
@@ -27,18 +29,51 @@ pub enum Pass {
 /// How the engine holds what is not a routed expert.
 #[derive(Clone, Copy)]
 pub struct Held<'a> {
-    /// Bits of a weight and weights per scale (0 of floats) of a dense matrix.
-    pub dense: &'a dyn Fn(&Tensor) -> (u32, u32),
-    /// Bits of a number of the cache.
-    pub kv_bits: u32,
+    /// Of a dense matrix by its place and shape.
+    pub dense: &'a dyn Fn(Tensor, &[usize]) -> DenseForm,
+    pub kv: KvKind,
 }
 
 impl Held<'_> {
     /// All of it f32.
     pub const F32: Self = Held {
-        dense: &|_| (32, 0),
-        kv_bits: 32,
+        dense: &|_, _| DenseForm::F32,
+        kv: KvKind::F32,
     };
+}
+
+/// As a model of this source is held when it is loaded.
+pub fn forms_of<'a>(spec: &'a ModelSpec, source: &'a dyn TensorSource) -> impl Fn(Tensor, &[usize]) -> DenseForm + 'a {
+    move |tensor, _| DenseForm::of(source, &families::of(spec).tensor_name(tensor))
+}
+
+/// As a container's manifest says; matrices that it does not code are 16 bit.
+pub fn forms_in<'a>(spec: &'a ModelSpec, manifest: &'a Manifest) -> impl Fn(Tensor, &[usize]) -> DenseForm + 'a {
+    move |tensor, _| match manifest.dense.get(&families::of(spec).tensor_name(tensor)) {
+        Some(matrix) => DenseForm::Coded {
+            bits: matrix.format.code().full().get(),
+            group: matrix.format.group(),
+        },
+        None => DenseForm::Half,
+    }
+}
+
+/// Bytes of the dense part as it is held, embedding and norms too.
+pub fn held_bytes(spec: &ModelSpec, held: &Held<'_>) -> u64 {
+    let bytes = |(tensor, shape): &(Tensor, Vec<usize>)| match (tensor, &shape[..]) {
+        (Tensor::Layer(_, LayerTensor::Expert(..)), _) => 0,
+        (tensor, &[outputs, inputs]) => matrix_bytes((held.dense)(*tensor, shape), outputs, inputs),
+        (_, shape) => 4 * shape.iter().product::<usize>() as u64,
+    };
+    inventory::tensors(spec).iter().map(bytes).sum()
+}
+
+fn matrix_bytes(form: DenseForm, outputs: usize, inputs: usize) -> u64 {
+    let scales = match form.group() {
+        0 => 0,
+        group => 2 * outputs * inputs.div_ceil(group),
+    };
+    (outputs * inputs) as u64 * u64::from(form.bits()) / 8 + scales as u64
 }
 
 fn small(n: usize) -> u32 {
@@ -125,12 +160,16 @@ pub fn decode_step(manifest: &Manifest, spec: &ModelSpec, mode: Mode, threads: u
         context: POSITIONS.min(spec.context),
         batch: 1,
     };
-    step(spec, pass, threads, &Held::F32, |layer| {
+    let held = Held {
+        dense: &forms_in(spec, manifest),
+        kv: KvKind::default(),
+    };
+    step(spec, pass, threads, &held, |layer| {
         container_experts(manifest, spec, layer, mode, threads)
     })
 }
 
-/// A pass of a model whose routed experts are what `experts` says, and whose dense part is `held`.
+/// A pass of a model whose routed experts are what `experts` says, and whose dense part and cache are `held`.
 pub fn step(
     spec: &ModelSpec,
     pass: Pass,
@@ -142,13 +181,13 @@ pub fn step(
         Pass::Decode { context, batch } => (batch.max(1), batch.max(1), context.max(1)),
         Pass::Prefill { tokens } => (tokens.max(1), 1, tokens.max(1)),
     };
-    let dense = |tensor: &Tensor, shape: &[usize], tokens: usize| {
-        let (bits, group) = (held.dense)(tensor);
+    let dense = |tensor: Tensor, shape: &[usize], tokens: usize| {
+        let form = (held.dense)(tensor, shape);
         Key::Dense(DenseKey {
             inputs: small(shape[1]),
             outputs: small(shape[0]),
-            bits,
-            group,
+            bits: form.bits(),
+            group: small(form.group()),
             tokens: small(tokens),
             threads,
             heat: Heat::Cold,
@@ -156,10 +195,17 @@ pub fn step(
     };
     let mut layers: Vec<LayerStep> = Vec::with_capacity(spec.layers.len());
     for (id, layer) in (0..).map(LayerId).zip(&spec.layers) {
-        let (is_moe, inner) = match layer.kind {
-            LayerKind::Dense { intermediate } => (false, intermediate),
-            LayerKind::Moe { shared } => (true, shared.map_or(0, |s| s.intermediate)),
+        let (is_moe, inner, gate) = match layer.kind {
+            LayerKind::Dense { intermediate } => (false, intermediate, LayerTensor::Dense(Matrix::Gate)),
+            LayerKind::Moe { shared } => {
+                let inner = shared.map_or(0, |s| s.intermediate);
+                (true, inner, LayerTensor::Shared(Matrix::Gate))
+            }
         };
+        // An MLP of codes is an expert, its activation included.
+        let shape = Matrix::Gate.shape(spec.hidden, inner);
+        let is_coded = matches!((held.dense)(Tensor::Layer(id, gate), &shape), DenseForm::Coded { .. });
+        let inner = if is_coded { 0 } else { inner };
         let seen = layer.window.map_or(keys, |window| keys.min(window));
         let (kv_heads, head_dim, value_dim, values_in_keys) = match spec.attention.kind {
             AttentionKind::Grouped { .. } => {
@@ -185,7 +231,7 @@ pub fn step(
                     head_dim: small(head_dim),
                     value_dim: small(value_dim),
                     values_in_keys,
-                    kv_bits: held.kv_bits,
+                    kv_bits: held.kv.bits(),
                     keys: small(seen),
                     tokens: small((tokens / sequences).min(seen)),
                     sequences: small(sequences),
@@ -199,8 +245,20 @@ pub fn step(
     }
     let mut ends = Vec::new();
     for (tensor, shape) in inventory::tensors(spec).iter().filter(|(_, shape)| shape.len() == 2) {
+        let tensor = *tensor;
         match tensor {
             Tensor::Layer(_, LayerTensor::Expert(..)) => {}
+            Tensor::Layer(id, LayerTensor::Dense(matrix) | LayerTensor::Shared(matrix)) => {
+                let keys = &mut layers[id.index()].keys;
+                match ((held.dense)(tensor, shape), matrix) {
+                    (DenseForm::Coded { bits, group }, Matrix::Gate) => keys.push(Key::Expert(ExpertKey {
+                        tokens: small(tokens),
+                        ..expert_key(shape[1], shape[0], bits, 1, group, threads)
+                    })),
+                    (DenseForm::Coded { .. }, _) => {}
+                    _ => keys.push(dense(tensor, shape, tokens)),
+                }
+            }
             Tensor::Layer(id, _) => layers[id.index()].keys.push(dense(tensor, shape, tokens)),
             // One row of logits per sequence. Rows of the embedding are copied, not multiplied.
             Tensor::Head => ends.push(dense(tensor, shape, sequences)),
@@ -224,7 +282,7 @@ pub fn step(
     )]
     let expert_bytes = routed.map(|e| e.key.weight_bytes()).sum::<f64>() as u64;
     step.working_set_bytes =
-        dense_bytes(&step) + expert_bytes + sequences as u64 * KvCache::bytes_for(spec, KvKind::default(), keys);
+        dense_bytes(&step) + expert_bytes + sequences as u64 * KvCache::bytes_for(spec, held.kv, keys);
     step
 }
 
@@ -238,6 +296,7 @@ pub fn dense_bytes(step: &MoeStep) -> u64 {
     )]
     let bytes = |key: &Key| match key {
         Key::Dense(dense) => dense.weight_bytes() as u64,
+        Key::Expert(mlp) => mlp.weight_bytes() as u64,
         _ => 0,
     };
     keys.map(bytes).sum()
@@ -275,6 +334,42 @@ mod tests {
             assert!((shares - calls as f64).abs() < 1e-9 * shares, "{name}");
             assert_eq!((step.tokens, step.layers.len()), (1, spec.layers.len()));
         }
+    }
+
+    #[test]
+    fn codes_are_counted_as_they_are_held_and_mlps_of_codes_are_experts() {
+        let spec = synthetic::spec("qwen1.5-moe-a2.7b", Some(2)).unwrap();
+        let coded = |tensor, shape: &[usize]| {
+            if crate::coded_dense::is_coded(tensor, shape) {
+                DenseForm::Coded { bits: 8, group: 32 }
+            } else {
+                DenseForm::F32
+            }
+        };
+        let held = Held {
+            dense: &coded,
+            kv: KvKind::F16,
+        };
+        let step = step(&spec, Pass::Decode { context: 64, batch: 1 }, 2, &held, |_| Vec::new());
+        let keys = &step.layers[1].keys;
+        let mlps: Vec<_> = keys
+            .iter()
+            .filter(|k| matches!(k, Key::Expert(e) if (e.experts, e.inner, e.bits) == (1, 5632, 8)))
+            .collect();
+        assert_eq!(mlps.len(), 1);
+        assert!(keys.iter().any(|k| matches!(k, Key::Glue(g) if g.inner == 0)));
+        assert!(keys.iter().any(|k| matches!(k, Key::Attention(a) if a.kv_bits == 16)));
+        // All that is held but the embedding and vectors is read.
+        let embedding = matrix_bytes(
+            coded(Tensor::Embedding, &[spec.vocab, spec.hidden]),
+            spec.vocab,
+            spec.hidden,
+        );
+        let (read, all) = (dense_bytes(&step), held_bytes(&spec, &held));
+        assert!(
+            read < all - embedding && read > all - embedding - (1 << 20),
+            "{read} {all} {embedding}"
+        );
     }
 
     #[test]

@@ -4,11 +4,10 @@
 
 use cotk_latency::moe::{Home, MoeStep, RoutedExpert, StepPrediction};
 use cotk_latency::predict::Model;
-use cotk_model::inventory;
-use cotk_model::layers::cache::KvKind;
 use cotk_model::model::KvCache;
 use cotk_model::spec::ModelSpec;
 
+use crate::cost::{self, Held};
 use crate::{Error, Result};
 
 /// Where the bytes of a model are.
@@ -16,7 +15,7 @@ use crate::{Error, Result};
 pub struct Placement {
     /// What may be held in memory; absent: everything is.
     pub budget_bytes: Option<u64>,
-    /// Dense part as the engine holds it, f32, the embedding too.
+    /// Dense part as the engine holds it, the embedding too.
     pub dense_bytes: u64,
     /// Keys and values of all sequences at the context that is asked about.
     pub kv_bytes: u64,
@@ -57,10 +56,10 @@ fn record_bytes(expert: &RoutedExpert) -> u64 {
 }
 
 /// Bytes that are in memory whatever happens to experts: dense part and cache.
-pub fn held_bytes(spec: &ModelSpec, context: usize, sequences: usize) -> (u64, u64) {
+pub fn held_bytes(spec: &ModelSpec, held: &Held<'_>, context: usize, sequences: usize) -> (u64, u64) {
     (
-        4 * inventory::dense_params(spec),
-        sequences as u64 * KvCache::bytes_for(spec, KvKind::default(), context),
+        cost::held_bytes(spec, held),
+        sequences as u64 * KvCache::bytes_for(spec, held.kv, context),
     )
 }
 
@@ -241,7 +240,7 @@ mod tests {
     #[test]
     fn a_budget_is_kept_and_a_larger_one_holds_what_a_smaller_one_does() {
         let (spec, whole) = step();
-        let held = held_bytes(&spec, 64, 1);
+        let held = held_bytes(&spec, &Held::F32, 64, 1);
         let all = place(&mut whole.clone(), held, None).unwrap();
         assert_eq!((all.expert_bytes, all.layers.len()), (all.all_expert_bytes, 3));
         let mut smaller: Option<Vec<bool>> = None;
@@ -278,7 +277,7 @@ mod tests {
     #[test]
     fn a_budget_below_one_step_is_refused_with_the_numbers() {
         let (spec, mut step) = step();
-        let held = held_bytes(&spec, 64, 1);
+        let held = held_bytes(&spec, &Held::F32, 64, 1);
         let error = place(&mut step, held, Some(held.0)).unwrap_err();
         let Error::Budget {
             found,

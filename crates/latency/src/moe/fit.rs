@@ -124,6 +124,9 @@ impl Choice {
     }
 }
 
+/// Choices beside one.
+type Alternatives = dyn Fn(&Choice) -> Vec<Choice>;
+
 const POWERS: [f64; 5] = [1.0, 1.5, 2.5, 5.0, 16.0];
 const CROWDED: [f64; 6] = [1.0, 1.07, 1.15, 1.25, 1.4, 1.6];
 const FOLDS: u64 = 6;
@@ -304,7 +307,7 @@ impl System {
             .map(|r| r.features.path.threads)
             .filter(|t| *t > 1)
             .collect();
-        let mut tries: Vec<Box<dyn Fn(&Choice) -> Vec<Choice>>> = Vec::new();
+        let mut tries: Vec<Box<Alternatives>> = Vec::new();
         let powers = |from: &Choice| POWERS.map(|power| Choice { power, ..from.clone() }).to_vec();
         tries.push(Box::new(powers));
         for threads in several {

@@ -101,8 +101,10 @@ const CODES_ALONE: f64 = 49_152.0;
 /// Multiply-adds below which one thread runs a matrix of floats, and outputs of one part of it.
 const FLOATS_ALONE: u64 = 1 << 16;
 const FLOATS_PART: u32 = 128;
-/// Keys of one block of attention.
-const KEY_BLOCK: u32 = 64;
+/// Queries of one job of attention, keys of one of a lone query's, multiply-adds below which one thread runs all.
+const QUERY_BLOCK: u32 = 64;
+const KEY_CHUNK: u32 = 256;
+const ATTENTION_ALONE: f64 = 262_144.0;
 /// Times that a layer's state is read or written by what is not a matrix.
 const GLUE_PASSES: f64 = 12.0;
 
@@ -346,19 +348,21 @@ impl AttentionKey {
 
     pub(super) fn features(&self) -> Features {
         let (tokens, sequences) = (self.tokens.clamp(1, self.keys.max(1)), self.sequences.max(1));
-        // A job is a block of queries of one sequence.
-        let jobs = sequences * tokens.div_ceil(KEY_BLOCK);
-        let threads = jobs.min(self.threads).max(1);
-        let share = f64::from(jobs.div_ceil(threads)) / f64::from(jobs);
+        let blocks = tokens.div_ceil(QUERY_BLOCK);
+        // A job has one key head: a lone query's sees some keys, a block's all.
+        let chunks = self.keys.max(1).div_ceil(KEY_CHUNK);
+        let jobs = sequences * self.kv_heads.max(1) * if tokens == 1 { chunks } else { blocks };
         let (n, past) = (f64::from(tokens), f64::from(self.keys.max(tokens) - tokens));
         let seen = f64::from(sequences) * (n * past + n * (n + 1.0) / 2.0);
-        let blocks = f64::from(jobs) * f64::from(self.keys.div_ceil(KEY_BLOCK)) * f64::from(self.kv_heads);
-        // Of keys and of values together: half of it each where they are as wide.
         let both = f64::from(self.head_dim) + f64::from(self.value_dim);
-        let (width, kv_width) = (
-            f64::from(self.heads) * both / 2.0,
-            f64::from(self.kv_heads) * both / 2.0,
-        );
+        let macs = seen * f64::from(self.heads) * both;
+        let (share, threads) = shared(jobs, if macs < ATTENTION_ALONE { 1 } else { self.threads });
+        // Queries of a group meet the same keys together, a few at a time.
+        let group = self.heads.max(1).div_ceil(self.kv_heads.max(1));
+        let meets = passes(group.saturating_mul(tokens.min(QUERY_BLOCK)));
+        let key_reads = seen / n * f64::from(blocks) * f64::from(self.kv_heads) * both;
+        let width = f64::from(self.heads) * both;
+        let kv_width = f64::from(self.kv_heads) * both;
         let rows = f64::from(sequences) * n;
         Features::new(
             Family::Attention {
@@ -368,14 +372,19 @@ impl AttentionKey {
             threads,
             &[
                 (Term::Call, 1.0),
-                (Term::KernelCalls, share * blocks),
-                (Term::MegaMacs, share * 2.0 * seen * width / 1e6),
-                (Term::KiloScores, share * seen * f64::from(self.heads) / 1e3),
+                (Term::KernelCalls, if threads > 1 { 1.0 } else { 0.0 }),
                 (
-                    Term::ActivationKib,
-                    rows * 4.0 * (3.0 * width + 4.0 * kv_width) / 1024.0,
+                    Term::KiloRows,
+                    share * f64::from(jobs) * f64::from(if tokens == 1 { 1 } else { chunks }) / 1e3,
                 ),
-                (Term::WeightKib, f64::from(jobs) * self.cache_bytes() / 1024.0),
+                (Term::MegaMacs, share * macs / 1e6),
+                (Term::MegaWeights, share * meets * key_reads / 1e6),
+                (Term::KiloScores, share * seen * f64::from(self.heads) / 1e3),
+                (Term::ActivationKib, rows * 4.0 * (width + 2.0 * kv_width) / 1024.0),
+                (
+                    Term::WeightKib,
+                    f64::from(sequences * blocks) * self.cache_bytes() / 1024.0,
+                ),
             ],
         )
     }
