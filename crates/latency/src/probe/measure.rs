@@ -187,13 +187,15 @@ pub fn measure(
     let networks = (0..plan.networks.len()).map(Subject::Network);
     let groups = vec![
         canaries.iter().copied().map(Subject::Key).collect(),
-        group(0).into_iter().chain(networks).collect(),
-        group(1),
+        group(0),
+        group(1).into_iter().chain(networks).collect(),
     ];
     let sessions = plan.settings.sessions.max(1);
     let share = (1.0 - HELDOUT_SHARE - REST_SHARE) / f64::from(sessions);
-    run.job("measuring", 0, groups, run.until(MAIN_SHARE * share))?;
-    adapt_rounds(&mut run, &adapts, &table, &heldout, MAIN_SHARE * share)?;
+    // A minute has no time for more sessions of anything.
+    let main_share = if plan.quick { share } else { MAIN_SHARE * share };
+    run.job("measuring", 0, groups, run.until(main_share))?;
+    adapt_rounds(&mut run, &adapts, &table, &heldout, main_share)?;
     let mut reached: Vec<Subject> = run.reached();
     reached.retain(|s| !matches!(s, Subject::Key(key) if !table.contains(key) && plan.canaries.contains(key)));
     let no_time_for = table
@@ -201,7 +203,8 @@ pub fn measure(
         .filter(|key| !reached.contains(&Subject::Key(**key)))
         .count();
     // Twice as many sessions for what neighbours slow for long: one of them meets a quiet time.
-    let short: Vec<Subject> = reached.iter().filter(|s| gather::takes_best(**s)).copied().collect();
+    let is_short = |s: &&Subject| !plan.quick && gather::takes_best(**s);
+    let short: Vec<Subject> = reached.iter().filter(is_short).copied().collect();
     let between = |session: u32| sessions + 1 + session;
     run.job("measuring again", between(0), vec![short.clone()], run.until(share))?;
     // Again in other processes, canaries first: what one placement or one minute does shows.
@@ -316,8 +319,9 @@ pub fn measure(
     for session in 0..sessions {
         let limit = plan.settings.budget.map(|_| Duration::from_secs_f64(each.max(0.5)));
         run.job("held-out shapes", session, vec![subjects(heldout.iter())], limit)?;
-        let short = subjects(heldout.iter()).into_iter().filter(|s| gather::takes_best(*s));
-        run.job("held-out shapes", between(session), vec![short.collect()], limit)?;
+        let heldout = subjects(heldout.iter());
+        let short = heldout.iter().filter(is_short).copied().collect();
+        run.job("held-out shapes", between(session), vec![short], limit)?;
     }
     for (key, p) in heldout.iter().zip(predicted) {
         let of_key: Vec<Session> = { run.sessions.iter() }
@@ -443,11 +447,11 @@ fn canaries(table: &[Key]) -> Vec<Key> {
     (0..count).map(|i| *fit[i * fit.len() / count]).collect()
 }
 
-/// What is measured first where time is short: what every network needs and the memory, then what models need.
+/// What is measured first where time is short: the few that every model and every plan needs, then what networks have many of.
 fn urgency(key: &Key) -> u32 {
     match key {
-        Key::Expert(_) | Key::Dense(_) | Key::Attention(_) | Key::Glue(_) => 1,
-        _ => 0,
+        Key::Expert(_) | Key::Dense(_) | Key::Attention(_) | Key::Glue(_) | Key::Read(_) => 0,
+        _ => 1,
     }
 }
 

@@ -57,20 +57,26 @@ impl Probe for MemoryProbe {
 
     fn candidates(&self, count: usize, _rng: &mut Stream) -> Vec<Key> {
         let far = self.far();
-        let mut caches = vec![(Tier::L2, 1u64 << 18), (Tier::L3, 4 << 20)];
-        let mut memory = vec![(Tier::Memory, far / 2)];
+        // Two of each: one says nothing of what a call costs and what a byte.
+        let mut caches = vec![
+            (Tier::L2, 1u64 << 17),
+            (Tier::L2, 1 << 18),
+            (Tier::L3, 2 << 20),
+            (Tier::L3, 4 << 20),
+        ];
+        let mut memory = vec![(Tier::Memory, far / 4), (Tier::Memory, far / 2)];
         let mut sweep = Vec::new();
         if self.sweep {
             // Inside a tier, never near its end: what lies between two is a mixture of both.
-            caches.extend([1 << 17, 1 << 19].map(|bytes| (Tier::L2, bytes)));
+            caches.push((Tier::L2, 1 << 19));
             let last = self.cache_bytes / 2;
             caches.extend(
-                [2 << 20, 8 << 20, 16 << 20]
+                [8 << 20, 16 << 20]
                     .into_iter()
                     .filter(|b| *b <= last)
                     .map(|b| (Tier::L3, b)),
             );
-            memory.extend([far / 4, far].map(|bytes| (Tier::Memory, bytes)));
+            memory.push((Tier::Memory, far));
             sweep = sizes(16 << 10, far);
         }
         let key = |tier, bytes, threads| Key::Read(ReadKey { tier, bytes, threads });
@@ -99,7 +105,11 @@ impl Probe for MemoryProbe {
         let words = usize::try_from(read.bytes / 8).map_err(|_| super::refused(self.name(), key, "too large"))?;
         let threads = read.threads.max(1) as usize;
         if words < 8 * threads || read.bytes > MOST_BYTES {
-            return Err(super::refused(self.name(), key, "expected 64 bytes a thread, and 4 GiB at most"));
+            return Err(super::refused(
+                self.name(),
+                key,
+                "expected 64 bytes a thread, and 4 GiB at most",
+            ));
         }
         Ok(Box::new(WorkingSet::new(words, threads)))
     }
