@@ -1,7 +1,7 @@
 //! Which group codes exist: plain b-bit ones, and 8-bit ones cut from the top into planes whose prefixes are codes too.
 //!
-//! A weight is `scale · 2^(full − b) · (u − zero_point)` with an unsigned code `u` of `b` bits, one f16 scale per row
-//! and group, and one zero point per prefix and matrix. Where the bits lie is [`crate::layout`]'s.
+//! A weight is `scale · 2^(full − b) · (u − zero_point)` with an unsigned code `u` of `b` bits, one scale per row and
+//! group, and one zero point per prefix and matrix. Where the bits lie is [`crate::layout`]'s.
 
 use std::fmt;
 use std::str::FromStr;
@@ -14,6 +14,7 @@ use crate::QuantError;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u32", into = "u32")]
 pub enum Bits {
+    B1,
     B2,
     B3,
     B4,
@@ -22,11 +23,12 @@ pub enum Bits {
 
 impl Bits {
     /// Narrow to wide.
-    pub const ALL: [Self; 4] = [Self::B2, Self::B3, Self::B4, Self::B8];
+    pub const ALL: [Self; 5] = [Self::B1, Self::B2, Self::B3, Self::B4, Self::B8];
 
     /// The number of bits.
     pub const fn get(self) -> u32 {
         match self {
+            Self::B1 => 1,
             Self::B2 => 2,
             Self::B3 => 3,
             Self::B4 => 4,
@@ -87,7 +89,8 @@ const fn field(plane: usize, bits: u32, shift: u32) -> Field {
 
 impl Code {
     /// Every code, for tests and tables.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
+        Self::Plain(Bits::B1),
         Self::Plain(Bits::B2),
         Self::Plain(Bits::B3),
         Self::Plain(Bits::B4),
@@ -96,11 +99,12 @@ impl Code {
         Self::Nested44,
     ];
 
-    const NAMES: &'static str = "plain2, plain3, plain4, plain8, nested2+2+4, nested4+4";
+    const NAMES: &'static str = "plain1, plain2, plain3, plain4, plain8, nested2+2+4, nested4+4";
 
     /// Text form, as in manifests.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Plain(Bits::B1) => "plain1",
             Self::Plain(Bits::B2) => "plain2",
             Self::Plain(Bits::B3) => "plain3",
             Self::Plain(Bits::B4) => "plain4",
@@ -121,6 +125,7 @@ impl Code {
     /// The widths that can be decoded, narrow to wide; the last is [`Code::full`].
     pub const fn prefixes(self) -> &'static [Bits] {
         match self {
+            Self::Plain(Bits::B1) => &[Bits::B1],
             Self::Plain(Bits::B2) => &[Bits::B2],
             Self::Plain(Bits::B3) => &[Bits::B3],
             Self::Plain(Bits::B4) => &[Bits::B4],
@@ -138,6 +143,7 @@ impl Code {
     /// The fields, plane by plane, high bits first.
     pub const fn fields(self) -> &'static [Field] {
         match self {
+            Self::Plain(Bits::B1) => const { &[field(0, 1, 0)] },
             Self::Plain(Bits::B2) => const { &[field(0, 2, 0)] },
             // Two fields in one plane: no kernel unpacks three bits at once.
             Self::Plain(Bits::B3) => const { &[field(0, 2, 1), field(0, 1, 0)] },
@@ -176,6 +182,10 @@ impl Code {
     /// The zero point of a prefix that nothing was fitted for: the code of zero less half a cell of what is cut off
     /// (cutting floors, so the mean of the lost bits must come back).
     pub fn default_zero_point(self, bits: Bits) -> f32 {
+        if self == Self::Plain(Bits::B1) {
+            // One level on each side of zero: with a level at zero there would be none on the other.
+            return 0.5;
+        }
         let full = self.full().get();
         #[expect(clippy::cast_precision_loss, reason = "at most 256")]
         let (zero, cell) = ((1u32 << (full - 1)) as f32, (1u32 << (full - bits.get())) as f32);
@@ -242,5 +252,6 @@ mod tests {
         assert_eq!(Code::Nested224.default_zero_point(Bits::B8), 128.0);
         assert_eq!(Code::Nested224.default_zero_point(Bits::B4), 7.53125);
         assert_eq!(Code::Nested224.default_zero_point(Bits::B2), 1.5078125);
+        assert_eq!(Code::Plain(Bits::B1).default_zero_point(Bits::B1), 0.5);
     }
 }

@@ -6,7 +6,7 @@ use half::f16;
 
 use crate::QuantError;
 use crate::code::{Bits, Code, Field};
-use crate::layout::{BLOCK_ROWS, MAX_PLANES, MatrixFormat, Placement, STEP, TILE_STEPS, interleave_pair};
+use crate::layout::{BLOCK_ROWS, MAX_PLANES, MatrixFormat, Placement, STEP, ScaleForm, TILE_STEPS, interleave_pair};
 
 /// One matrix `[rows, cols]` in planes of bytes.
 #[derive(Debug, Clone, PartialEq)]
@@ -213,12 +213,24 @@ impl<'a> Prefix<'a> {
         })
     }
 
-    /// The f16 scale of one row and group, widened.
+    /// The scale of one row and group: of two levels the product, which f32 holds exactly.
     pub fn scale_at(&self, row: usize, group: usize) -> f32 {
         let format = &self.view.format;
-        let (block, tile) = (row / BLOCK_ROWS, group * format.group_steps() / TILE_STEPS);
-        let within = format.locate_scale(row, group) - format.tile(0, block, tile).offset;
+        let (block, tile) = (
+            row / BLOCK_ROWS,
+            group / format.scale_block_groups() * format.scale_block_steps() / TILE_STEPS,
+        );
+        let start = format.tile(0, block, tile).offset;
         let tile = self.tile(0, block, tile);
-        f16::from_le_bytes([tile[within], tile[within + 1]]).to_f32()
+        let half = |at: usize| f16::from_le_bytes([tile[at - start], tile[at - start + 1]]).to_f32();
+        match format.scales() {
+            ScaleForm::F16 => half(format.locate_scale(row, group)),
+            ScaleForm::TwoLevel => {
+                let at = format.locate_two_level(row, group);
+                let low = tile[at.low.0 - start] >> at.low.1 & 15;
+                let high = tile[at.high.0 - start] >> at.high.1 & 3;
+                half(at.coarse) * (f32::from(high << 4 | low) - 32.0)
+            }
+        }
     }
 }

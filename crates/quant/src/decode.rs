@@ -46,10 +46,17 @@ pub fn decode_row(prefix: &Prefix<'_>, row: usize, weights: &mut [f32]) {
                 }
                 before.1 += 64 * bits;
             }
-            let group = (tile * TILE_STEPS + step) / format.group_steps();
-            let scale = prefix.scale_at(row, group) * prefix.cell();
-            for (weight, code) in weights.iter_mut().zip(codes) {
-                *weight = scale * (f32::from(code) - prefix.zero_point());
+            // A step has one group or a part of one, or two groups of 16.
+            let first_col = (tile * TILE_STEPS + step) * STEP;
+            let parts = weights
+                .chunks_mut(format.group())
+                .zip(codes.chunks(format.group().min(STEP)));
+            for (part, (weights, codes)) in parts.enumerate() {
+                let group = first_col / format.group() + part;
+                let scale = prefix.scale_at(row, group) * prefix.cell();
+                for (weight, code) in weights.iter_mut().zip(codes) {
+                    *weight = scale * (f32::from(*code) - prefix.zero_point());
+                }
             }
         }
     }

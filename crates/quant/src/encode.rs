@@ -1,6 +1,7 @@
 //! Weights to codes, round to nearest: the scale of each group, the code of each weight, the zero point of each prefix.
 //!
-//! Rules: 8 bits (plain and nested) as Q8_0, plain 4 bits as Q4_0, plain 2 and 3 bits by a search over the scale.
+//! Rules: 8 bits (plain and nested) as Q8_0, plain 4 bits as Q4_0, plain 2 and 3 bits by a search over the scale, 1 bit
+//! by sign. Two-level scales are the nearest to those, codes the nearest to them.
 //! A solver that chooses codes itself (GPTQ) hands them to [`assemble`]. Law: the mean error of every prefix is 0,
 //! weighted by its step.
 
@@ -9,7 +10,8 @@ use half::f16;
 use crate::QuantError;
 use crate::code::{Bits, Code};
 use crate::coded::CodedMatrix;
-use crate::layout::{BLOCK_ROWS, MatrixFormat, STEP, TILE_STEPS};
+use crate::layout::{BLOCK_ROWS, MatrixFormat, STEP, SUPER_GROUPS, ScaleForm, TILE_STEPS};
+use crate::scales::Scales;
 
 /// Steps of the scale search at 2 and 3 bits, each with both signs.
 const SEARCH_STEPS: u16 = 29;
@@ -21,63 +23,116 @@ const SEARCH: (f32, f32) = (0.5, 0.025);
 /// # Errors
 /// As [`codes_and_scales`].
 pub fn encode(weights: &[f32], format: MatrixFormat) -> Result<CodedMatrix, QuantError> {
-    let (codes, scales) = codes_and_scales(weights, &format)?;
-    let zero_points = fit_zero_points(weights, &codes, &scales, &format);
-    assemble(format, &codes, &scales, zero_points)
+    let (codes, scales) = round(weights, &format)?;
+    let zero_points = fit_zero_points(weights, &codes, &scales.values(&format), &format);
+    assemble_scaled(format, &codes, &scales, zero_points)
 }
 
-/// What [`encode`] lays out: unsigned codes `[rows, cols]` of full width and scales `[rows, groups]`.
+/// What [`encode`] lays out: unsigned codes `[rows, cols]` of full width and f16 scales `[rows, groups]`.
 ///
 /// # Errors
 /// A length that is not the format's; a weight that is NaN or infinite, or so large that its scale leaves f16, by row
-/// and column.
+/// and column; a format whose scales are two-level.
 pub fn codes_and_scales(weights: &[f32], format: &MatrixFormat) -> Result<(Vec<u8>, Vec<f16>), QuantError> {
+    match round(weights, format)? {
+        (codes, Scales::F16(scales)) => Ok((codes, scales)),
+        (_, Scales::TwoLevel { fine, .. }) => Err(QuantError::Length {
+            what: "two-level scales",
+            found: fine.len(),
+            expected: 0,
+        }),
+    }
+}
+
+/// Codes and scales of any form.
+fn round(weights: &[f32], format: &MatrixFormat) -> Result<(Vec<u8>, Scales), QuantError> {
     check(weights, format)?;
     let mut codes = vec![0u8; weights.len()];
-    let mut scales = Vec::with_capacity(format.rows() * format.groups());
-    let rows = weights
-        .chunks_exact(format.cols())
-        .zip(codes.chunks_exact_mut(format.cols()));
-    for (row, (w_row, c_row)) in rows.enumerate() {
-        let groups = w_row.chunks(format.group()).zip(c_row.chunks_mut(format.group()));
-        for (group, (w, c)) in groups.enumerate() {
-            let scale = encode_group(w, c, format.code());
-            if scale.is_infinite() {
-                return Err(overflow(w, row, group * format.group()));
-            }
-            scales.push(scale);
+    let mut scales = Scales::empty(format.scales());
+    let (cols, group) = (format.cols(), format.group());
+    let mut wanted = Vec::with_capacity(format.groups());
+    for (row, (w_row, c_row)) in weights.chunks_exact(cols).zip(codes.chunks_exact_mut(cols)).enumerate() {
+        wanted.clear();
+        for (w, c) in w_row.chunks(group).zip(c_row.chunks_mut(group)) {
+            wanted.push(encode_group(w, c, format.code()).to_f64());
+        }
+        if !scales.push_row(&wanted) {
+            let at = wanted.iter().position(|s| !s.is_finite()).unwrap_or(0) * group;
+            return Err(overflow(&w_row[at..(at + group).min(cols)], row, at));
+        }
+    }
+    if format.scales() == ScaleForm::TwoLevel {
+        // What was settled on is not what the codes were made with.
+        let full = format.code().full();
+        #[expect(clippy::cast_precision_loss, reason = "at most 255")]
+        let (top, zero) = (
+            ((1u32 << full.get()) - 1) as f32,
+            format.code().default_zero_point(full),
+        );
+        let values = scales.values(format);
+        for (at, (c, w)) in codes.iter_mut().zip(weights).enumerate() {
+            let scale = values[at / cols * format.groups() + at % cols / group];
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0..=top")]
+            let code = (w * inverse(scale) + zero).round().clamp(0.0, top) as u8;
+            *c = code;
         }
     }
     Ok((codes, scales))
 }
 
-/// Lays codes `[rows, cols]` of full width and scales `[rows, groups]` out in planes; columns past the end of a row and
-/// rows past the end of a block get codes 0 and scales 0. `zero_points` has one for each prefix.
+/// [`assemble_scaled`] with f16 scales `[rows, groups]`.
 ///
 /// # Errors
-/// A length that is not the format's.
+/// As [`assemble_scaled`].
 pub fn assemble(
     format: MatrixFormat,
     codes: &[u8],
     scales: &[f16],
     zero_points: Vec<f32>,
 ) -> Result<CodedMatrix, QuantError> {
+    assemble_scaled(format, codes, &Scales::F16(scales.to_vec()), zero_points)
+}
+
+/// Lays codes `[rows, cols]` of full width and scales out in planes; columns past the end of a row and rows past the end
+/// of a block get codes 0 and scales 0. `zero_points` has one for each prefix.
+///
+/// # Errors
+/// A length or a form of scales that is not the format's.
+pub fn assemble_scaled(
+    format: MatrixFormat,
+    codes: &[u8],
+    scales: &Scales,
+    zero_points: Vec<f32>,
+) -> Result<CodedMatrix, QuantError> {
     for (what, found, expected) in [
         ("codes", codes.len(), format.rows() * format.cols()),
-        ("scales", scales.len(), format.rows() * format.groups()),
         ("zero points", zero_points.len(), format.code().planes()),
     ] {
         if found != expected {
             return Err(QuantError::Length { what, found, expected });
         }
     }
+    scales.check(&format)?;
     let mut planes: Vec<Vec<u8>> = (0..format.code().planes())
         .map(|p| pack_plane(&format, p, codes))
         .collect();
+    let plane = &mut planes[0];
     for row in 0..format.rows() {
         for group in 0..format.groups() {
-            let at = format.locate_scale(row, group);
-            planes[0][at..at + 2].copy_from_slice(&scales[row * format.groups() + group].to_le_bytes());
+            match scales {
+                Scales::F16(scales) => {
+                    let at = format.locate_scale(row, group);
+                    plane[at..at + 2].copy_from_slice(&scales[row * format.groups() + group].to_le_bytes());
+                }
+                Scales::TwoLevel { coarse, fine } => {
+                    let at = format.locate_two_level(row, group);
+                    let coarse = coarse[row * format.scale_blocks() + group / SUPER_GROUPS];
+                    plane[at.coarse..at.coarse + 2].copy_from_slice(&coarse.to_le_bytes());
+                    let six = (fine[row * format.groups() + group] + 32).cast_unsigned();
+                    plane[at.low.0] |= (six & 15) << at.low.1;
+                    plane[at.high.0] |= (six >> 4 & 3) << at.high.1;
+                }
+            }
         }
     }
     Ok(CodedMatrix {
@@ -166,6 +221,7 @@ fn encode_group(group: &[f32], codes: &mut [u8], code: Code) -> f16 {
     match code {
         Code::Plain(Bits::B8) | Code::Nested224 | Code::Nested44 => encode_q8(group, codes),
         Code::Plain(Bits::B4) => encode_q4(group, codes),
+        Code::Plain(Bits::B1) => encode_signs(group, codes),
         Code::Plain(bits @ (Bits::B2 | Bits::B3)) => encode_searched(group, codes, bits),
     }
 }
@@ -198,6 +254,16 @@ fn encode_q4(group: &[f32], codes: &mut [u8]) -> f16 {
         *c = ((w * inverse + 8.5) as u8).min(15);
     }
     f16::from_f32(scale)
+}
+
+/// Signs: the level of least squared error is the mean magnitude, half a scale from zero.
+fn encode_signs(group: &[f32], codes: &mut [u8]) -> f16 {
+    for (c, w) in codes.iter_mut().zip(group) {
+        *c = u8::from(*w >= 0.0);
+    }
+    #[expect(clippy::cast_precision_loss, reason = "a mean")]
+    let mean = group.iter().map(|w| f64::from(w.abs())).sum::<f64>() / group.len() as f64;
+    f16::from_f64(2.0 * mean)
 }
 
 /// 1 / scale, and 0 where that is not a number to multiply with (weights below 1e-36: they become 0).
@@ -264,7 +330,7 @@ fn squared_error(group: &[f32], scale: f32, half: f32) -> f32 {
 
 /// Least squares over the matrix: with `c = scale · cell`, the z that minimises `Σ (w − c·(u − z))²`, which makes
 /// `Σ c·error` 0. Full widths keep the code of zero.
-fn fit_zero_points(weights: &[f32], codes: &[u8], scales: &[f16], format: &MatrixFormat) -> Vec<f32> {
+fn fit_zero_points(weights: &[f32], codes: &[u8], scales: &[f32], format: &MatrixFormat) -> Vec<f32> {
     let code = format.code();
     let full = code.full().get();
     let fit = |bits: &Bits| {
@@ -276,7 +342,7 @@ fn fit_zero_points(weights: &[f32], codes: &[u8], scales: &[f16], format: &Matri
         let (mut above, mut below) = (0.0f64, 0.0f64);
         for row in 0..format.rows() {
             for group in 0..format.groups() {
-                let c = scales[row * format.groups() + group].to_f64() * cell;
+                let c = f64::from(scales[row * format.groups() + group]) * cell;
                 let from = row * format.cols() + group * format.group();
                 let to = from + format.group().min(format.cols() - group * format.group());
                 for (w, u) in weights[from..to].iter().zip(&codes[from..to]) {

@@ -5,11 +5,13 @@
 pub enum QuantError {
     #[error("matrix of {rows} × {cols}: rows and columns must be 1..={limit}")]
     Shape { rows: usize, cols: usize, limit: usize },
-    #[error("group of {found} weights, expected 32, 64 or 128")]
+    #[error(
+        "group of {found} weights, expected 32, 64, 128 or 16777216 for whole rows; with two-level scales 16, 32, 64 or 128"
+    )]
     Group { found: usize },
     #[error("unknown code `{found}`, expected one of {expected}")]
     Code { found: String, expected: &'static str },
-    #[error("{found} bits, expected one of 2, 3, 4, 8")]
+    #[error("{found} bits, expected one of 1, 2, 3, 4, 8")]
     Bits { found: u32 },
     #[error("{what}: {found} elements, expected {expected}")]
     Length {

@@ -8,14 +8,21 @@ use crate::QuantError;
 use crate::code::{Bits, Code};
 use crate::coded::{CodedMatrix, CodedView};
 use crate::decode::{decode, prefix_error};
-use crate::encode::{assemble, encode};
-use crate::layout::{MatrixFormat, Placement};
+use crate::encode::{assemble_scaled, encode};
+use crate::layout::{MatrixFormat, Placement, ScaleForm, TwoLevelAt, WHOLE_ROW};
+use crate::scales::Scales;
+
+fn any_scales() -> impl Strategy<Value = (usize, ScaleForm)> {
+    let f16 = [32, 64, 128, WHOLE_ROW].map(|group| (group, ScaleForm::F16));
+    let two_level = [16, 32, 64, 128].map(|group| (group, ScaleForm::TwoLevel));
+    proptest::sample::select([f16, two_level].concat())
+}
 
 fn tiny_format() -> impl Strategy<Value = MatrixFormat> {
     let code = proptest::sample::select(Code::ALL.to_vec());
-    let group = proptest::sample::select(vec![32usize, 64, 128]);
-    (1usize..40, 1usize..300, code, group)
-        .prop_map(|(rows, cols, code, group)| MatrixFormat::try_new(rows, cols, code, group).unwrap())
+    (1usize..40, 1usize..600, code, any_scales()).prop_map(|(rows, cols, code, (group, scales))| {
+        MatrixFormat::try_with_scales(rows, cols, code, group, scales).unwrap()
+    })
 }
 
 /// Bell-shaped: the sum of four uniform numbers, standard deviation about 0.58.
@@ -40,9 +47,16 @@ proptest! {
         let mut rng = rand::rngs::SmallRng::seed_from_u64(seed);
         let top = (1u32 << format.code().full().get()) - 1;
         let codes: Vec<u8> = (0..format.rows() * format.cols()).map(|_| rng.random_range(0..=top) as u8).collect();
-        let scales: Vec<f16> =
-            (0..format.rows() * format.groups()).map(|_| f16::from_f32(rng.random_range(-2.0..2.0))).collect();
-        let coded = assemble(format, &codes, &scales, vec![1.0; format.code().planes()]).unwrap();
+        let mut halves = |count: usize| (0..count).map(|_| f16::from_f32(rng.random_range(-2.0..2.0))).collect();
+        let scales = match format.scales() {
+            ScaleForm::F16 => Scales::F16(halves(format.rows() * format.groups())),
+            ScaleForm::TwoLevel => Scales::TwoLevel {
+                coarse: halves(format.rows() * format.scale_blocks()),
+                fine: (0..format.rows() * format.groups()).map(|i| (i * 37 % 64) as i8 - 32).collect(),
+            },
+        };
+        let values = scales.values(&format);
+        let coded = assemble_scaled(format, &codes, &scales, vec![1.0; format.code().planes()]).unwrap();
         for (plane, bytes) in coded.planes.iter().enumerate() {
             prop_assert_eq!(bytes.len(), format.plane_bytes(plane));
         }
@@ -53,7 +67,7 @@ proptest! {
                     prop_assert_eq!(prefix.code_at(row, col), codes[row * format.cols() + col] >> cut);
                 }
                 for group in 0..format.groups() {
-                    prop_assert_eq!(prefix.scale_at(row, group), scales[row * format.groups() + group].to_f32());
+                    prop_assert_eq!(prefix.scale_at(row, group), values[row * format.groups() + group]);
                 }
             }
         }
@@ -75,8 +89,17 @@ proptest! {
                 }
             }
             for group in 0..format.groups() {
-                let byte = format.locate_scale(row, group);
-                prop_assert!(take(0, byte, 0xff) && take(0, byte + 1, 0xff));
+                let coarse = match format.scales() {
+                    ScaleForm::F16 => format.locate_scale(row, group),
+                    ScaleForm::TwoLevel => {
+                        let TwoLevelAt { coarse, low, high } = format.locate_two_level(row, group);
+                        prop_assert!(take(0, low.0, 15 << low.1) && take(0, high.0, 3 << high.1));
+                        coarse
+                    }
+                };
+                if group % format.scale_block_groups() == 0 {
+                    prop_assert!(take(0, coarse, 0xff) && take(0, coarse + 1, 0xff));
+                }
             }
         }
     }
@@ -96,9 +119,10 @@ proptest! {
 
     #[test]
     fn more_bits_never_cost_error_and_means_stay_near_zero(
-        (rows, cols) in (8usize..40, 32usize..300), code in proptest::sample::select(Code::ALL.to_vec()), seed in any::<u64>()
+        (rows, cols) in (8usize..40, 32usize..300), code in proptest::sample::select(Code::ALL.to_vec()),
+        (group, scales) in any_scales(), seed in any::<u64>()
     ) {
-        let format = MatrixFormat::try_new(rows, cols, code, 32).unwrap();
+        let format = MatrixFormat::try_with_scales(rows, cols, code, group, scales).unwrap();
         let (weights, coded) = encoded(format, seed);
         let mut last = f64::INFINITY;
         for bits in code.prefixes() {
@@ -229,6 +253,12 @@ fn shapes_pass_one_gate() {
     }
     let whole = make(32, 128, 32).unwrap();
     assert_eq!(whole.plane_bytes(0), 2 * 2 * (16 * 64 / 4 + 64));
+    // Six bits and an eighth of 16 for each group.
+    let of = |group, scales| MatrixFormat::try_with_scales(32, 512, Code::Plain(Bits::B2), group, scales);
+    assert_eq!(of(32, ScaleForm::TwoLevel).unwrap().total_bytes(), 32 * 512 * 9 / 32);
+    assert_eq!(of(16, ScaleForm::TwoLevel).unwrap().total_bytes(), 32 * 512 * 10 / 32);
+    assert_eq!(of(WHOLE_ROW, ScaleForm::F16).unwrap().total_bytes(), 32 * (512 / 4 + 2));
+    assert!(of(16, ScaleForm::F16).is_err() && of(WHOLE_ROW, ScaleForm::TwoLevel).is_err());
     assert_eq!(whole.prefix_bytes(Bits::B4).unwrap(), 32 * 128 * 9 / 16);
     assert_eq!(whole.total_bytes(), 32 * 128 * 17 / 16);
     assert!(whole.prefix_bytes(Bits::B3).is_err());

@@ -2,8 +2,8 @@
 //!
 //! A plane is a sequence of *row blocks* of 16 rows, a row block a sequence of *tiles* of two *steps*, a step 32 codes
 //! along k of each of the 16 rows. Rows are padded to 16 (scales 0), k to 32 (codes 0); the last tile of a row block
-//! holds one step when the number of steps is odd. A tile is the codes of its steps, then (lowest plane alone) 16 f16
-//! scales for each group that *begins* in the tile.
+//! holds one step when the number of steps is odd. A tile is the codes of its steps, then (lowest plane alone) the scale
+//! blocks that *begin* in the tile: 16 f16 scales for each group or, two-level, what [`TwoLevelAt`] says for eight groups.
 //!
 //! In a step, each field of `p` bits takes `64 · p` bytes: `p` lines of 64. Byte `4·row + depth` of line `l` holds, from
 //! bit `p·i`, the field of column `l·(32/p) + 4·i + depth`: a line is 16 rows × 4 codes deep, `8/p` times over.
@@ -23,10 +23,44 @@ pub const STEP: usize = 32;
 pub const TILE_STEPS: usize = 2;
 /// Bytes of the scales of one group for 16 rows.
 pub const SCALE_BYTES: usize = BLOCK_ROWS * size_of::<f16>();
+/// Groups that share an f16 where scales are two-level.
+pub const SUPER_GROUPS: usize = 8;
+/// The group of rows that have one scale each: as long as any row may be.
+pub const WHOLE_ROW: usize = MAX_DIM;
 /// Most planes that any code has.
 pub const MAX_PLANES: usize = 4;
 /// Most rows or columns.
 pub const MAX_DIM: usize = 1 << 24;
+
+/// How the scales of groups are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScaleForm {
+    /// An f16 for each group.
+    #[default]
+    F16,
+    /// Six bits for each group, `m − 32` times an f16 for each eight groups.
+    TwoLevel,
+}
+
+impl ScaleForm {
+    fn is_f16(&self) -> bool {
+        *self == Self::F16
+    }
+}
+
+/// Where one two-level scale lies in plane 0. A scale block holds, each 16 rows long: the f16 of eight groups; the low
+/// four bits of each group, two groups to a byte; the high two bits, four groups to a byte. At the end of a row there
+/// are fewer groups, and no bytes for those that are not there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TwoLevelAt {
+    /// Byte of the f16.
+    pub coarse: usize,
+    /// Byte and lowest bit of the low four.
+    pub low: (usize, u32),
+    /// Byte and lowest bit of the high two.
+    pub high: (usize, u32),
+}
 
 /// Shape and code of one matrix `[rows, cols]`; columns run along the input. Always valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -36,6 +70,7 @@ pub struct MatrixFormat {
     cols: usize,
     code: Code,
     group: usize,
+    scales: ScaleForm,
 }
 
 /// What a manifest says, not yet believed.
@@ -46,13 +81,15 @@ struct RawFormat {
     cols: usize,
     code: Code,
     group: usize,
+    #[serde(default, skip_serializing_if = "ScaleForm::is_f16")]
+    scales: ScaleForm,
 }
 
 impl TryFrom<RawFormat> for MatrixFormat {
     type Error = QuantError;
 
     fn try_from(raw: RawFormat) -> Result<Self, QuantError> {
-        Self::try_new(raw.rows, raw.cols, raw.code, raw.group)
+        Self::try_with_scales(raw.rows, raw.cols, raw.code, raw.group, raw.scales)
     }
 }
 
@@ -63,6 +100,7 @@ impl From<MatrixFormat> for RawFormat {
             cols: f.cols,
             code: f.code,
             group: f.group,
+            scales: f.scales,
         }
     }
 }
@@ -85,11 +123,26 @@ pub enum Placement {
 }
 
 impl MatrixFormat {
+    /// A format with f16 scales.
+    ///
+    /// # Errors
+    /// As [`MatrixFormat::try_with_scales`].
+    pub fn try_new(rows: usize, cols: usize, code: Code, group: usize) -> Result<Self, QuantError> {
+        Self::try_with_scales(rows, cols, code, group, ScaleForm::F16)
+    }
+
     /// The one gate.
     ///
     /// # Errors
-    /// Rows or columns outside `1..=2^24`, a group that is not 32, 64 or 128.
-    pub fn try_new(rows: usize, cols: usize, code: Code, group: usize) -> Result<Self, QuantError> {
+    /// Rows or columns outside `1..=2^24`; a group that is not 32, 64, 128 or [`WHOLE_ROW`], or, with two-level scales,
+    /// not 16, 32, 64 or 128.
+    pub fn try_with_scales(
+        rows: usize,
+        cols: usize,
+        code: Code,
+        group: usize,
+        scales: ScaleForm,
+    ) -> Result<Self, QuantError> {
         if !(1..=MAX_DIM).contains(&rows) || !(1..=MAX_DIM).contains(&cols) {
             return Err(QuantError::Shape {
                 rows,
@@ -97,7 +150,11 @@ impl MatrixFormat {
                 limit: MAX_DIM,
             });
         }
-        if ![32, 64, 128].contains(&group) {
+        let groups: &[usize] = match scales {
+            ScaleForm::F16 => &[32, 64, 128, WHOLE_ROW],
+            ScaleForm::TwoLevel => &[16, 32, 64, 128],
+        };
+        if !groups.contains(&group) {
             return Err(QuantError::Group { found: group });
         }
         Ok(Self {
@@ -105,6 +162,7 @@ impl MatrixFormat {
             cols,
             code,
             group,
+            scales,
         })
     }
 
@@ -120,9 +178,14 @@ impl MatrixFormat {
         self.code
     }
 
-    /// Weights of a row that share one scale: 32, 64 or 128; the last group of a row may be short.
+    /// Weights of a row that share one scale: 16, 32, 64, 128 or [`WHOLE_ROW`]; the last group of a row may be short.
     pub fn group(&self) -> usize {
         self.group
+    }
+
+    /// How scales are stored.
+    pub fn scales(&self) -> ScaleForm {
+        self.scales
     }
 
     /// Blocks of 16 rows.
@@ -145,9 +208,41 @@ impl MatrixFormat {
         self.cols.div_ceil(self.group)
     }
 
-    /// Steps of a group: 1, 2 or 4.
+    /// Steps of a group, a power of two; 1 also where a step holds two groups.
     pub fn group_steps(&self) -> usize {
-        self.group / STEP
+        (self.group / STEP).max(1)
+    }
+
+    /// Steps from one scale block to the next, a power of two: those of a group or, two-level, of eight.
+    pub fn scale_block_steps(&self) -> usize {
+        match self.scales {
+            ScaleForm::F16 => self.group_steps(),
+            ScaleForm::TwoLevel => SUPER_GROUPS * self.group / STEP,
+        }
+    }
+
+    /// Groups of a whole scale block.
+    pub fn scale_block_groups(&self) -> usize {
+        match self.scales {
+            ScaleForm::F16 => 1,
+            ScaleForm::TwoLevel => SUPER_GROUPS,
+        }
+    }
+
+    /// Scale blocks of a row block.
+    pub fn scale_blocks(&self) -> usize {
+        self.steps().div_ceil(self.scale_block_steps())
+    }
+
+    /// Bytes of one scale block; a last two-level one may be shorter.
+    pub fn scale_block_bytes(&self, index: usize) -> usize {
+        match self.scales {
+            ScaleForm::F16 => SCALE_BYTES,
+            ScaleForm::TwoLevel => {
+                let groups = SUPER_GROUPS.min(self.groups() - index * SUPER_GROUPS);
+                SCALE_BYTES + BLOCK_ROWS * (groups.div_ceil(2) + groups.div_ceil(4))
+            }
+        }
     }
 
     /// Bytes of the codes of one step (16 rows × 32 columns) in a plane.
@@ -181,12 +276,16 @@ impl MatrixFormat {
 
     /// Bytes of a row block before the tile that begins at `step`.
     fn before(&self, plane: usize, step: usize) -> usize {
-        let scales = if plane == 0 {
-            step.div_ceil(self.group_steps())
-        } else {
-            0
-        };
-        step * self.step_bytes(plane) + scales * SCALE_BYTES
+        let mut scales = 0;
+        if plane == 0 {
+            let blocks = step.div_ceil(self.scale_block_steps());
+            // All but the last of the row are whole.
+            scales = blocks * self.scale_block_bytes(0);
+            if blocks == self.scale_blocks() {
+                scales -= self.scale_block_bytes(0) - self.scale_block_bytes(blocks - 1);
+            }
+        }
+        step * self.step_bytes(plane) + scales
     }
 
     /// One tile in a plane that holds this matrix alone.
@@ -242,14 +341,43 @@ impl MatrixFormat {
         (byte, shift)
     }
 
-    /// Byte in plane 0 (of this matrix alone) of the f16 scale of one row and group.
-    pub fn locate_scale(&self, row: usize, group: usize) -> usize {
-        let step = group * self.group_steps();
+    /// Byte in plane 0 (of this matrix alone) of a scale block.
+    fn locate_scale_block(&self, row_block: usize, index: usize) -> usize {
+        let (step, every) = (index * self.scale_block_steps(), self.scale_block_steps());
         let tile = step / TILE_STEPS;
-        let extent = self.tile(0, row / BLOCK_ROWS, tile);
-        let first_group = (tile * TILE_STEPS).div_ceil(self.group_steps());
+        let extent = self.tile(0, row_block, tile);
+        let first = (tile * TILE_STEPS).div_ceil(every);
         let codes = self.tile_steps(tile) * self.step_bytes(0);
-        extent.offset + codes + (group - first_group) * SCALE_BYTES + (row % BLOCK_ROWS) * size_of::<f16>()
+        extent.offset + codes + (index - first) * self.scale_block_bytes(first)
+    }
+
+    /// Byte in plane 0 (of this matrix alone) of the f16 scale of one row and group.
+    ///
+    /// # Panics
+    /// Scales are two-level.
+    pub fn locate_scale(&self, row: usize, group: usize) -> usize {
+        assert_eq!(self.scales, ScaleForm::F16, "a scale of its own for each group");
+        self.locate_scale_block(row / BLOCK_ROWS, group) + (row % BLOCK_ROWS) * size_of::<f16>()
+    }
+
+    /// Where the parts of a two-level scale lie in plane 0 (of this matrix alone).
+    ///
+    /// # Panics
+    /// Scales are not two-level.
+    pub fn locate_two_level(&self, row: usize, group: usize) -> TwoLevelAt {
+        assert_eq!(self.scales, ScaleForm::TwoLevel, "two levels");
+        let (index, in_block, row_in) = (group / SUPER_GROUPS, group % SUPER_GROUPS, row % BLOCK_ROWS);
+        let start = self.locate_scale_block(row / BLOCK_ROWS, index);
+        let low = start + SCALE_BYTES;
+        let high = start + self.scale_block_bytes(index)
+            - BLOCK_ROWS * SUPER_GROUPS.min(self.groups() - index * SUPER_GROUPS).div_ceil(4);
+        #[expect(clippy::cast_possible_truncation, reason = "below 8")]
+        let shift = |place: usize| place as u32;
+        TwoLevelAt {
+            coarse: start + row_in * size_of::<f16>(),
+            low: (low + in_block / 2 * BLOCK_ROWS + row_in, shift(in_block % 2 * 4)),
+            high: (high + in_block / 4 * BLOCK_ROWS + row_in, shift(in_block % 4 * 2)),
+        }
     }
 }
 

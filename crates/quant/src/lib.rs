@@ -1,4 +1,4 @@
-//! Group codes, the byte layout of planes, and the allocator of choices under budgets.
+//! Group codes, the byte layout of planes, GPTQ, and the allocator of choices under budgets.
 //!
 //! [`code`] says which codes exist, [`layout`] where each of their bits lies, [`encode`] and [`decode`] are the plain
 //! reference of every kernel that reads the layout. No file is touched here and nothing multiplies: that is
@@ -14,6 +14,7 @@ pub mod gptq;
 pub mod hessian;
 pub mod layout;
 pub mod noise;
+pub mod scales;
 
 #[cfg(test)]
 mod laws;
@@ -21,4 +22,3 @@ mod laws;
 pub use self::error::QuantError;
 
 mod error;
-mod scales;

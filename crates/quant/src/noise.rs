@@ -4,7 +4,7 @@
 use half::f16;
 
 use crate::coded::CodedMatrix;
-use crate::layout::{BLOCK_ROWS, MatrixFormat};
+use crate::layout::{BLOCK_ROWS, MatrixFormat, ScaleForm};
 
 /// Fills `bytes` with noise (xorshift64*, Vigna 2016), several gigabytes a second.
 pub fn fill(bytes: &mut [u8], seed: u64) {
@@ -30,15 +30,26 @@ pub fn matrix(format: MatrixFormat, scale: f32, seed: u64) -> CodedMatrix {
     for (plane, index) in planes.iter_mut().zip(0u64..) {
         fill(plane, seed.wrapping_mul(31).wrapping_add(index));
     }
-    let scale = f16::from_f32(scale).to_le_bytes();
+    // Two-level: all six bits set, so that each group's is the highest multiple of the coarse one.
+    let scale = match format.scales() {
+        ScaleForm::F16 => f16::from_f32(scale),
+        ScaleForm::TwoLevel => f16::from_f32(scale / 31.0),
+    };
+    let every = format.scale_block_groups();
     for block in 0..format.row_blocks() {
         for tile in 0..format.tiles() {
             let extent = format.tile(0, block, tile);
             let scales = format.tile_steps(tile) * format.step_bytes(0)..extent.bytes;
-            let bytes = &mut planes[0][extent.offset..extent.offset + extent.bytes][scales];
-            for (index, bytes) in bytes.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-                let row = block * BLOCK_ROWS + index % BLOCK_ROWS;
-                *bytes = if row < format.rows() { scale } else { [0; 2] };
+            planes[0][extent.offset..extent.offset + extent.bytes][scales].fill(0xff);
+        }
+        for row in block * BLOCK_ROWS..(block + 1) * BLOCK_ROWS {
+            let own = if row < format.rows() { scale } else { f16::ZERO };
+            for group in (0..format.groups()).step_by(every) {
+                let at = match format.scales() {
+                    ScaleForm::F16 => format.locate_scale(row, group),
+                    ScaleForm::TwoLevel => format.locate_two_level(row, group).coarse,
+                };
+                planes[0][at..at + 2].copy_from_slice(&own.to_le_bytes());
             }
         }
     }
@@ -70,7 +81,7 @@ mod tests {
                 }
                 let weights = decode(&prefix);
                 let mean = weights.iter().sum::<f32>() / weights.len() as f32;
-                let size = 0.25 * 2f32.powi(code.full().get() as i32 - 1);
+                let size = 0.25 * (0.5 * 2f32.powi(code.full().get() as i32)).max(1.0);
                 assert!(
                     weights.iter().all(|w| w.abs() <= size) && mean.abs() <= 0.3 * size,
                     "{code} {mean}"

@@ -2,8 +2,9 @@
 
 use cotk_quant::code::{Bits, Code};
 use cotk_quant::coded::{CodedMatrix, CodedView, Prefix};
-use cotk_quant::encode::assemble;
-use cotk_quant::layout::{MatrixFormat, Placement};
+use cotk_quant::encode::{assemble, assemble_scaled};
+use cotk_quant::layout::{MatrixFormat, Placement, ScaleForm, WHOLE_ROW};
+use cotk_quant::scales::Scales;
 use half::f16;
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
@@ -17,19 +18,34 @@ use super::reference;
 use super::weights::{Matrix, Weights};
 
 /// Any codes, any scales and any zero points: kernels may not rely on what an encoder would choose.
-fn random_matrix(rng: &mut SmallRng, rows: usize, cols: usize, code: Code, group: usize) -> CodedMatrix {
-    let format = MatrixFormat::try_new(rows, cols, code, group).unwrap();
+fn random_matrix(
+    rng: &mut SmallRng,
+    rows: usize,
+    cols: usize,
+    code: Code,
+    (group, form): (usize, ScaleForm),
+) -> CodedMatrix {
+    let format = MatrixFormat::try_with_scales(rows, cols, code, group, form).unwrap();
     let top = 1u32 << code.full().get();
     let codes: Vec<u8> = (0..rows * cols).map(|_| rng.random_range(0..top) as u8).collect();
-    let scales: Vec<f16> = (0..rows * format.groups())
-        .map(|_| f16::from_f32(rng.random_range(-0.01f32..0.01)))
-        .collect();
+    let mut halves = |count: usize| -> Vec<f16> {
+        (0..count)
+            .map(|_| f16::from_f32(rng.random_range(-0.01f32..0.01)))
+            .collect()
+    };
+    let scales = match form {
+        ScaleForm::F16 => Scales::F16(halves(rows * format.groups())),
+        ScaleForm::TwoLevel => Scales::TwoLevel {
+            coarse: halves(rows * format.scale_blocks()),
+            fine: (0..rows * format.groups()).map(|i| (i * 37 % 64) as i8 - 32).collect(),
+        },
+    };
     let zero_points = code
         .prefixes()
         .iter()
         .map(|b| code.default_zero_point(*b) + rng.random_range(-0.5f32..0.5))
         .collect();
-    assemble(format, &codes, &scales, zero_points).unwrap()
+    assemble_scaled(format, &codes, &scales, zero_points).unwrap()
 }
 
 fn random_tokens(rng: &mut SmallRng, tokens: usize, cols: usize) -> Vec<f32> {
@@ -48,7 +64,7 @@ enum Made {
 }
 
 impl Made {
-    fn new(rng: &mut SmallRng, rows: usize, cols: usize, code: Option<Code>, group: usize) -> Self {
+    fn new(rng: &mut SmallRng, rows: usize, cols: usize, code: Option<Code>, group: (usize, ScaleForm)) -> Self {
         match code {
             Some(code) => Self::Coded(random_matrix(rng, rows, cols, code, group)),
             None => Self::Half(rows, cols, random_half(rng, rows, cols, HalfKind::F16)),
@@ -72,8 +88,10 @@ fn any_code() -> impl Strategy<Value = Code> {
     proptest::sample::select(Code::ALL.to_vec())
 }
 
-fn any_group() -> impl Strategy<Value = usize> {
-    proptest::sample::select(vec![32usize, 64, 128])
+fn any_group() -> impl Strategy<Value = (usize, ScaleForm)> {
+    let f16 = [32, 64, 128, WHOLE_ROW].map(|group| (group, ScaleForm::F16));
+    let two_level = [16, 32, 64, 128].map(|group| (group, ScaleForm::TwoLevel));
+    proptest::sample::select([f16, two_level].concat())
 }
 
 proptest! {
@@ -229,7 +247,7 @@ fn no_path_saturates_at_the_extremes() {
 #[test]
 fn a_value_that_is_not_finite_gives_nan_not_a_number_that_looks_right() {
     let mut rng = SmallRng::seed_from_u64(1);
-    let matrix = random_matrix(&mut rng, 20, 64, Code::Nested224, 32);
+    let matrix = random_matrix(&mut rng, 20, 64, Code::Nested224, (32, ScaleForm::F16));
     for bad in [f32::NAN, f32::INFINITY] {
         let mut x = vec![1.0; 64];
         x[40] = bad;
@@ -250,7 +268,7 @@ fn a_value_that_is_not_finite_gives_nan_not_a_number_that_looks_right() {
 #[test]
 fn matrices_that_do_not_fit_are_no_expert() {
     let mut rng = SmallRng::seed_from_u64(1);
-    let mut make = |rows, cols| random_matrix(&mut rng, rows, cols, Code::Plain(Bits::B4), 32);
+    let mut make = |rows, cols| random_matrix(&mut rng, rows, cols, Code::Plain(Bits::B4), (32, ScaleForm::F16));
     let (gate, up, down, wrong) = (make(8, 40), make(8, 40), make(40, 8), make(8, 39));
     fn at(matrix: &CodedMatrix) -> Prefix<'_> {
         matrix.prefix(Bits::B4).unwrap()

@@ -23,6 +23,7 @@ pub mod weights;
 mod scalar;
 mod swiglu;
 pub mod tiles;
+mod two_level;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 

@@ -62,17 +62,26 @@ pub fn map(matrix: &Matrix<'_>, acts: &Activations, out: &mut [f32]) {
 fn dot(prefix: &Prefix<'_>, row: usize, steps: &[StepCodes]) -> f32 {
     let format = prefix.format();
     let mut y = 0.0f32;
+    // A step has one group or a part of one, or two groups of 16.
+    let part = format.group().min(STEP);
     for (s, step) in steps.iter().enumerate() {
-        let cols = s * STEP..((s + 1) * STEP).min(format.cols());
-        let d: i32 = cols
-            .zip(&step.codes)
-            .map(|(col, a)| i32::from(prefix.code_at(row, col)) * i32::from(*a))
-            .sum();
-        let scale = prefix.scale_at(row, s / format.group_steps()) * prefix.cell() * step.scale;
-        // |d| ≤ 32 · 255 · 127 < 2^24: exact.
-        #[expect(clippy::cast_precision_loss, reason = "below 2^24")]
-        let centred = prefix.zero_point().mul_add(-step.sum, d as f32);
-        y = centred.mul_add(scale, y);
+        for (p, acts) in step.codes.chunks(part).enumerate() {
+            let first = s * STEP + p * part;
+            if first >= format.cols() {
+                continue;
+            }
+            let cols = first..(first + part).min(format.cols());
+            let d: i32 = cols
+                .zip(acts)
+                .map(|(col, a)| i32::from(prefix.code_at(row, col)) * i32::from(*a))
+                .sum();
+            let sum: i32 = acts.iter().map(|a| i32::from(*a)).sum();
+            let scale = prefix.scale_at(row, first / format.group()) * prefix.cell() * step.scale;
+            // |d| ≤ 32 · 255 · 127 < 2^24: exact.
+            #[expect(clippy::cast_precision_loss, reason = "below 2^24")]
+            let centred = prefix.zero_point().mul_add(-(sum as f32), d as f32);
+            y = centred.mul_add(scale, y);
+        }
     }
     y
 }

@@ -2,7 +2,7 @@
 //! `cotk_quant::layout`; this only steps through them without asking again for each tile.
 
 use cotk_quant::coded::Prefix;
-use cotk_quant::layout::{MAX_PLANES, Placement, SCALE_BYTES, TILE_STEPS};
+use cotk_quant::layout::{MAX_PLANES, Placement, SCALE_BYTES, ScaleForm, TILE_STEPS};
 
 use super::panels::Panel;
 
@@ -36,6 +36,10 @@ struct FieldWalk<'a> {
     step_bytes: usize,
     /// 32 in the plane that has scales, else 0.
     scale_bytes: usize,
+    /// Scales that the first tile alone has: those of whole rows.
+    first_scales: usize,
+    /// From the first tile to the second on top of the pitch.
+    first_pitch: usize,
     /// Of this field in its plane's steps.
     offset: usize,
 }
@@ -56,12 +60,7 @@ impl<'a, const A: usize, const B: usize, const C: usize> Tiles<'a, A, B, C> {
         let (planes, placement) = prefix.planes();
         let turns = if placement == Placement::Alone { 1 } else { 2 };
         let is_second = placement == Placement::PairSecond;
-        // Scales of whole tiles, even and odd, for groups of one, two and four steps.
-        let scales = match format.group_steps() {
-            1 => [2, 2],
-            2 => [1, 1],
-            _ => [1, 0],
-        };
+        let (scales, is_row) = scales_of_tiles(format.group_steps());
         let mut fields = [FieldWalk::default(); FIELDS];
         let mut used = [0; FIELDS];
         for (walk, field) in fields.iter_mut().zip(prefix.fields()) {
@@ -69,9 +68,10 @@ impl<'a, const A: usize, const B: usize, const C: usize> Tiles<'a, A, B, C> {
             let step_bytes = format.step_bytes(plane);
             let scale_bytes = if plane == 0 { SCALE_BYTES } else { 0 };
             let whole = scales.map(|n| TILE_STEPS * step_bytes + n * scale_bytes);
+            let first_scales = if is_row { scale_bytes } else { 0 };
             *walk = FieldWalk {
                 bytes: planes[plane],
-                at: turns * block * format.block_bytes(plane) + if is_second { whole[0] } else { 0 },
+                at: turns * block * format.block_bytes(plane) + if is_second { whole[0] + first_scales } else { 0 },
                 whole,
                 pitch: if is_second {
                     [whole[0] + whole[1]; 2]
@@ -80,6 +80,9 @@ impl<'a, const A: usize, const B: usize, const C: usize> Tiles<'a, A, B, C> {
                 },
                 step_bytes,
                 scale_bytes,
+                first_scales,
+                // The other matrix's first tile has such scales, too; the second's lies before the walk.
+                first_pitch: if is_second { first_scales } else { turns * first_scales },
                 offset: used[plane],
             };
             used[plane] += 64 * field.bits as usize;
@@ -97,19 +100,36 @@ impl<'a, const A: usize, const B: usize, const C: usize> Tiles<'a, A, B, C> {
 impl<'a> FieldWalk<'a> {
     /// From this field's first byte in a whole tile to the tile's end.
     #[inline(always)]
-    fn whole(&mut self, odd: usize) -> &'a [u8] {
+    fn whole(&mut self, odd: usize, is_first: bool) -> &'a [u8] {
         let start = self.at;
-        self.at += self.pitch[odd];
-        &self.bytes[start + self.offset..start + self.whole[odd]]
+        let (scales, pitch) = if is_first {
+            (self.first_scales, self.first_pitch)
+        } else {
+            (0, 0)
+        };
+        self.at += self.pitch[odd] + pitch;
+        &self.bytes[start + self.offset..start + self.whole[odd] + scales]
     }
 
     /// The same in the last tile of one step, with `groups` scales.
     #[cold]
-    fn half(&mut self, odd: usize, groups: usize, is_second: bool) -> &'a [u8] {
+    fn half(&mut self, odd: usize, is_first: bool, groups: usize, is_second: bool) -> &'a [u8] {
         let bytes = self.step_bytes + groups * self.scale_bytes;
+        let whole = self.whole[odd] + if is_first { self.first_scales } else { 0 };
         // The other matrix's tile before it is short, too.
-        let start = self.at - if is_second { self.whole[odd] - bytes } else { 0 };
+        let start = self.at - if is_second { whole - bytes } else { 0 };
         &self.bytes[start + self.offset..start + bytes]
+    }
+}
+
+/// Scale blocks of whole tiles, even and odd, for groups of one, two and four steps; longer ones are whole rows, whose
+/// scales stand in the first tile alone.
+fn scales_of_tiles(group_steps: usize) -> ([usize; 2], bool) {
+    match group_steps {
+        1 => ([2, 2], false),
+        2 => ([1, 1], false),
+        4 => ([1, 0], false),
+        _ => ([0, 0], true),
     }
 }
 
@@ -129,10 +149,10 @@ impl<'a, const A: usize, const B: usize, const C: usize> Iterator for Tiles<'a, 
         for (i, bits) in [A, B, C].into_iter().enumerate() {
             if bits > 0 {
                 codes[i] = if steps == TILE_STEPS {
-                    self.fields[i].whole(odd)
+                    self.fields[i].whole(odd, first_step == 0)
                 } else {
                     let groups = usize::from(first_step & self.group_mask == 0);
-                    self.fields[i].half(odd, groups, self.is_second)
+                    self.fields[i].half(odd, first_step == 0, groups, self.is_second)
                 };
             }
         }
@@ -182,6 +202,8 @@ pub struct Coded<'a> {
     pub(crate) block_bytes: usize,
     pub(crate) cell: f32,
     pub(crate) zero_point: f32,
+    /// Scales of two levels, which one plain kernel reads on every path.
+    pub(crate) is_two_level: bool,
 }
 
 /// Where one field's codes lie in its plane.
@@ -196,6 +218,8 @@ struct FieldMap {
     pitch: [usize; 2],
     /// From the codes of a tile's first step to those of its second.
     step_bytes: usize,
+    /// From the first tile to the second on top of the pitch: scales of whole rows.
+    first_pitch: usize,
     /// What a last tile of one step begins earlier, because the other matrix's tile before it is short, too.
     early: usize,
 }
@@ -211,12 +235,9 @@ impl<'a> From<Prefix<'a>> for Coded<'a> {
             Placement::PairSecond => (2, true),
         };
         let (steps, group_steps) = (format.steps(), format.group_steps());
-        // Scales of whole tiles, even and odd, for groups of one, two and four steps; then of all, and of a last half tile.
-        let scales = match group_steps {
-            1 => [2, 2],
-            2 => [1, 1],
-            _ => [1, 0],
-        };
+        // Scales of whole tiles, then of all, and of a last half tile.
+        let (scales, is_row) = scales_of_tiles(group_steps);
+        let is_two_level = format.scales() == ScaleForm::TwoLevel;
         let all_scales = steps.div_ceil(group_steps);
         let half_scales = usize::from((steps - 1).is_multiple_of(group_steps));
         let mut plane_bits = [0; MAX_PLANES];
@@ -234,6 +255,7 @@ impl<'a> From<Prefix<'a>> for Coded<'a> {
             block_bytes: 0,
             cell: prefix.cell(),
             zero_point: prefix.zero_point(),
+            is_two_level,
         };
         let mut used = [0; MAX_PLANES];
         for (i, field) in known.iter().filter(|field| field.plane < planes.len()).enumerate() {
@@ -241,7 +263,13 @@ impl<'a> From<Prefix<'a>> for Coded<'a> {
             let step_bytes = 64 * plane_bits[plane];
             let scale_bytes = if plane == 0 { SCALE_BYTES } else { 0 };
             let whole = scales.map(|n| TILE_STEPS * step_bytes + n * scale_bytes);
-            let block_bytes = steps * step_bytes + all_scales * scale_bytes;
+            let first_scales = if is_row { scale_bytes } else { 0 };
+            // Two-level scales are walked by `Prefix::tile`, and only the length of all is asked for here.
+            let block_bytes = if is_two_level {
+                format.block_bytes(plane)
+            } else {
+                steps * step_bytes + all_scales * scale_bytes
+            };
             assert_eq!(
                 planes[plane].len(),
                 turns * coded.row_blocks * block_bytes,
@@ -255,7 +283,7 @@ impl<'a> From<Prefix<'a>> for Coded<'a> {
             coded.widths[i] = field.bits;
             coded.fields[i] = FieldMap {
                 plane,
-                start: used[plane] + if is_second { whole[0] } else { 0 },
+                start: used[plane] + if is_second { whole[0] + first_scales } else { 0 },
                 block_pitch: turns * block_bytes,
                 pitch: if is_second {
                     [whole[0] + whole[1]; 2]
@@ -263,8 +291,9 @@ impl<'a> From<Prefix<'a>> for Coded<'a> {
                     whole.map(|bytes| turns * bytes)
                 },
                 step_bytes,
+                first_pitch: if is_second { first_scales } else { turns * first_scales },
                 early: if is_second {
-                    whole[steps / TILE_STEPS % 2] - half
+                    whole[steps / TILE_STEPS % 2] + if steps == 1 { first_scales } else { 0 } - half
                 } else {
                     0
                 },
@@ -287,6 +316,7 @@ impl<'a> Coded<'a> {
 pub(crate) struct Walk<const A: usize, const B: usize, const C: usize> {
     at: [*const u8; FIELDS],
     pitch: [[usize; 2]; FIELDS],
+    first_pitch: [usize; FIELDS],
     step_bytes: [usize; FIELDS],
     early: [usize; FIELDS],
     group_mask: usize,
@@ -308,14 +338,16 @@ pub(crate) struct TileAt {
 #[cfg(target_arch = "x86_64")]
 impl<const A: usize, const B: usize, const C: usize> Walk<A, B, C> {
     /// # Panics
-    /// A block that the matrix does not have: behind it every tile lies inside the planes, whose lengths `Coded` knows.
+    /// A block that the matrix does not have, or scales of two levels: behind them every tile lies inside the planes,
+    /// whose lengths `Coded` knows.
     #[inline(always)]
     pub(crate) fn new(coded: &Coded<'_>, block: usize) -> Self {
-        assert!(block < coded.row_blocks, "row block {block}");
+        assert!(block < coded.row_blocks && !coded.is_two_level, "row block {block}");
         let planes = coded.prefix.planes().0;
         let mut walk = Self {
             at: [std::ptr::null(); FIELDS],
             pitch: [[0; 2]; FIELDS],
+            first_pitch: [0; FIELDS],
             step_bytes: [0; FIELDS],
             early: [0; FIELDS],
             group_mask: coded.group_mask,
@@ -328,6 +360,7 @@ impl<const A: usize, const B: usize, const C: usize> Walk<A, B, C> {
                 let start = block * map.block_pitch + map.start;
                 walk.at[i] = planes[map.plane].as_ptr().wrapping_add(start);
                 (walk.pitch[i], walk.step_bytes[i], walk.early[i]) = (map.pitch, map.step_bytes, map.early);
+                walk.first_pitch[i] = map.first_pitch;
             }
         }
         walk
@@ -350,7 +383,8 @@ impl<const A: usize, const B: usize, const C: usize> Walk<A, B, C> {
         };
         for (i, bits) in [A, B, C].into_iter().enumerate() {
             if bits > 0 {
-                self.at[i] = self.at[i].wrapping_add(self.pitch[i][odd]);
+                let first = if self.next_step == 0 { self.first_pitch[i] } else { 0 };
+                self.at[i] = self.at[i].wrapping_add(self.pitch[i][odd] + first);
             }
         }
         self.next_step += TILE_STEPS;
@@ -385,6 +419,7 @@ impl<const A: usize, const B: usize, const C: usize> Walk<A, B, C> {
 macro_rules! by_fields {
     ($coded:expr, $kernel:ident::<$($constant:literal),+>$arguments:tt) => {{
         match $coded.widths {
+            [1, 0, 0] => $kernel::<$($constant),+, 1, 0, 0> $arguments,
             [2, 0, 0] => $kernel::<$($constant),+, 2, 0, 0> $arguments,
             [4, 0, 0] => $kernel::<$($constant),+, 4, 0, 0> $arguments,
             [8, 0, 0] => $kernel::<$($constant),+, 8, 0, 0> $arguments,

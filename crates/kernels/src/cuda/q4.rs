@@ -5,7 +5,7 @@ use cotk_quant::QuantError;
 use cotk_quant::code::Code;
 use cotk_quant::coded::{CodedMatrix, Prefix};
 use cotk_quant::encode::assemble;
-use cotk_quant::layout::{MatrixFormat, Placement, STEP};
+use cotk_quant::layout::{MatrixFormat, Placement, STEP, ScaleForm};
 use half::f16;
 
 use crate::cpu::activations::Activations;
@@ -35,7 +35,7 @@ impl<'a> Q4Matrix<'a> {
                 expected: "plain4 or the 4-bit base of nested4+4",
             });
         }
-        if format.group() != STEP {
+        if format.group() != STEP || format.scales() != ScaleForm::F16 {
             return Err(QuantError::Group { found: format.group() });
         }
         let (planes, placement) = prefix.planes();

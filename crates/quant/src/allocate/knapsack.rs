@@ -9,9 +9,11 @@ use super::repair::repair;
 use super::{Allocation, Allocator, Budgets, Candidate, check, least};
 use crate::QuantError;
 
-/// Doublings of the price of the second budget before it is said that nothing fits, and halvings to settle it.
-const GROW: usize = 200;
+/// Eightfold raises of the price of the second budget before it is said that nothing fits, and halvings to settle it.
+const GROW: usize = 40;
 const SETTLE: usize = 40;
+/// Answers of prices that are repaired.
+const REPAIRED: usize = 3;
 
 /// Hulls, increments, repair.
 #[derive(Debug, Clone, Copy, Default)]
@@ -155,46 +157,38 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// The least price at which the second budget holds.
+    /// The least price at which the second budget holds, and the prices just above it: repaired, one of them is best.
     fn priced(&self, mut bound: f64) -> Option<Allocation> {
         let budget = self.budgets.ms?;
-        let (mut low, mut high) = (0.0f64, 1e-6f64);
-        let mut found = None;
+        let (mut low, mut high) = (0.0f64, 1e-3f64);
+        let mut found: Vec<(Fill, f64)> = Vec::new();
         for _ in 0..GROW {
             let fill = self.fill(high);
             bound = bound.max(fill.bound);
             if fill.sums.ms <= budget {
-                found = Some((fill, high));
+                found.push((fill, high));
                 break;
             }
             low = high;
-            high *= 2.0;
+            high *= 8.0;
         }
-        let mut best: Option<Allocation> = None;
-        let (mut last, mut last_price) = found?;
         for _ in 0..SETTLE {
-            let better = self.finish(last.choice.clone(), bound, &last, last_price);
-            if best.as_ref().is_none_or(|b| better.loss < b.loss) {
-                best = Some(better);
+            if found.is_empty() || high - low < 1e-3 * high {
+                break;
             }
             let middle = 0.5 * (low + high);
             let fill = self.fill(middle);
             bound = bound.max(fill.bound);
             if fill.sums.ms > budget {
                 low = middle;
-                continue;
-            }
-            high = middle;
-            let is_same = fill.choice == last.choice;
-            (last, last_price) = (fill, middle);
-            if is_same && (high - low) < 1e-3 * high {
-                break;
+            } else {
+                high = middle;
+                found.push((fill, middle));
             }
         }
-        best.map(|b| Allocation {
-            gap: (b.loss - bound).max(0.0),
-            ..b
-        })
+        let last = found.iter().rev().take(REPAIRED);
+        let repaired = last.map(|(fill, price)| self.finish(fill.choice.clone(), bound, fill, *price));
+        repaired.min_by(|a, b| a.loss.total_cmp(&b.loss))
     }
 
     fn finish(&self, mut choice: Vec<usize>, bound: f64, fill: &Fill, price: f64) -> Allocation {

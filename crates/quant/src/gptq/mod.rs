@@ -11,7 +11,6 @@ mod grid;
 mod laws;
 mod rows;
 
-use half::f16;
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
@@ -21,9 +20,9 @@ use crate::QuantError;
 use crate::code::Bits;
 use crate::coded::CodedMatrix;
 use crate::decode::decode;
-use crate::encode::{assemble, check, overflow};
+use crate::encode::{assemble_scaled, check, overflow};
 use crate::layout::MatrixFormat;
-use crate::scales::settle_row;
+use crate::scales::Scales;
 
 pub use self::factor::{DAMPING, Factor};
 
@@ -132,7 +131,7 @@ pub fn solve(
             };
             state = rows.solve(
                 &grid(pair[1]),
-                state.scales.clone(),
+                state.held.clone(),
                 Some(parents),
                 settings.refit_rounds,
                 false,
@@ -165,13 +164,13 @@ pub fn solve(
         });
     }
     let mut codes = Vec::with_capacity(weights.len());
-    let mut scales = Vec::with_capacity(format.rows() * format.groups());
+    let mut scales = Scales::empty(format.scales());
     for (state, _) in &solved {
         codes.extend_from_slice(&state.codes);
-        scales.extend(state.scales.iter().map(|&s| f16::from_f32(s)));
+        scales.append(&state.held);
     }
     Ok(Solution {
-        coded: assemble(format, &codes, &scales, zero_points)?,
+        coded: assemble_scaled(format, &codes, &scales, zero_points)?,
         losses,
         whole: weighted_square(weights, factor.hessian())?,
     })
@@ -192,16 +191,18 @@ fn first_width(rows: &Rows<'_>, grid: &Grid, settings: &Settings, first_row: usi
     }
     let mut best: Option<State> = None;
     for &by in &settings.scale_factors {
-        let mut scales = Vec::with_capacity(searched.len());
+        let mut scales = Scales::empty(rows.format.scales());
         for (r, row) in searched.chunks_exact(groups).enumerate() {
-            let mut row: Vec<f64> = row.iter().map(|&s| f64::from(s * by)).collect();
-            if !settle_row(rows.format, &mut row) {
-                let at = row.iter().position(|s| !s.is_finite()).unwrap_or(0) * group;
+            let row: Vec<f64> = row.iter().map(|&s| f64::from(s * by)).collect();
+            if !scales.push_row(&row) {
+                // The greatest scale is of the group with the greatest weight, or near.
+                let greatest = (0..groups)
+                    .max_by(|&a, &b| row[a].abs().total_cmp(&row[b].abs()))
+                    .unwrap_or(0);
+                let at = greatest * group;
                 let weights = &rows.weights[r * cols..][at..(at + group).min(cols)];
                 return Err(overflow(weights, first_row + r, at));
             }
-            #[expect(clippy::cast_possible_truncation, reason = "settled on f32 values")]
-            scales.extend(row.into_iter().map(|s| s as f32));
         }
         let state = rows.solve(grid, scales, None, settings.refit_rounds, true);
         best = Some(match best {
@@ -212,6 +213,7 @@ fn first_width(rows: &Rows<'_>, grid: &Grid, settings: &Settings, first_row: usi
                         best.losses[r] = *loss;
                         best.codes[r * cols..][..cols].copy_from_slice(&state.codes[r * cols..][..cols]);
                         best.scales[r * groups..][..groups].copy_from_slice(&state.scales[r * groups..][..groups]);
+                        best.held.set_row(rows.format, r, &state.held, r);
                     }
                 }
                 best

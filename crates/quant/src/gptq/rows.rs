@@ -10,7 +10,7 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use super::factor::Factor;
 use super::grid::{Grid, inverse};
 use crate::layout::MatrixFormat;
-use crate::scales::settle_row;
+use crate::scales::Scales;
 
 /// Columns whose feedback reaches the rest at once, in one matrix product (Frantar et al., 2023).
 const BLOCK_COLS: usize = 128;
@@ -32,7 +32,9 @@ pub(super) struct Rows<'a> {
 pub(super) struct State {
     /// `[rows, cols]`, at the width in hand.
     pub(super) codes: Vec<u8>,
-    /// Scales of the full code `[rows, groups]`, each one that the format can hold.
+    /// Scales of the full code `[rows, groups]`, as the format holds them.
+    pub(super) held: Scales,
+    /// The same as numbers.
     pub(super) scales: Vec<f32>,
     /// Tr(E·H·Eᵀ) of each row.
     pub(super) losses: Vec<f64>,
@@ -76,12 +78,13 @@ impl Rows<'_> {
     pub(super) fn solve(
         &self,
         grid: &Grid,
-        scales: Vec<f32>,
+        held: Scales,
         parents: Option<Parents<'_>>,
         rounds: usize,
         refit: bool,
     ) -> State {
         let cols = self.format.cols();
+        let scales = held.values(self.format);
         let nearest = self.nearest(grid, &scales, parents);
         let nearest_losses = self.errors(grid, &scales, &nearest).losses();
         let mut codes = self.feedback(grid, &scales, parents);
@@ -98,7 +101,12 @@ impl Rows<'_> {
         if replaced {
             errors = self.errors(grid, &scales, &codes);
         }
-        let mut state = State { codes, scales, losses };
+        let mut state = State {
+            codes,
+            held,
+            scales,
+            losses,
+        };
         for _ in 0..rounds {
             if refit && self.refit(grid, &mut state, &errors) {
                 errors = self.errors(grid, &state.scales, &state.codes);
@@ -246,20 +254,23 @@ impl Rows<'_> {
                 .zip(old)
                 .map(|(x, s)| x + f64::from(*s))
                 .collect();
-            let mut new = wanted.clone();
-            if !settle_row(self.format, &mut new) {
+            let mut held = Scales::empty(self.format.scales());
+            if !held.push_row(&wanted) {
                 continue;
             }
-            let by: Vec<f64> = new.iter().zip(old).map(|(n, s)| n - f64::from(*s)).collect();
+            held.descend_row(old, &normal[r * groups * groups..][..groups * groups], &b);
+            let new = held.values(self.format);
+            let by: Vec<f64> = new
+                .iter()
+                .zip(old)
+                .map(|(n, s)| f64::from(*n) - f64::from(*s))
+                .collect();
             let gain: f64 = (0..groups)
                 .map(|i| by[i] * (2.0 * b[i] - (0..groups).map(|j| a(i, j) * by[j]).sum::<f64>()))
                 .sum();
             if gain > 0.0 {
-                #[expect(clippy::cast_possible_truncation, reason = "settled on f32 values")]
-                state.scales[r * groups..][..groups]
-                    .iter_mut()
-                    .zip(new)
-                    .for_each(|(s, n)| *s = n as f32);
+                state.scales[r * groups..][..groups].copy_from_slice(&new);
+                state.held.set_row(self.format, r, &held, 0);
                 changed = true;
             }
         }
