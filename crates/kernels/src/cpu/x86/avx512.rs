@@ -60,9 +60,10 @@ pub(in super::super) fn pair(
     }
 }
 
-/// Bytes that memory is asked for ahead of use. Measured on a Zen 4 core, 4 bit, large pages: 28.2 GB/s at 1152, 22.3 at
-/// 4608, 27.0 without; into the first-level cache 22 to 25 at any distance.
-const AHEAD: usize = 1152;
+/// Bytes that memory is asked for ahead of use. Measured on a Zen 4 core at 4 bit, of 26 to 29 GB/s that a plain read
+/// gets: rows of eight experts in turn 23.4 GB/s at 4608, 16.0 at 2304, 12.2 at 1152, 12.1 without; gate and up in turn
+/// 20.0, 16.9, 14.5, 20.0; one long stream 22 to 28 at any. A multiple of 4096 meets the same sets of the cache.
+const AHEAD: usize = 4608;
 
 /// One block of `W` matrices of one format × `T` tokens.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")]
