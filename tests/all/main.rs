@@ -16,6 +16,7 @@ mod plan;
 mod plan_moe;
 mod profile_transfer;
 mod program;
+mod prune;
 mod recipes;
 mod search;
 mod serve;

@@ -89,6 +89,18 @@ const TARGETS: &[(&str, &str, &str, &[&str])] = &[
         &["help", "threads"],
     ),
     ("latency-costs", "what a prediction costs", "latency", &["costs"]),
+    (
+        "mask-loss",
+        "the exact loss of one mask of experts",
+        "compress",
+        &["mask-loss"],
+    ),
+    (
+        "compress-prune",
+        "ways to choose experts of the reference checkpoint (15 minutes)",
+        "compress",
+        &["prune"],
+    ),
 ];
 
 pub(crate) fn command(args: &[String]) -> Result<()> {

@@ -7,12 +7,14 @@ use cotk_latency::work::Work;
 use cotk_model::moe::Mode;
 use cotk_run::files;
 use cotk_run::recipe as recipes;
+use cotk_run::units::ExpertId;
 use cotk_runtime::cost::decode_step;
 
+use crate::layer::ExpertUsage;
 use crate::partial::{BuiltMoe, Entry, Partial};
 use crate::pipeline::{Job, Streams};
 use crate::quality::{self, Quality};
-use crate::report::{LayerReport, Report};
+use crate::report::{ENOUGH_TOKENS, LayerReport, Report, Starved};
 use crate::{CompressError, Result};
 
 impl Job<'_> {
@@ -107,6 +109,13 @@ impl Job<'_> {
                 "{without} experts saw no calibration token: their figures rest on their neighbours'"
             ));
         }
+        let starved: Vec<Starved> = built.iter().flat_map(|moe| starved(moe)).collect();
+        if starved.len() > without {
+            warnings.push(format!(
+                "{} experts saw fewer than {ENOUGH_TOKENS} calibration tokens (named in the report): give more calibration text",
+                starved.len()
+            ));
+        }
         let counts: Vec<usize> = layers.iter().map(|l| l.experts_kept).collect();
         if counts.windows(2).any(|w| w[0] != w[1]) || counts.iter().any(|&c| c != spec.routing.experts) {
             warnings.push(
@@ -131,6 +140,8 @@ impl Job<'_> {
             layers,
             calibration_tokens: self.texts.calibration_tokens(),
             experts_without_tokens: without,
+            starved,
+            pruned: partial.pruned().cloned(),
             seed: self.request.recipe.seed,
             recipe_hash: String::from(manifest.recipe.hash),
             seconds: 0.0,
@@ -154,6 +165,19 @@ impl Job<'_> {
             }
         }
     }
+}
+
+/// Experts whose figures rest on few tokens.
+fn starved(moe: &BuiltMoe) -> Vec<Starved> {
+    let few = |(expert, usage): (ExpertId, &ExpertUsage)| {
+        (usage.tokens < ENOUGH_TOKENS).then(|| Starved {
+            layer: moe.entry.layer.0,
+            expert,
+            tokens: usage.tokens,
+            lacks: ENOUGH_TOKENS - usage.tokens,
+        })
+    };
+    (0..).map(ExpertId).zip(&moe.usage.experts).filter_map(few).collect()
 }
 
 fn layer_report(moe: &BuiltMoe) -> LayerReport {

@@ -3,9 +3,10 @@
 use std::fmt::Write;
 
 use cotk_run::facts::Fact;
-use cotk_run::units::{Bytes, significant};
+use cotk_run::units::{Bytes, ExpertId, significant};
 use serde::{Deserialize, Serialize};
 
+use crate::prune::plan::Pruned;
 use crate::quality::Quality;
 
 /// One MoE layer of the result.
@@ -23,6 +24,19 @@ pub struct LayerReport {
     /// Share of the calibration tokens' selections that went to experts that were dropped.
     pub dropped_share: f64,
 }
+
+/// An expert that too few calibration tokens chose for its figures to mean much.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Starved {
+    pub layer: u32,
+    pub expert: ExpertId,
+    pub tokens: u64,
+    /// To [`ENOUGH_TOKENS`].
+    pub lacks: u64,
+}
+
+/// Tokens from which on an expert's means are taken at their word.
+pub const ENOUGH_TOKENS: u64 = 64;
 
 /// The whole result.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -49,6 +63,10 @@ pub struct Report {
     pub calibration_tokens: usize,
     /// Experts that no calibration token chose.
     pub experts_without_tokens: usize,
+    /// All below [`ENOUGH_TOKENS`], by name.
+    pub starved: Vec<Starved>,
+    /// What `[compress.prune]` chose, and what it costs; absent where use alone decided.
+    pub pruned: Option<Pruned>,
     pub seed: u64,
     pub recipe_hash: String,
     /// Of this process: an interrupted run counts from its last start.
@@ -176,6 +194,7 @@ impl Report {
                 number(layer.dropped_share),
             );
         }
+        self.pruning(&mut text);
         if !self.warnings.is_empty() {
             let _ = writeln!(text, "\nWarnings:\n");
             for warning in &self.warnings {
@@ -183,5 +202,47 @@ impl Report {
             }
         }
         text
+    }
+
+    /// Why these experts and so many per layer, and which figures rest on few tokens.
+    fn pruning(&self, text: &mut String) {
+        let number = |x: f64| significant(x, 3);
+        let list = |experts: &mut dyn Iterator<Item = String>| experts.collect::<Vec<_>>().join(" ");
+        if let Some(pruned) = &self.pruned {
+            let _ = writeln!(
+                text,
+                "\nExperts were dropped by {}, counts per layer {}; dropped means {}. Loss: ‖change of the mixed output‖² over \
+                 its size, on the half of the sample that chose and on the other. Cost: KL of the model in nats per unit of \
+                 the layer's loss, measured with that layer alone pruned.\n",
+                pruned.method.name(),
+                pruned.spread.name(),
+                pruned.semantics.name()
+            );
+            let _ = writeln!(
+                text,
+                "| layer | dropped | loss, chosen | loss | cost | masks tried | experts |\n|---:|---:|---:|---:|---:|---:|---|"
+            );
+            for layer in &pruned.layers {
+                let _ = writeln!(
+                    text,
+                    "| {} | {} | {} | {} | {} | {} | {} |",
+                    layer.layer.0,
+                    layer.mask.count(),
+                    number(layer.chosen_loss),
+                    number(layer.loss),
+                    layer.kl_per_loss.map_or_else(String::new, number),
+                    layer.tried,
+                    list(&mut layer.mask.dropped().iter().map(usize::to_string)),
+                );
+            }
+        }
+        if !self.starved.is_empty() {
+            let named = |s: &Starved| format!("{}.{} ({}, lacks {})", s.layer, s.expert.0, s.tokens, s.lacks);
+            let _ = writeln!(
+                text,
+                "\nExperts that fewer than {ENOUGH_TOKENS} calibration tokens chose, as layer.expert (tokens): {}.",
+                list(&mut self.starved.iter().map(named)),
+            );
+        }
     }
 }

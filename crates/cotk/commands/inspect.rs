@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use cotk_container::manifest::{DENSE, EXPERTS, State};
+use cotk_compress::report::ENOUGH_TOKENS;
+use cotk_container::manifest::{DENSE, EXPERTS, State, Why};
 use cotk_container::reader::Container;
 use cotk_model::checkpoint::TensorSource;
 use cotk_model::inventory;
@@ -18,7 +19,9 @@ use crate::table::Table;
 
 /// Say what a model is: layers, experts, bits, bytes
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  cotk inspect ../shared/models/ref-qwen2moe\n  cotk inspect out --experts --json")]
+#[command(
+    after_help = "Examples:\n  cotk inspect ../shared/models/ref-qwen2moe\n  cotk inspect out --experts --json\n\nWhy experts were dropped, and what that costs, stands in OUT/report.md."
+)]
 pub struct Args {
     /// Hugging Face folder, or output of `cotk compress`
     pub model: PathBuf,
@@ -36,6 +39,8 @@ struct Expert {
     /// `kept` or `dropped`.
     kind: &'static str,
     params: u64,
+    /// The use that decided, of a container.
+    why: Option<Why>,
 }
 
 /// # Errors
@@ -60,6 +65,7 @@ pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
                         bits,
                         kind: "kept",
                         params: inventory::expert_params(spec),
+                        why: None,
                     })
                 })
                 .collect::<Result<_, cotk_model::checkpoint::CheckpointError>>()
@@ -191,6 +197,7 @@ fn coded(container: &Container, layer: LayerId) -> Vec<Expert> {
                 bits: [0; 3],
                 kind: "dropped",
                 params: 0,
+                why: Some(expert.why),
             },
             State::Kept(record) => Expert {
                 id: expert.expert,
@@ -202,6 +209,7 @@ fn coded(container: &Container, layer: LayerId) -> Vec<Expert> {
                     .iter()
                     .map(|format| (format.rows() * format.cols()) as u64)
                     .sum(),
+                why: Some(expert.why),
             },
         })
         .collect()
@@ -223,6 +231,10 @@ fn layer_json(id: LayerId, kind: LayerKind, experts: &[Expert], is_listed: bool)
                     "bits": { "gate": e.bits[0], "up": e.bits[1], "down": e.bits[2] },
                     "rank": null,
                     "kind": e.kind,
+                    "tokens": e.why.map(|why| why.tokens),
+                    "share": e.why.map(|why| why.share),
+                    "gate_share": e.why.map(|why| why.gate_share),
+                    "is_starved": e.why.map(|why| why.tokens < ENOUGH_TOKENS),
                 })
             })
             .collect();
@@ -239,7 +251,20 @@ fn kind_name(kind: LayerKind) -> &'static str {
 
 fn layers_table(per_layer: &[(LayerId, LayerKind, Vec<Expert>)], is_listed: bool) -> String {
     if is_listed {
-        let mut table = Table::new(&["layer", "expert", "kind", "gate bits", "up bits", "down bits", "bytes"]);
+        let mut table = Table::new(&[
+            "layer",
+            "expert",
+            "kind",
+            "gate bits",
+            "up bits",
+            "down bits",
+            "bytes",
+            "tokens",
+            "share, %",
+            "gate share, %",
+            "few tokens",
+        ]);
+        let percent = |share: f64| significant(share * 100.0, 3);
         for (id, _, experts) in per_layer {
             for e in experts {
                 let [gate, up, down] = e.bits.map(|bits| bits.to_string());
@@ -251,6 +276,14 @@ fn layers_table(per_layer: &[(LayerId, LayerKind, Vec<Expert>)], is_listed: bool
                     up,
                     down,
                     e.bytes.to_string(),
+                    e.why.map_or_else(String::new, |why| why.tokens.to_string()),
+                    e.why.map_or_else(String::new, |why| percent(why.share)),
+                    e.why.map_or_else(String::new, |why| percent(why.gate_share)),
+                    match e.why {
+                        Some(why) if why.tokens == 0 => "never fires".to_owned(),
+                        Some(why) if why.tokens < ENOUGH_TOKENS => format!("lacks {}", ENOUGH_TOKENS - why.tokens),
+                        Some(_) | None => String::new(),
+                    },
                 ]);
             }
         }
