@@ -1,9 +1,10 @@
-//! Reading speed of a disk: direct, aligned reads of regions in random order from a file that this probe writes and removes,
+//! Reading speed of a disk: direct, aligned reads of regions in random order from a file that this probe writes and that has no name,
 //! each region for the first time, and once more right behind. Where direct reads are refused the page cache is told to
 //! forget the file, and the tier says so. What was read is held against what the system counts.
 
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,7 +32,10 @@ const IN_FLIGHT: u64 = 4 << 20;
 /// Reads a file of its own in one folder.
 #[derive(Debug)]
 pub struct DiskProbe {
+    /// The file under a name that only this process has: it has none in its folder, so that nothing is left of it.
     file: PathBuf,
+    /// Keeps it.
+    _held: File,
     bytes: u64,
     is_direct: bool,
     sizes: Vec<u64>,
@@ -81,14 +85,14 @@ impl Regions {
 }
 
 impl DiskProbe {
-    /// Writes a file of `bytes` bytes into `folder`; it lives as long as the probe. Reads of `sizes` bytes with `depths`
+    /// Writes a file of `bytes` bytes into `folder`; it lives as long as the probe, and its name goes at once. Reads of `sizes` bytes with `depths`
     /// requests in flight.
     ///
     /// # Errors
     /// [`crate::Error::Run`] when the folder does not take the file.
     pub fn new(folder: &Path, bytes: u64, sizes: Vec<u64>, depths: Vec<u32>) -> Result<Self> {
-        let file = folder.join("disk-probe.partial");
-        let mut writer = cotk_run::files::AtomicFile::create(&file)?;
+        let name = folder.join(format!("disk-probe-{}.partial", std::process::id()));
+        let mut writer = cotk_run::files::AtomicFile::create(&name)?;
         // Not compressible and not constant: file systems shorten both.
         let mut state = 0x9e37_79b9_7f4a_7c15u64;
         let mut block = vec![0u8; 1 << 20];
@@ -100,12 +104,17 @@ impl DiskProbe {
                 state ^= state << 17;
                 *word = state.to_le_bytes();
             }
-            writer.write_all(&block).map_err(cotk_run::Error::io("write", &file))?;
+            writer.write_all(&block).map_err(cotk_run::Error::io("write", &name))?;
         }
         writer.commit()?;
+        let held = cotk_run::files::open(&name);
+        std::fs::remove_file(&name).map_err(cotk_run::Error::io("remove", &name))?;
+        let held = held?;
+        let file = PathBuf::from(format!("/proc/self/fd/{}", held.as_raw_fd()));
         let is_direct = open_direct(&file).is_ok();
         Ok(Self {
             file,
+            _held: held,
             bytes,
             is_direct,
             sizes,
@@ -119,10 +128,10 @@ impl DiskProbe {
     /// As if direct reads were refused.
     #[must_use]
     pub fn buffered(self) -> Self {
-        // `Drop` forbids to take the fields apart.
-        let mut probe = self;
-        probe.is_direct = false;
-        probe
+        Self {
+            is_direct: false,
+            ..self
+        }
     }
 
     /// `Disk`, or `DiskBuffered` where direct reads are refused.
@@ -138,12 +147,6 @@ impl DiskProbe {
             .zip(counted())
             .map(|(before, now)| now.saturating_sub(before));
         (self.asked.load(Ordering::Relaxed), grown)
-    }
-}
-
-impl Drop for DiskProbe {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.file);
     }
 }
 

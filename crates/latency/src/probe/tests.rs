@@ -279,11 +279,10 @@ fn memory_and_disk_read_what_they_are_asked() {
             .to_string()
             .contains("multiple of 4096")
     );
-    drop(disk);
     assert_eq!(
         std::fs::read_dir(dir.path()).unwrap().count(),
         0,
-        "its file goes with it"
+        "whoever is killed leaves no file"
     );
 }
 
