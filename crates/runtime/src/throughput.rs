@@ -430,8 +430,9 @@ impl Bench<'_> {
         let mut sequences: Vec<Sequence<'_>> = (new.iter().zip(caches))
             .map(|(tokens, cache)| Sequence { tokens, cache })
             .collect();
-        let forward = self.subject.model.forward(&mut sequences, Mode::Exact, Logits::Last)?;
-        black_box(&forward.logits);
+        let (model, work) = (self.subject.model, &mut self.workspace);
+        model.step(&mut sequences, Mode::Exact, Logits::Last, work)?;
+        black_box(work.logits());
         counts.passes += 1;
         let is_single = new.len() == 1 && new[0].len() == 1;
         for (layer, record) in self.workspace.records() {

@@ -49,6 +49,15 @@ impl Width {
         found
     }
 
+    /// That of a plain code, which is no prefix of another.
+    pub fn plain(bits: u32) -> Option<Self> {
+        let bits = Bits::try_from(bits).ok()?;
+        Some(Self {
+            form: Form::Code(Code::Plain(bits), bits),
+            planes: 1,
+        })
+    }
+
     /// The one that reads `planes` planes of a prefix of `bits` bits.
     pub fn find(bits: u32, planes: u32) -> Option<Self> {
         Self::all().into_iter().find(|w| (w.bits(), w.planes) == (bits, planes))
@@ -440,7 +449,8 @@ mod tests {
                 assert_ne!(out, run(&NoiseExpert::new(&shape, 6).unwrap()));
             }
         }
-        assert!(Width::find(5, 1).is_none());
+        assert!(Width::find(5, 1).is_none() && Width::plain(5).is_none());
+        assert!(Width::all().iter().all(|w| w.planes() > 1 || w.bits() == 16 || Width::plain(w.bits()).is_some()));
     }
 
     #[test]

@@ -189,6 +189,37 @@ const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// DeepSeek-V3's three cuts.
+const DEEPSEEK_V3: [&str; 3] = [
+    r##"\p{N}{1,3}"##,
+    r##"[一-龥぀-ゟ゠-ヿ]+"##,
+    r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##,
+];
+
+/// DeepSeek-V2's, before digits one by one. (llama.cpp cuts them in runs: the same where no merge joins digits.)
+const DEEPSEEK_LLM: [&str; 5] = [
+    r##"[\r\n]"##,
+    r##"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"##,
+    r##"\s?[!-/:-~！-／：-～‘-‟　-。]+"##,
+    r##"\s+$"##,
+    r##"[一-龥ࠀ-一가-퟿]+"##,
+];
+
+/// An expression as it is written: line ends, which some files hold as such, by their escapes.
+fn spelled(pattern: &str) -> String {
+    pattern.replace('\r', r"\r").replace('\n', r"\n")
+}
+
+/// Whether some merge joins two runs of digits.
+fn joins_digits(file: &File) -> bool {
+    let is_digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    file.model.merges.iter().any(|merge| match merge {
+        Json::String(pair) => pair.split_once(' ').is_some_and(|(a, b)| is_digits(a) && is_digits(b)),
+        Json::Array(pair) => pair.iter().all(|part| part.as_str().is_some_and(is_digits)),
+        _ => false,
+    })
+}
+
 fn kind_of(file: &File) -> Result<Kind, ExportError> {
     if file.model.kind.as_deref().is_some_and(|kind| kind != "BPE") {
         let found = file.model.kind.clone().unwrap_or_default();
@@ -215,7 +246,7 @@ fn kind_of(file: &File) -> Result<Kind, ExportError> {
     };
     let split = |step: &Json, pattern: &str| {
         is(step, "Split")
-            && step["pattern"]["Regex"] == pattern
+            && step["pattern"]["Regex"].as_str().map(spelled).as_deref() == Some(pattern)
             && step["behavior"] == "Isolated"
             && step["invert"] != true
     };
@@ -224,6 +255,26 @@ fn kind_of(file: &File) -> Result<Kind, ExportError> {
         [last] if bytes(last, true) => Some("gpt-2"),
         [first, last] if digits(first) && bytes(last, true) => Some("smollm"),
         [first, last] if split(first, QWEN2) && bytes(last, false) => Some("qwen2"),
+        [numbers, cjk, rest, last]
+            if split(numbers, DEEPSEEK_V3[0])
+                && split(cjk, DEEPSEEK_V3[1])
+                && split(rest, DEEPSEEK_V3[2])
+                && bytes(last, false) =>
+        {
+            Some("deepseek-v3")
+        }
+        [lines, letters, marks, end, cjk, numbers, last]
+            if split(lines, DEEPSEEK_LLM[0])
+                && split(letters, DEEPSEEK_LLM[1])
+                && split(marks, DEEPSEEK_LLM[2])
+                && split(end, DEEPSEEK_LLM[3])
+                && split(cjk, DEEPSEEK_LLM[4])
+                && digits(numbers)
+                && bytes(last, false)
+                && !joins_digits(file) =>
+        {
+            Some("deepseek-llm")
+        }
         [first, last] if split(first, LLAMA3) && bytes(last, false) && file.model.ignore_merges => Some("llama-bpe"),
         _ => None,
     };
@@ -233,7 +284,7 @@ fn kind_of(file: &File) -> Result<Kind, ExportError> {
         _ => Err(refused(
             "how the tokenizer cuts a text before merging",
             shown(file.pre_tokenizer.as_ref()),
-            "one that llama.cpp has a name for: gpt-2, smollm, qwen2 or llama-bpe",
+            "one that llama.cpp has a name for: gpt-2, smollm, qwen2, llama-bpe, deepseek-v3 or deepseek-llm",
         )),
     }
 }
@@ -352,6 +403,28 @@ mod tests {
             (bytes(true), Some("gpt-2")),
             (sequence(json!([digits, bytes(true)])), Some("smollm")),
             (sequence(json!([split(QWEN2), bytes(false)])), Some("qwen2")),
+            (
+                sequence(json!([
+                    split(DEEPSEEK_V3[0]),
+                    split(DEEPSEEK_V3[1]),
+                    split(&DEEPSEEK_V3[2].replace(r"\r", "\r").replace(r"\n", "\n")),
+                    bytes(false)
+                ])),
+                Some("deepseek-v3"),
+            ),
+            (
+                sequence(json!([
+                    split("[\r\n]"),
+                    split(DEEPSEEK_LLM[1]),
+                    split(DEEPSEEK_LLM[2]),
+                    split(DEEPSEEK_LLM[3]),
+                    split(DEEPSEEK_LLM[4]),
+                    digits,
+                    bytes(false)
+                ])),
+                Some("deepseek-llm"),
+            ),
+            (sequence(json!([split(DEEPSEEK_V3[0]), bytes(false)])), None),
             (sequence(json!([split(r"\p{N}"), bytes(false)])), None),
             (sequence(json!([split(QWEN2), bytes(true)])), None),
             (
