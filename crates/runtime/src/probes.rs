@@ -9,7 +9,7 @@ use cotk_container::dense::plain_matrix;
 use cotk_kernels::cpu::noise::{self, NoiseExpert, NoiseShape, Width};
 use cotk_kernels::cpu::team::Team;
 use cotk_latency::probe::{Prepared, Probe, refused};
-use cotk_latency::work::{AttentionKey, DenseKey, ExpertKey, Form, GlueKey, Heat, Key};
+use cotk_latency::work::{AttentionKey, Block, DenseKey, ExpertKey, Form, GlueKey, Heat, Key};
 use cotk_model::layers::attention::{Heads, Rows, Span};
 use cotk_model::layers::cache::{KvKind, LayerCache};
 use cotk_model::layers::linear::Linear;
@@ -41,6 +41,9 @@ pub struct EngineProbe {
     teams: BTreeMap<u32, Team>,
     cache_bytes: u64,
 }
+
+/// Draws among which every path should have its keys.
+const SPREAD_DRAWS: usize = 3000;
 
 /// What one call does.
 type Call = Box<dyn FnMut() + Send>;
@@ -87,6 +90,11 @@ impl EngineProbe {
                 keys.extend(shapes.map(expert));
                 if width.planes() == 1 && [2, 4, 8].contains(&width.bits()) {
                     keys.push(expert((2048, 768, 8, Heat::Cold)));
+                }
+                // A shared expert of codes.
+                if (width.bits(), width.planes()) == (8, 1) {
+                    keys.push(expert((2048, 5632, 1, Heat::Cold)));
+                    keys.push(expert((256, 192, 1, Heat::Hot)));
                 }
             }
             let dense = |(inputs, outputs, tokens, heat): (u32, u32, u32, Heat), (bits, group): (u32, u32)| {
@@ -302,6 +310,26 @@ impl Probe for EngineProbe {
             keys.push(self.draw(rng));
         }
         keys.truncate(count);
+        keys
+    }
+
+    fn spread(&self, per_path: usize, rng: &mut Stream) -> Vec<Key> {
+        let path = |key: &Key| key.path(Block(16)); // paths of ours have no blocks of channels
+        let mut counts: BTreeMap<_, usize> = BTreeMap::new();
+        for key in self.seeds() {
+            *counts.entry(path(&key)).or_default() += 1;
+        }
+        let mut keys = Vec::new();
+        for _ in 0..SPREAD_DRAWS {
+            let key = self.draw(rng);
+            // A cache of another width than usual is a path of its own, and hardly anybody's.
+            let is_usual = !matches!(key, Key::Attention(a) if a.kv_bits != KvKind::default().bits());
+            let count = counts.entry(path(&key)).or_default();
+            if is_usual && *count < per_path && !keys.contains(&key) {
+                *count += 1;
+                keys.push(key);
+            }
+        }
         keys
     }
 
@@ -667,6 +695,20 @@ mod tests {
             (seeds.len() + 300, seeds.as_slice())
         );
         assert!(keys.iter().all(|key| probe.measures(key)));
+        let probe = EngineProbe::new(Cpu::selected().unwrap(), vec![1, 2], 32 << 20).unwrap();
+        let spread = probe.spread(9, &mut Seeds::new(1).stream("spread"));
+        let of = |wanted: &str| {
+            let all = seeds.iter().chain(&spread);
+            all.filter(|key| key.path(Block(16)).to_string() == wanted).count()
+        };
+        for path in [
+            "dense.half.gemv.cold/t2",
+            "dense.f32.gemv.hot/t1",
+            "expert.floats.hot/t2",
+            "attention.f16.cold/t2",
+        ] {
+            assert!(of(path) >= 9, "{path}: {}", of(path));
+        }
         assert!(!probe.measures(&Key::Session { threads: 1 }));
         assert!(probe.prepare(&Key::Session { threads: 1 }, 0).is_err());
     }
