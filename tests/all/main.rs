@@ -14,6 +14,7 @@ mod interrupted;
 mod model;
 mod plan;
 mod plan_moe;
+mod profile;
 mod profile_transfer;
 mod program;
 mod prune;

@@ -39,6 +39,17 @@ fn three_networks_carry_a_profile_over() {
             .is_some_and(|s| s.values().all(|v| v.as_f64().is_some_and(|v| v > 0.0)))
     );
     assert!(result["heldout"].is_null());
+    // What it rests on is listed by name, in the profile too.
+    let networks = result["networks"].as_array().expect("a list");
+    assert_eq!(networks.len(), 3);
+    let head = fs_err::read_to_string(place.join("here/profile.toml")).expect("it was written");
+    for network in networks {
+        for ms in ["source_ms", "measured_ms", "predicted_ms"] {
+            assert!(network[ms].as_f64().is_some_and(|ms| ms > 0.0), "{network}");
+        }
+        let name = network["name"].as_str().expect("a name");
+        assert!(head.contains(&format!("network = \"{name}\"")), "{name}");
+    }
     // What was carried over may be carried over again, but nothing else is overwritten by it.
     let again = place.run(args.map(str::to_owned));
     assert_eq!(again.result(0)["transfer"]["networks"], 3);

@@ -190,6 +190,17 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         warnings
             .push("this system does not let threads stay on their core: times may hold moves between cores".to_owned());
     }
+    // Canaries have one thread: what others took of several shows only here.
+    let block = profile.head.identity.block();
+    let several = profile.rows.iter().filter(|row| row.key.path(block).threads > 1);
+    let lost: Vec<f64> = several.filter_map(|row| row.taken.lost_pct).collect();
+    let lost_pct = (!lost.is_empty()).then(|| median(&lost));
+    if let Some(pct) = lost_pct.filter(|pct| *pct > MOST_LOST_PCT) {
+        warnings.push(format!(
+            "with several threads {} % of the time went to others (at most {MOST_LOST_PCT}): those times are not good",
+            significant(pct, 2)
+        ));
+    }
     if measured.resumed > 0 {
         warnings.push(format!("went on: {} timings were taken before", measured.resumed));
     }
@@ -223,6 +234,7 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         "unmeasurable": profile.head.left_out.len(),
         "undisturbed_pct": conditions.undisturbed_pct,
         "disturbed_factor": conditions.disturbed_factor,
+        "lost_with_several_threads_pct": lost_pct,
         "seconds": profile.head.provenance.seconds,
     });
     let mut text = table(&profile);
@@ -302,6 +314,9 @@ fn unmeasurable(profile: &Profile) -> String {
 fn latency(error: cotk_latency::Error) -> Fault {
     SearchError::Latency(error).into()
 }
+
+/// Others may take this much of what several threads do.
+const MOST_LOST_PCT: f64 = 3.0;
 
 /// Keys of a probe that are prepared at once.
 pub(crate) fn live(probe: &str) -> usize {
