@@ -65,7 +65,7 @@ pub struct Args {
 /// # Errors
 /// An input that cannot be right, a budget that cannot be met, a full disk, Ctrl-C.
 pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
-    let mut sets = compress_compare::sets(&args.compare);
+    let mut sets = compress_compare::sets(&args.compare)?;
     sets.extend_from_slice(&args.set);
     sets.extend(args.dense_bits.map(|bits| format!("compress.dense_bits={bits}")));
     let request = Request {

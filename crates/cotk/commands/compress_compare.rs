@@ -37,18 +37,27 @@ pub struct Args {
 }
 
 /// A comparison needs a section that its rows vary; a recipe's own keys and `--set` come after.
-pub(super) fn sets(args: &Args) -> Vec<String> {
-    match (&args.compare, args.ratios.first()) {
-        (Some(_), Some(ratio)) => vec![
-            "compress.drop_ratio=0".to_owned(),
-            format!("compress.prune.ratio={ratio}"),
-        ],
-        _ => Vec::new(),
+///
+/// # Errors
+/// Ratios that cannot be.
+pub(super) fn sets(args: &Args) -> Result<Vec<String>, Fault> {
+    let (Some(_), Some(first)) = (&args.compare, args.ratios.first()) else {
+        return Ok(Vec::new());
+    };
+    if let Some(wrong) = args.ratios.iter().find(|&&ratio| !(ratio > 0.0 && ratio < 1.0)) {
+        return Err(Fault::usage(
+            format!("{wrong} is not a share of experts to drop, expected above 0 and below 1"),
+            "as in --ratios 0.25,0.5",
+        ));
     }
+    Ok(vec![
+        "compress.drop_ratio=0".to_owned(),
+        format!("compress.prune.ratio={first}"),
+    ])
 }
 
 /// # Errors
-/// Rows or ratios that cannot be; as `cotk compress`.
+/// Rows that cannot be; as `cotk compress`.
 pub(super) fn run(
     args: &compress::Args,
     request: Request,
@@ -69,16 +78,6 @@ pub(super) fn run(
                 )
             })?,
     };
-    if let Some(wrong) = own
-        .ratios
-        .iter()
-        .find(|ratio| !(0.0..1.0).contains(*ratio) || **ratio == 0.0)
-    {
-        return Err(Fault::usage(
-            format!("{wrong} is not a share of experts to drop, expected above 0 and below 1"),
-            "as in --ratios 0.25,0.5",
-        ));
-    }
     let found = compare(
         &Compare {
             request,
