@@ -1,6 +1,8 @@
 //! Law: a decoded token allocates nothing, on any number of threads, for one sequence and for several, whatever holds the
 //! dense matrices and the cache. A binary of its own: the allocator counts for the whole process.
 
+#![allow(clippy::unwrap_used, reason = "clippy knows test functions, not their helpers")]
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
 use std::sync::Arc;

@@ -4,6 +4,11 @@
 //! Laws: `dot`: lane l sums the columns c ≡ l mod 16, ascending, fused; lanes are added by halves. `mix`: rows ascending,
 //! fused. So every path gives the same bits, whatever the threads and whichever tokens stand beside a token.
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "arrays over tokens, rows and registers are walked together"
+)]
+
 use half::{bf16, f16};
 
 use super::dispatch::{BlockOut, Isa};
@@ -571,8 +576,8 @@ impl Plain {
     /// As [`Lanes`].
     #[inline(always)]
     unsafe fn read<const N: usize>(at: *const u8, widen: impl Fn([u8; N]) -> f32) -> Self {
-        // SAFETY: the caller's.
         Self(std::array::from_fn(|i| {
+            // SAFETY: the caller's.
             widen(unsafe { at.cast::<[u8; N]>().add(i).read_unaligned() })
         }))
     }

@@ -28,6 +28,7 @@ use crate::spec::{LayerKind, ModelSpec, SharedGate};
 
 /// What follows attention.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "there is one per layer")]
 enum Mixer {
     Dense(Mlp),
     Moe {
