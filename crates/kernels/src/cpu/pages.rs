@@ -102,7 +102,7 @@ mod tests {
         for len in [0, 1, 63, 4096, LARGE - 1, LARGE, 3 * LARGE + 5] {
             let mut pages = Pages::zeroed(len);
             assert_eq!(pages.len(), len);
-            assert!(pages.iter().all(|b| *b == 0) && (len == 0 || pages.as_ptr() as usize % 64 == 0));
+            assert!(pages.iter().all(|b| *b == 0) && (len == 0 || (pages.as_ptr() as usize).is_multiple_of(64)));
             pages.iter_mut().zip(0usize..).for_each(|(b, i)| *b = i as u8);
             collapse(&pages);
             let copy = pages.clone();

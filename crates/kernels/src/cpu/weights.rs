@@ -11,6 +11,10 @@ use super::tiles::Coded;
 
 /// One matrix `[rows, cols]` as it lies in memory.
 #[derive(Debug, Clone, Copy)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "borrowed and short-lived; a box would allocate per expert and token"
+)]
 pub enum Weights<'a> {
     Coded(Coded<'a>),
     Half(HalfMatrix<'a>),
@@ -91,6 +95,10 @@ impl<'a> From<HalfMatrix<'a>> for Weights<'a> {
 
 /// A linear map `[rows, cols]`.
 #[derive(Debug, Clone, Copy)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "borrowed and short-lived; a box would allocate per expert and token"
+)]
 pub enum Matrix<'a> {
     Whole(Weights<'a>),
     /// `left · right`, left `[rows, rank]`, right `[rank, cols]`; what stands between them is quantized like any

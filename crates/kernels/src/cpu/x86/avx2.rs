@@ -182,9 +182,9 @@ unsafe fn add_lines<const BITS: usize, const T: usize>(
                     _ => _mm256_srli_epi16::<7>(packed),
                 };
                 let codes = _mm256_and_si256(codes, mask);
-                for t in 0..T {
+                for (t, pair) in pairs.iter_mut().enumerate() {
                     let a = _mm256_set1_epi32(step.depth(l * per_line + i, t));
-                    pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(codes, a));
+                    *pair = _mm256_add_epi16(*pair, _mm256_maddubs_epi16(codes, a));
                 }
             }
         }
