@@ -6,6 +6,7 @@
 use cotk_quant::QuantError;
 use cotk_quant::code::{Bits, Code};
 use cotk_quant::coded::Prefix;
+use cotk_quant::decode::decode_row;
 use cotk_quant::encode::codes_and_scales;
 use cotk_quant::layout::{MatrixFormat, ScaleForm};
 use half::f16;
@@ -69,13 +70,17 @@ pub fn holds(kind: TensorType, prefix: &Prefix<'_>) -> bool {
 pub fn coded_rows(kind: TensorType, prefix: &Prefix<'_>, rows: std::ops::Range<usize>) -> Vec<u8> {
     assert!(holds(kind, prefix), "the caller asks first");
     let format = prefix.format();
-    let zero = 1i16 << (prefix.bits().get() - 1);
     let mut out = Vec::with_capacity(rows.len() * format.cols() / BLOCK * Q8_0_BYTES);
+    let mut weights = vec![0.0; format.cols()];
     for row in rows {
-        for block in 0..format.cols() / BLOCK {
-            let scale = f16::from_f32(prefix.scale_at(row, block * BLOCK / format.group()));
-            let codes = std::array::from_fn(|i| i16::from(prefix.code_at(row, block * BLOCK + i)) - zero);
-            put(kind, scale, &codes, &mut out);
+        // A row by tiles is many times faster than weight by weight, and nothing is lost: a scale has 11 bits and a signed
+        // code 8, so their product is exact in f32, and so is its quotient.
+        decode_row(prefix, row, &mut weights);
+        for (block, weights) in weights.as_chunks::<BLOCK>().0.iter().enumerate() {
+            let scale = prefix.scale_at(row, block * BLOCK / format.group());
+            #[expect(clippy::cast_possible_truncation, reason = "-128..=127")]
+            let codes = weights.map(|w| if scale == 0.0 { 0 } else { (w / scale) as i16 });
+            put(kind, f16::from_f32(scale), &codes, &mut out);
         }
     }
     out
