@@ -6,6 +6,7 @@ mod bad_input;
 mod bench;
 mod check;
 mod checkpoint;
+mod dense;
 mod elf;
 mod export;
 mod families;
