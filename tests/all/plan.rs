@@ -293,9 +293,13 @@ fn wrong_arguments_are_refused() {
 #[test]
 fn a_profile_for_a_file_that_is_none_is_refused_at_once() {
     let place = Workplace::new();
-    let profile = |file: &str| place.run(["profile", "--quick", "--for", file, "--out", "p", "--json"]).fault(2);
+    let profile = |file: &str| {
+        place
+            .run(["profile", "--quick", "--for", file, "--out", "p", "--json"])
+            .fault(2)
+    };
     assert_eq!(profile("nothing.onnx")["kind"], "no-such-file");
-    std::fs::write(place.path().join("cut.onnx"), [0x08, 0x08, 0x12]).unwrap();
+    fs_err::write(place.path().join("cut.onnx"), [0x08, 0x08, 0x12]).unwrap();
     assert!(profile("cut.onnx")["message"].as_str().unwrap().contains("cut.onnx"));
 }
 

@@ -449,7 +449,7 @@ mod tests {
             ("codes = [\"plain4\", \"plain4\"]", "each once"),
             ("codes = [\"plain5\"]", "plain5"),
             ("calibration_tokens = 0", "count of tokens"),
-            ("little_bits = 5", "expected one of 2, 3, 4, 8"),
+            ("little_bits = 5", "expected one of 1, 2, 3, 4, 8"),
             ("dense_bits = 2", "expected 4, 8 or 16"),
             ("prune = { ratio = 1.0 }", "expected 0 or more and below 1"),
             ("prune = { ratio = 0.5, method = \"reep\" }", "reap"),

@@ -209,7 +209,10 @@ impl Rows {
 
 /// The first half of a layer for whole windows: `hidden += attention(norm(hidden))`, positions from 0 in each.
 pub fn attend(spec: &ModelSpec, rope: &Rope, layer: &Layer, hidden: &mut [f32], windows: &[usize]) {
-    let mut caches: Vec<LayerCache> = windows.iter().map(|_| LayerCache::new(&spec.attention, KvKind::default())).collect();
+    let mut caches: Vec<LayerCache> = windows
+        .iter()
+        .map(|_| LayerCache::new(&spec.attention, KvKind::default()))
+        .collect();
     let mut spans: Vec<Span<'_>> = windows
         .iter()
         .zip(&mut caches)

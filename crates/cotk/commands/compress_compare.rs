@@ -16,7 +16,8 @@ use crate::table::Table;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Write no container, but one table of several ways to choose experts, in OUT/comparison.json too:
-    /// METHOD[:equal|unequal|paper][:field] separated by commas (default: all)
+    /// METHOD, METHOD:SPREAD or METHOD:SPREAD:field separated by commas, SPREAD being equal, unequal or paper (default:
+    /// all)
     #[arg(long, value_name = "ROWS", num_args = 0..=1, default_missing_value = "", requires = "eval_text")]
     pub compare: Option<String>,
     /// Shares of experts to drop, separated by commas

@@ -137,7 +137,10 @@ pub(crate) fn worker(cx: &Context) -> Result<Outcome, Fault> {
     read.map_err(|e| wrong(e.to_string()))?;
     let order: Order = serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
     if !(1..=MOST_THREADS).contains(&order.threads) {
-        return Err(wrong(format!("{} threads, expected 1 to {MOST_THREADS}", order.threads)));
+        return Err(wrong(format!(
+            "{} threads, expected 1 to {MOST_THREADS}",
+            order.threads
+        )));
     }
     let mut out = std::io::stdout().lock();
     let mut say = |line: &Line| -> std::io::Result<()> {

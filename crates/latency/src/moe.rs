@@ -10,9 +10,9 @@ use crate::schedule::{in_order_equal, poisson_binomial, touched};
 use crate::work::{AttentionKey, DenseKey, ExpertKey, Heat, Key, ReadKey, Term, Tier};
 use crate::{Error, Result};
 
+pub(crate) mod fit;
 #[cfg(test)]
 mod laws;
-pub(crate) mod fit;
 pub(crate) mod neighbours;
 
 /// Where an expert's weights are when its token comes.

@@ -38,7 +38,7 @@ pub fn invert_lower(lower: ArrayView2<'_, f64>) -> Result<Array2<f64>, Error> {
 /// Inverse of a symmetric positive definite matrix by its Cholesky factor; the lower triangle alone is read. `[n, n]`
 ///
 /// # Errors
-/// As [`cholesky`].
+/// As [`cholesky()`].
 pub fn invert_symmetric(matrix: ArrayView2<'_, f64>) -> Result<Array2<f64>, Error> {
     let inverse = halves(cholesky(matrix)?.view());
     Ok(inverse.t().dot(&inverse))

@@ -13,9 +13,9 @@ use cotk_model::model::{KvCache, Logits, Sequence, Workspace};
 use cotk_model::moe::Mode;
 use cotk_run::seeds::Stream;
 
+use crate::Result;
 use crate::cost::{self, Held, Pass};
 use crate::synthetic::{self, Experts, SyntheticModel};
-use crate::Result;
 
 /// What is decoded.
 #[derive(Debug, Clone, PartialEq)]

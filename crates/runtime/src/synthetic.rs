@@ -227,7 +227,11 @@ pub fn experts(spec: &ModelSpec, experts: Experts, seed: u64) -> Result<Vec<Vec<
 /// As [`experts`].
 pub fn one_expert(spec: &ModelSpec, experts: Experts, seed: u64, layer: usize, expert: usize) -> Result<NoiseExpert> {
     // Of one plane: a code of its own rather than the beginning of a wider one, which costs the same.
-    let plain = if experts.planes == 1 { Width::plain(experts.bits) } else { None };
+    let plain = if experts.planes == 1 {
+        Width::plain(experts.bits)
+    } else {
+        None
+    };
     let width = plain.or_else(|| Width::find(experts.bits, experts.planes));
     let width = width.ok_or_else(|| Error::Synthetic {
         what: "width",

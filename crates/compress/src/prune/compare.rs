@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use cotk_data::text::{documents, split};
+use cotk_data::text::{MARKER, documents, split};
 use cotk_run::files;
 use cotk_run::seeds::Seeds;
 use rand::RngExt;
@@ -225,9 +225,6 @@ pub fn compare(compare: &Compare, with: &Surroundings<'_>) -> Result<Comparison>
         ..compare.request.clone()
     };
     let job = Job::open(&request, with)?;
-    for text in compare.texts.iter().chain(&compare.second_texts) {
-        refuse_shared(&request.calibration, text)?;
-    }
     let judges = job.judges(compare)?;
     let identity = job.identity_with(&compare.identity()?)?;
     let mut partial = match Partial::begin(&request.out, &identity)? {
@@ -261,17 +258,26 @@ impl Compare {
     }
 }
 
-fn refuse_shared(calibration: &Path, judge: &Path) -> Result<()> {
+/// A text that judges beside the first, without the documents that the calibration has too, and how many those were.
+///
+/// # Errors
+/// [`CompressError::SameText`] where nothing else is in it.
+fn unshared(calibration: &Path, judge: &Path) -> Result<(String, usize)> {
     let known = documents(calibration)?;
     let known: HashSet<&str> = known.iter().map(|document| document.trim()).collect();
     let text = files::read_text(judge, TEXT_LIMIT_BYTES)?;
-    if split(&text).iter().any(|document| known.contains(document.trim())) {
-        return Err(CompressError::SameText {
+    let all = split(&text);
+    let own: Vec<&str> = (all.iter().map(String::as_str))
+        .filter(|document| !known.contains(document.trim()))
+        .collect();
+    match all.len() - own.len() {
+        0 => Ok((text, 0)),
+        _ if own.is_empty() => Err(CompressError::SameText {
             calibration: calibration.to_owned(),
             eval_text: judge.to_owned(),
-        });
+        }),
+        shared => Ok((own.join(MARKER), shared)),
     }
-    Ok(())
 }
 
 impl Job<'_> {
@@ -288,8 +294,21 @@ impl Job<'_> {
             windows: Vec::new(),
         };
         let window = WINDOW.min(self.source.files.spec.context);
-        for path in compare.texts.iter().chain(&compare.second_texts) {
-            let text = files::read_text(path, TEXT_LIMIT_BYTES)?;
+        for (i, path) in compare.texts.iter().chain(&compare.second_texts).enumerate() {
+            // What the first text shares with the calibration is left out there.
+            let text = if i == 0 {
+                files::read_text(path, TEXT_LIMIT_BYTES)?
+            } else {
+                let (text, shared) = unshared(&compare.request.calibration, path)?;
+                if shared > 0 {
+                    let warning = format!(
+                        "{shared} documents of {} also calibrate: they do not judge",
+                        path.display()
+                    );
+                    self.with.progress.note(&warning);
+                }
+                text
+            };
             let tokens = self.source.files.tokenizer.encode(&text)?;
             let all: Vec<&[u32]> = tokens.chunks(window).filter(|w| w.len() >= window.min(16)).collect();
             if all.is_empty() {

@@ -450,7 +450,11 @@ mod tests {
             }
         }
         assert!(Width::find(5, 1).is_none() && Width::plain(5).is_none());
-        assert!(Width::all().iter().all(|w| w.planes() > 1 || w.bits() == 16 || Width::plain(w.bits()).is_some()));
+        assert!(
+            Width::all()
+                .iter()
+                .all(|w| w.planes() > 1 || w.bits() == 16 || Width::plain(w.bits()).is_some())
+        );
     }
 
     #[test]
