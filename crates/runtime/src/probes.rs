@@ -314,6 +314,9 @@ impl Probe for EngineProbe {
     }
 
     fn spread(&self, per_path: usize, rng: &mut Stream) -> Vec<Key> {
+        // Paths of one kernel (memory and cache, one thread and several) are fitted together: half as many of each say as much,
+        // and leave time for networks.
+        let per_path = per_path.div_ceil(2);
         let path = |key: &Key| key.path(Block(16)); // paths of ours have no blocks of channels
         let mut counts: BTreeMap<_, usize> = BTreeMap::new();
         for key in self.seeds() {
@@ -696,7 +699,7 @@ mod tests {
         );
         assert!(keys.iter().all(|key| probe.measures(key)));
         let probe = EngineProbe::new(Cpu::selected().unwrap(), vec![1, 2], 32 << 20).unwrap();
-        let spread = probe.spread(9, &mut Seeds::new(1).stream("spread"));
+        let spread = probe.spread(18, &mut Seeds::new(1).stream("spread"));
         let of = |wanted: &str| {
             let all = seeds.iter().chain(&spread);
             all.filter(|key| key.path(Block(16)).to_string() == wanted).count()
