@@ -447,10 +447,11 @@ fn canaries(table: &[Key]) -> Vec<Key> {
     (0..count).map(|i| *fit[i * fit.len() / count]).collect()
 }
 
-/// What is measured first where time is short: the few that every model and every plan needs, then what networks have many of.
+/// What is measured first where time is short: the few that every plan needs. Of all else, as it comes: engine first would
+/// leave networks without operators.
 fn urgency(key: &Key) -> u32 {
     match key {
-        Key::Expert(_) | Key::Dense(_) | Key::Attention(_) | Key::Glue(_) | Key::Read(_) => 0,
+        Key::Glue(_) | Key::Read(_) => 0,
         _ => 1,
     }
 }
