@@ -314,9 +314,7 @@ impl Probe for EngineProbe {
     }
 
     fn spread(&self, per_path: usize, rng: &mut Stream) -> Vec<Key> {
-        // Paths of one kernel (memory and cache, one thread and several) are fitted together: half as many of each say as much,
-        // and leave time for networks.
-        let per_path = per_path.div_ceil(2);
+        let per_path = per_path.div_ceil(2); // all paths of a kernel are fitted together
         let path = |key: &Key| key.path(Block(16)); // paths of ours have no blocks of channels
         let mut counts: BTreeMap<_, usize> = BTreeMap::new();
         for key in self.seeds() {
