@@ -48,7 +48,7 @@ pub struct Args {
     /// Jinja file instead of the model's own chat template
     #[arg(long, value_name = "F")]
     pub chat_template: Option<PathBuf>,
-    /// Requests that are computed in turn
+    /// Requests that are computed together
     #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub slots: u16,
     /// Requests that may wait; more are refused with 429

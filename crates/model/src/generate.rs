@@ -1,18 +1,21 @@
-//! Prompt to tokens: prefill in fixed chunks, then one token at a time.
+//! Prompt to tokens: prefill in fixed chunks, then one token at a time, which allocates nothing but what the listener does.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::time::Instant;
 
 use cotk_run::cancel::Cancel;
 
 use crate::ModelError;
-use crate::model::{KvCache, Logits, Model, Sequence};
-use crate::moe::{Mode, MoeRecord};
+use crate::model::{KvCache, Logits, Model, Sequence, Workspace};
+use crate::moe::{ExpertUse, Mode, MoeRecord, Precision};
 use crate::sampling::Sampler;
 use cotk_run::units::LayerId;
 
 /// Prompt tokens per forward pass: bounds memory, and cancelling is looked at between.
 pub const PREFILL_CHUNK: usize = 512;
+
+/// Generated tokens that room is made for at once; longer replies make room as they grow.
+pub const RESERVED_TOKENS: usize = 4096;
 
 /// What to generate.
 #[derive(Debug, Clone)]
@@ -70,10 +73,29 @@ impl MoeTotals {
     /// Counts what a forward pass did.
     pub fn add(&mut self, records: &[(LayerId, MoeRecord)]) {
         for (_, record) in records {
-            let mass: f64 = record.uses.iter().map(|u| f64::from(u.gate)).sum();
-            self.mass += mass;
-            self.low += mass * record.low_bit_fraction();
-            self.skipped += mass * record.skipped_mass();
+            self.add_uses(&record.uses);
+        }
+    }
+
+    /// Counts what a forward pass did for some of its tokens: those of one sequence among several.
+    ///
+    /// # Panics
+    /// Tokens that the pass did not have.
+    pub fn add_rows(&mut self, records: &[(LayerId, MoeRecord)], rows: Range<usize>) {
+        for (_, record) in records {
+            self.add_uses(&record.uses[rows.start * record.slots..rows.end * record.slots]);
+        }
+    }
+
+    fn add_uses(&mut self, uses: &[ExpertUse]) {
+        for used in uses {
+            let gate = f64::from(used.gate);
+            self.mass += gate;
+            match used.precision {
+                Precision::Full => {}
+                Precision::Prefix | Precision::Constant => self.low += gate,
+                Precision::Skipped => self.skipped += gate,
+            }
         }
     }
 
@@ -101,10 +123,10 @@ pub fn check_prompt(prompt_tokens: usize, context: usize) -> Result<(), ModelErr
     }
 }
 
-/// Runs a prompt into `cache` in chunks; returns the logits of its last token, `[vocab]`.
+/// Runs a prompt into `cache` in chunks; `work` then holds the logits of its last token, `[1, vocab]`.
 ///
 /// # Errors
-/// As [`Model::hidden`]; [`cotk_run::Error::Cancelled`].
+/// As [`Model::step`]; [`cotk_run::Error::Cancelled`].
 pub fn prefill(
     model: &Model,
     prompt: &[u32],
@@ -112,19 +134,20 @@ pub fn prefill(
     mode: Mode,
     cancel: &Cancel,
     totals: &mut MoeTotals,
-) -> Result<Vec<f32>, ModelError> {
-    let width = model.spec().hidden;
-    let mut last = Vec::new();
-    for tokens in prompt.chunks(PREFILL_CHUNK) {
-        cancel.check()?;
-        let hidden = model.hidden(&mut [Sequence { tokens, cache }], mode)?;
-        totals.add(&hidden.records);
-        last = hidden.states[hidden.states.len() - width..].to_vec();
-    }
-    if last.is_empty() {
+    work: &mut Workspace,
+) -> Result<(), ModelError> {
+    if prompt.is_empty() {
         return Err(ModelError::EmptyPrompt);
     }
-    Ok(model.logits(&last))
+    let chunks = prompt.len().div_ceil(PREFILL_CHUNK);
+    for (at, tokens) in prompt.chunks(PREFILL_CHUNK).enumerate() {
+        cancel.check()?;
+        // Only the last chunk's head is of use.
+        let which = if at + 1 == chunks { Logits::Last } else { Logits::None };
+        model.step(&mut [Sequence { tokens, cache }], mode, which, work)?;
+        totals.add(work.records());
+    }
+    Ok(())
 }
 
 /// Generates until something ends it; `on_token` hears every token that belongs to the text and may end it too.
@@ -140,20 +163,31 @@ pub fn generate(
 ) -> Result<Generated, ModelError> {
     check_prompt(request.prompt.len(), model.spec().context)?;
     let mut totals = MoeTotals::default();
+    let limit = request.max_tokens.min(model.spec().context - request.prompt.len());
+    // Room for all that is likely, so that a step allocates nothing; untouched pages cost nothing.
+    let room = limit.min(RESERVED_TOKENS);
     let mut cache = model.new_cache();
+    cache.reserve(request.prompt.len() + room);
+    let mut work = Workspace::default();
     let clock = Instant::now();
-    let mut logits = prefill(model, request.prompt, &mut cache, request.mode, cancel, &mut totals)?;
+    prefill(
+        model,
+        request.prompt,
+        &mut cache,
+        request.mode,
+        cancel,
+        &mut totals,
+        &mut work,
+    )?;
     let prefill_s = clock.elapsed().as_secs_f64();
 
-    let room = model.spec().context - request.prompt.len();
-    let limit = request.max_tokens.min(room);
     let clock = Instant::now();
-    let mut tokens = Vec::new();
+    let mut tokens = Vec::with_capacity(room);
     let mut finish = Finish::Length;
     let mut decode_steps = 0;
     while tokens.len() < limit {
         cancel.check()?;
-        let token = sampler.choose(&logits);
+        let token = sampler.choose(work.logits());
         if request.stop.contains(&token) {
             finish = Finish::Stop;
             break;
@@ -168,9 +202,8 @@ pub fn generate(
                 tokens: &[token],
                 cache: &mut cache,
             }];
-            let forward = model.forward(&mut step, request.mode, Logits::Last)?;
-            totals.add(&forward.records);
-            logits = forward.logits;
+            model.step(&mut step, request.mode, Logits::Last, &mut work)?;
+            totals.add(work.records());
             decode_steps += 1;
         }
     }

@@ -158,6 +158,8 @@ pub struct Sequence<'a> {
 /// Which positions get logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Logits {
+    /// None: a part of a prompt that more follows.
+    None,
     /// The last token of each sequence.
     Last,
     /// Every token.
@@ -416,6 +418,10 @@ impl Model {
             ..
         } = work;
         let rows = match which {
+            Logits::None => {
+                logits.clear();
+                return Ok(());
+            }
             Logits::All => &*states,
             Logits::Last => {
                 let width = self.spec.hidden;

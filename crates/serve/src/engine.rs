@@ -67,11 +67,8 @@ pub trait Engine: Send + Sync {
     /// Turns the tokens of one reply into text as they come.
     fn text_stream(&self) -> Box<dyn TextStream + '_>;
 
-    /// A sequence with an empty KV cache.
-    ///
-    /// # Errors
-    /// When there is no memory for it.
-    fn sequence(&self, mode: Mode) -> Result<Box<dyn Sequence + '_>, EngineError>;
+    /// A place for the sequences of one worker: none yet.
+    fn batch(&self) -> Box<dyn Batch + '_>;
 }
 
 /// Tokens to text. Law: pieces are whole characters, and together the text of all tokens.
@@ -86,20 +83,47 @@ pub trait TextStream {
     fn finish(&mut self) -> String;
 }
 
-/// One request's KV cache.
-pub trait Sequence {
-    /// Appends `tokens` (at least one) and gives the logits after the last of them: `[vocab]`.
-    ///
-    /// # Errors
-    /// When a layer, expert or file fails.
-    fn advance(&mut self, tokens: &[u32]) -> Result<Step, EngineError>;
+/// Which sequence of a [`Batch`]; free for another after [`Batch::end`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SequenceId(pub usize);
+
+/// New tokens of one sequence.
+#[derive(Debug, Clone, Copy)]
+pub struct New<'a> {
+    pub sequence: SequenceId,
+    /// At least one.
+    pub tokens: &'a [u32],
 }
 
-/// What one call of [`Sequence::advance`] gave.
-#[derive(Debug, Clone)]
-pub struct Step {
+/// The KV caches of all sequences that are computed by one worker, and what computing them needs.
+pub trait Batch {
+    /// Sequences that may move by one token each in the same [`Batch::advance`] without seeing each other: at least 1.
+    fn width(&self) -> usize;
+
+    /// A sequence with an empty KV cache that will hold about `positions` tokens.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    fn begin(&mut self, mode: Mode, positions: usize) -> Result<SequenceId, EngineError>;
+
+    /// Forgets a sequence.
+    fn end(&mut self, sequence: SequenceId);
+
+    /// Appends tokens: any number to one sequence, or one each to at most [`Batch::width`] sequences of one mode.
+    ///
+    /// # Errors
+    /// When a layer, expert or file fails. None of the sequences has moved then, nor after a panic.
+    fn advance(&mut self, new: &[New<'_>]) -> Result<(), EngineError>;
+
+    /// What the last [`Batch::advance`] gave its `at`-th sequence.
+    fn step(&self, at: usize) -> Step<'_>;
+}
+
+/// What one call of [`Batch::advance`] gave one sequence.
+#[derive(Debug, Clone, Copy)]
+pub struct Step<'a> {
     /// `[vocab]`, after the last token.
-    pub logits: Vec<f32>,
+    pub logits: &'a [f32],
     /// Share of the gate mass that went through low-bit prefixes, 0..1, mean over layers and tokens.
     pub low_bit_fraction: f64,
     /// Share of the gate mass that no expert served, 0..1.

@@ -1,7 +1,7 @@
 //! The OpenAI-compatible HTTP server: requests, scheduling, metrics. No arithmetic: that is the model's and its runtime's.
 //!
 //! The way of a request: `http` (key, body) → `request` (fields) → `http::App::resolve` (template, tokens) → `schedule`
-//! (queue, slots, one turn a round) → `sequence` (prompt, tokens, text) → `reply` (JSON) → `http` (whole or streamed).
+//! (queue, slots, rounds: one step of all who decode, one chunk of each prompt) → `sequence` (prompt, tokens, text) → `reply` (JSON) → `http` (whole or streamed).
 
 #![forbid(unsafe_code)]
 
@@ -11,6 +11,7 @@ mod error;
 mod http;
 mod likely;
 pub mod metrics;
+pub mod model_batch;
 pub mod model_engine;
 mod reply;
 mod request;

@@ -2,13 +2,13 @@
 
 use std::collections::HashMap;
 
-use cotk_model::generate::MoeTotals;
-use cotk_model::model::{KvCache, Logits, Model, Sequence as ModelSequence};
+use cotk_model::model::{KvCache, Model};
 use cotk_model::moe::Mode;
 use cotk_model::tokenizer::{StreamDecoder, Tokenizer};
 use cotk_runtime::open::Opened;
 
-use crate::engine::{Engine, EngineError, Facts, Sequence, SpecialTokens, Step, TextStream};
+use crate::engine::{Batch, Engine, EngineError, Facts, SpecialTokens, TextStream};
+use crate::model_batch::ModelBatch;
 
 /// A model, its tokenizer, and what clients call it.
 pub struct ModelEngine {
@@ -87,12 +87,8 @@ impl Engine for ModelEngine {
         })
     }
 
-    fn sequence(&self, mode: Mode) -> Result<Box<dyn Sequence + '_>, EngineError> {
-        Ok(Box::new(Cached {
-            model: &self.model,
-            cache: self.model.new_cache(),
-            mode,
-        }))
+    fn batch(&self) -> Box<dyn Batch + '_> {
+        Box::new(ModelBatch::new(&self.model))
     }
 }
 
@@ -109,32 +105,6 @@ impl TextStream for Decoding<'_> {
     fn finish(&mut self) -> String {
         let decoder = std::mem::replace(&mut self.decoder, self.tokenizer.stream());
         decoder.finish().unwrap_or_default()
-    }
-}
-
-struct Cached<'e> {
-    model: &'e Model,
-    cache: KvCache,
-    mode: Mode,
-}
-
-impl Sequence for Cached<'_> {
-    fn advance(&mut self, tokens: &[u32]) -> Result<Step, EngineError> {
-        let mut batch = [ModelSequence {
-            tokens,
-            cache: &mut self.cache,
-        }];
-        let forward = self
-            .model
-            .forward(&mut batch, self.mode, Logits::Last)
-            .map_err(|error| EngineError(error.to_string()))?;
-        let mut totals = MoeTotals::default();
-        totals.add(&forward.records);
-        Ok(Step {
-            logits: forward.logits,
-            low_bit_fraction: totals.low_bit_fraction(),
-            skipped_mass: totals.skipped_mass(),
-        })
     }
 }
 

@@ -1,6 +1,7 @@
-//! Who computes when: one worker thread, a bounded queue, a bounded number of slots, each slot one turn a round. Law:
-//! every sequence in a slot moves in every round unless its own client is slow; a client that leaves frees its slot at the
-//! next turn; nothing here waits for the network.
+//! Who computes when: one worker thread, a bounded queue, a bounded number of slots, rounds. A round is one step of all
+//! sequences that decode, together, then one chunk of each prompt. Law: every sequence in a slot moves in every round
+//! unless its own client is slow; a client that leaves frees its slot in the next round; a failure ends its own request
+//! alone; nothing here waits for the network.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -8,9 +9,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use cotk_model::moe::Mode;
 use tokio::sync::mpsc::{self, error::TrySendError};
 
-use crate::engine::Engine;
+use crate::engine::{Batch, Engine, New};
 use crate::error::{ApiError, Error};
 use crate::metrics::Metrics;
 use crate::sequence::{Delta, Generation, Running, Summary, Turn};
@@ -23,11 +25,11 @@ const REST: Duration = Duration::from_millis(2);
 /// How much is done at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Sequences that are computed in turn.
+    /// Sequences that are computed together.
     pub slots: usize,
     /// Sequences that wait for a slot.
     pub queue: usize,
-    /// Prompt tokens of one turn: how long a long prompt keeps the others waiting.
+    /// Prompt tokens of one round: how long a long prompt keeps the others waiting.
     pub prefill_tokens: usize,
 }
 
@@ -190,6 +192,8 @@ impl Job {
 struct Slot<'e> {
     running: Running<'e>,
     client: mpsc::Sender<Event>,
+    /// Of the round that runs.
+    now: Now,
     /// What the client has not taken yet, because its channel is full.
     unsent: VecDeque<Event>,
     is_over: bool,
@@ -197,17 +201,20 @@ struct Slot<'e> {
     last_token: Option<Instant>,
 }
 
-#[derive(PartialEq, Eq)]
-enum Moved {
-    Yes,
-    /// The client is slow.
-    No,
-    /// The slot is free.
-    Gone,
+/// What a slot may do in this round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Now {
+    /// Wait: the client is slow.
+    Rest,
+    Decode,
+    Prefill,
+    /// Nothing more: the slot is free.
+    Leave,
 }
 
 fn work(engine: &dyn Engine, shared: &Shared) {
     let mut slots: Vec<Slot<'_>> = Vec::new();
+    let mut batch = engine.batch();
     loop {
         let mut state = shared.lock();
         while slots.is_empty() && state.waiting.is_empty() && state.phase == Phase::Open {
@@ -236,7 +243,7 @@ fn work(engine: &dyn Engine, shared: &Shared) {
         slots.extend(
             begun
                 .into_iter()
-                .filter_map(|job| Slot::begin(engine, job, &shared.metrics)),
+                .filter_map(|job| Slot::begin(engine, &mut *batch, job, &shared.metrics)),
         );
         if phase == Phase::Cut {
             for client in left
@@ -254,12 +261,7 @@ fn work(engine: &dyn Engine, shared: &Shared) {
             }
             continue;
         }
-        let mut is_moved = false;
-        slots.retain_mut(|slot| {
-            let moved = slot.turn(shared);
-            is_moved |= moved == Moved::Yes;
-            moved != Moved::Gone
-        });
+        let is_moved = round(&mut slots, &mut *batch, &engine.facts().modes, shared);
         // Written before the next look at the queue, so that a free slot is seen by `submit`.
         shared.lock().active = slots.len();
         shared.metrics.active.set(slots.len() as u64);
@@ -270,16 +272,79 @@ fn work(engine: &dyn Engine, shared: &Shared) {
     }
 }
 
+/// One step of everybody who decodes, one chunk of each prompt; whether somebody moved.
+fn round(slots: &mut Vec<Slot<'_>>, batch: &mut dyn Batch, modes: &[Mode], shared: &Shared) -> bool {
+    slots.iter_mut().for_each(|slot| slot.now = slot.look(&shared.metrics));
+    let is_moved = slots.iter().any(|slot| matches!(slot.now, Now::Decode | Now::Prefill));
+    for &mode in modes {
+        let mut decoding: Vec<&mut Slot<'_>> = slots
+            .iter_mut()
+            .filter(|slot| slot.now == Now::Decode && slot.running.mode() == mode)
+            .collect();
+        for together in decoding.chunks_mut(batch.width().max(1)) {
+            advance(together, batch, shared);
+        }
+    }
+    for slot in slots.iter_mut().filter(|slot| slot.now == Now::Prefill) {
+        advance(&mut [slot], batch, shared);
+    }
+    slots.retain_mut(|slot| {
+        // What is over and told leaves at once, so that its place is free.
+        let stays = slot.now != Now::Leave && !(slot.send() && slot.is_over);
+        if !stays {
+            batch.end(slot.running.sequence());
+        }
+        stays
+    });
+    is_moved
+}
+
+/// One step of these; if it fails, of each alone, so that only who is to blame fails.
+fn advance(slots: &mut [&mut Slot<'_>], batch: &mut dyn Batch, shared: &Shared) {
+    let chunk = shared.limits.prefill_tokens;
+    let new: Vec<New<'_>> = slots
+        .iter()
+        .map(|slot| New {
+            sequence: slot.running.sequence(),
+            tokens: slot.running.next_tokens(chunk),
+        })
+        .collect();
+    let counts: Vec<usize> = new.iter().map(|new| new.tokens.len()).collect();
+    match guarded(|| batch.advance(&new).map_err(|error| error.0)) {
+        Ok(()) => {
+            for (at, (slot, count)) in slots.iter_mut().zip(counts).enumerate() {
+                let before = slot.running.generated_tokens();
+                let (running, batch) = (&mut slot.running, &*batch);
+                let result = guarded(|| running.took(count, batch.step(at)).map_err(|error| error.0));
+                slot.time_token(before, &shared.metrics);
+                slot.queue(result, &shared.metrics);
+            }
+        }
+        Err(_) if slots.len() > 1 => {
+            for slot in slots {
+                advance(&mut [&mut **slot], batch, shared);
+            }
+        }
+        Err(message) => slots[0].queue(Err(message), &shared.metrics),
+    }
+}
+
 impl<'e> Slot<'e> {
-    fn begin(engine: &'e dyn Engine, job: Job, metrics: &Metrics) -> Option<Self> {
+    fn begin(engine: &'e dyn Engine, batch: &mut dyn Batch, job: Job, metrics: &Metrics) -> Option<Self> {
         let queued = job.arrived.elapsed();
         metrics.queue_time.observe(queued);
         metrics.mode_requests.of(job.generation.mode).add(1);
         let mode = job.generation.mode;
-        match guarded(|| Running::begin(engine, job.generation, queued).map_err(|error| error.0)) {
+        let positions = job.generation.prompt.len() + job.generation.max_tokens;
+        let begun = guarded(|| {
+            let sequence = batch.begin(mode, positions).map_err(|error| error.0)?;
+            Ok(Running::begin(engine, sequence, job.generation, queued))
+        });
+        match begun {
             Ok(running) => Some(Self {
                 running,
                 client: job.client,
+                now: Now::Rest,
                 unsent: VecDeque::new(),
                 is_over: false,
                 arrived: job.arrived,
@@ -294,24 +359,24 @@ impl<'e> Slot<'e> {
         }
     }
 
-    fn turn(&mut self, shared: &Shared) -> Moved {
-        let metrics = &shared.metrics;
+    /// Before a round: what it may do.
+    fn look(&mut self, metrics: &Metrics) -> Now {
         if self.client.is_closed() {
             if !self.is_over {
                 metrics.cancelled.add(1);
             }
-            return Moved::Gone;
+            return Now::Leave;
         }
-        if !self.send() {
-            return Moved::No;
+        match (self.send(), self.is_over) {
+            (false, _) => Now::Rest,
+            (true, true) => Now::Leave,
+            (true, false) if self.running.is_decoding() => Now::Decode,
+            (true, false) => Now::Prefill,
         }
-        if self.is_over {
-            return Moved::Gone;
-        }
-        let before = self.running.generated_tokens();
-        let running = &mut self.running;
-        let result = guarded(|| running.turn(shared.limits.prefill_tokens).map_err(|error| error.0));
-        self.time_token(before, metrics);
+    }
+
+    /// What the client is to hear of a step.
+    fn queue(&mut self, result: Result<Turn, String>, metrics: &Metrics) {
         match result {
             Ok(Turn::Silent) => {}
             Ok(Turn::Piece(delta)) => self.unsent.push_back(Event::Piece(delta)),
@@ -327,10 +392,7 @@ impl<'e> Slot<'e> {
                 self.is_over = true;
             }
         }
-        if self.send() && self.is_over {
-            return Moved::Gone;
-        }
-        Moved::Yes
+        self.send();
     }
 
     /// Hands over what the channel takes; false when something is left.

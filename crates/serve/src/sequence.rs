@@ -9,7 +9,7 @@ use cotk_model::moe::Mode;
 use cotk_model::sampling::{Sampler, Sampling};
 use cotk_run::seeds::Seeds;
 
-use crate::engine::{Engine, EngineError, Sequence, TextStream};
+use crate::engine::{Engine, EngineError, SequenceId, Step, TextStream};
 use crate::likely::{log_softmax, top};
 use crate::stop::StopMatcher;
 
@@ -92,7 +92,7 @@ pub(crate) struct Times {
     pub(crate) decode: Duration,
 }
 
-/// What one turn gave.
+/// What a step gave its client.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Turn {
     /// Nothing to send yet.
@@ -102,11 +102,11 @@ pub(crate) enum Turn {
     Last(Delta, Summary),
 }
 
-/// A request in a slot: its KV cache and its text.
+/// A request in a slot: what goes into the model next, and its text.
 pub(crate) struct Running<'e> {
     engine: &'e dyn Engine,
     generation: Generation,
-    sequence: Box<dyn Sequence + 'e>,
+    sequence: SequenceId,
     text: Box<dyn TextStream + 'e>,
     stop: StopMatcher,
     sampler: Sampler,
@@ -132,12 +132,16 @@ struct Computed {
 }
 
 impl<'e> Running<'e> {
-    /// # Errors
-    /// When the engine has no memory for another sequence.
-    pub(crate) fn begin(engine: &'e dyn Engine, generation: Generation, queued: Duration) -> Result<Self, EngineError> {
-        Ok(Self {
+    /// `sequence` is empty and this request's alone.
+    pub(crate) fn begin(
+        engine: &'e dyn Engine,
+        sequence: SequenceId,
+        generation: Generation,
+        queued: Duration,
+    ) -> Self {
+        Self {
             engine,
-            sequence: engine.sequence(generation.mode)?,
+            sequence,
             text: engine.text_stream(),
             stop: StopMatcher::new(generation.stops.clone()),
             sampler: Sampler::new(generation.sampling, Seeds::new(generation.seed).stream("sampling")),
@@ -151,7 +155,11 @@ impl<'e> Running<'e> {
             queued,
             began: Instant::now(),
             first_token: None,
-        })
+        }
+    }
+
+    pub(crate) fn sequence(&self) -> SequenceId {
+        self.sequence
     }
 
     pub(crate) fn mode(&self) -> Mode {
@@ -162,29 +170,34 @@ impl<'e> Running<'e> {
         self.generated.len()
     }
 
-    /// The next chunk of at most `chunk` prompt tokens, or the next token of the reply.
+    /// Whether the prompt is done: each step is one token.
+    pub(crate) fn is_decoding(&self) -> bool {
+        self.prefilled == self.generation.prompt.len()
+    }
+
+    /// What the model reads next: at most `chunk` tokens of the prompt, then the last token of the reply.
+    pub(crate) fn next_tokens(&self, chunk: usize) -> &[u32] {
+        let left = &self.generation.prompt[self.prefilled..];
+        if left.is_empty() {
+            &self.generated[self.generated.len() - 1..]
+        } else {
+            &left[..left.len().min(chunk.max(1))]
+        }
+    }
+
+    /// The model has read `count` tokens of [`next_tokens`](Self::next_tokens).
     ///
     /// # Errors
-    /// What the engine says.
-    pub(crate) fn turn(&mut self, chunk: usize) -> Result<Turn, EngineError> {
-        let prompt = &self.generation.prompt;
-        let left = prompt.len() - self.prefilled;
-        let step = if left > 0 {
-            let count = left.min(chunk.max(1));
-            let step = self.sequence.advance(&prompt[self.prefilled..][..count])?;
+    /// What the engine says of the token that follows.
+    pub(crate) fn took(&mut self, count: usize, step: Step<'_>) -> Result<Turn, EngineError> {
+        self.computed.add(count, step);
+        if !self.is_decoding() {
             self.prefilled += count;
-            self.computed.add(count, &step);
-            if count < left {
+            if !self.is_decoding() {
                 return Ok(Turn::Silent);
             }
-            step
-        } else {
-            let last = self.generated[self.generated.len() - 1];
-            let step = self.sequence.advance(&[last])?;
-            self.computed.add(1, &step);
-            step
-        };
-        self.take(&step.logits)
+        }
+        self.take(step.logits)
     }
 
     /// Chooses the next token and says what the client may read by now.
@@ -279,7 +292,7 @@ impl<'e> Running<'e> {
 }
 
 impl Computed {
-    fn add(&mut self, tokens: usize, step: &crate::engine::Step) {
+    fn add(&mut self, tokens: usize, step: Step<'_>) {
         #[expect(clippy::cast_precision_loss, reason = "a context has far fewer than 2^53 tokens")]
         let tokens = tokens as f64;
         self.tokens += tokens;

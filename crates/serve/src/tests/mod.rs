@@ -249,6 +249,47 @@ fn concurrent_sequences_move_in_turn_and_do_not_see_each_other() {
 }
 
 #[test]
+fn whoever_decodes_moves_in_one_step() {
+    let server = Setup::default().start();
+    let body = |prompt: &str, mode: &str| {
+        json!({"prompt": prompt, "max_tokens": 9, "temperature": 0, "cotk": {"mode": mode}}).to_string()
+    };
+    let asked = [
+        ("ab>", "exact"),
+        ("cd>", "exact"),
+        ("ef>", "little"),
+        ("gh>", "exact"),
+        ("ij>", "exact"),
+        ("~k>", "exact"),
+        ("^l>", "exact"),
+    ];
+    server.toy.hold();
+    let open = |(prompt, mode): (&str, &str)| server.open("POST", "/v1/completions", "", &body(prompt, mode));
+    let first = open(asked[0]);
+    server.wait_for("cotk_sequences_active 1");
+    let others = asked[1..].iter().map(|&asked| open(asked)).collect::<Vec<_>>();
+    server.wait_for("cotk_sequences_waiting 6");
+    server.toy.release();
+    let replies: Vec<_> = std::iter::once(first).chain(others).map(read).collect();
+    for (reply, text) in replies
+        .iter()
+        .zip(["ababababa", "cdcdcdcdc", "EFEFEFEFE", "ghghghghg", "ijijijiji"])
+    {
+        assert_eq!(reply.json()["choices"][0]["text"], text);
+    }
+    for (reply, why) in replies[5..].iter().zip(["checksum differs", "a bug in the engine"]) {
+        assert_eq!(reply.status, 500);
+        assert!(reply.body.contains(why), "{}", reply.body);
+    }
+    // Five decode exactly, one by its prefixes: the toy takes three at a time, and never two modes.
+    let sizes = server.toy.sizes.lock().unwrap();
+    assert!(
+        sizes.iter().filter(|&&size| size == toy::WIDTH).count() >= 8,
+        "{sizes:?}"
+    );
+}
+
+#[test]
 fn a_long_prompt_does_not_stop_the_others() {
     let limits = Limits {
         prefill_tokens: 4,

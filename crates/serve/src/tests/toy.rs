@@ -1,12 +1,13 @@
 //! A deterministic engine of bytes. A text `cycle>` is continued by `cycle` again and again; a `.` in it is the end
-//! token, so that `ab.>` gives `ab`. Mode `little` flips the case. A prompt with `!` panics, one with `?` fails.
+//! token, so that `ab.>` gives `ab`. Mode `little` flips the case. A prompt that begins with `!` panics, one with `?`
+//! fails; with `~` and with `^` so does its eighth token.
 
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
 use cotk_model::moe::Mode;
 
-use crate::engine::{Engine, EngineError, Facts, Sequence, SpecialTokens, Step, TextStream};
+use crate::engine::{Batch, Engine, EngineError, Facts, New, SequenceId, SpecialTokens, Step, TextStream};
 
 pub(super) const END: u32 = 256;
 
@@ -14,8 +15,10 @@ pub(super) struct Toy {
     facts: Facts,
     /// Added to every step, so that something is still running when a test looks.
     step_time: Duration,
-    /// First byte of the sequence that moved, one entry a step.
+    /// First byte of the sequence that moved, one entry a sequence and step.
     pub(super) steps: Mutex<Vec<u8>>,
+    /// Sequences of each step.
+    pub(super) sizes: Mutex<Vec<usize>>,
     held: Mutex<bool>,
     released: Condvar,
 }
@@ -37,6 +40,7 @@ impl Toy {
             facts,
             step_time,
             steps: Mutex::default(),
+            sizes: Mutex::default(),
             held: Mutex::new(false),
             released: Condvar::new(),
         }
@@ -75,12 +79,12 @@ impl Engine for Toy {
         Box::new(Bytes(Vec::new()))
     }
 
-    fn sequence(&self, mode: Mode) -> Result<Box<dyn Sequence + '_>, EngineError> {
-        Ok(Box::new(Cycle {
+    fn batch(&self) -> Box<dyn Batch + '_> {
+        Box::new(Cycles {
             toy: self,
-            mode,
-            tokens: Vec::new(),
-        }))
+            held: Vec::new(),
+            logits: Vec::new(),
+        })
     }
 }
 
@@ -105,25 +109,96 @@ impl TextStream for Bytes {
     }
 }
 
-struct Cycle<'e> {
+/// Sequences that one step of the toy may have.
+pub(super) const WIDTH: usize = 3;
+
+struct Cycles<'e> {
     toy: &'e Toy,
+    held: Vec<Option<Cycle>>,
+    /// Of the last step.
+    logits: Vec<(Mode, Vec<f32>)>,
+}
+
+#[derive(Clone)]
+struct Cycle {
     mode: Mode,
     tokens: Vec<u32>,
 }
 
-impl Sequence for Cycle<'_> {
-    fn advance(&mut self, tokens: &[u32]) -> Result<Step, EngineError> {
-        assert!(!tokens.is_empty(), "a step has at least one token");
+impl Batch for Cycles<'_> {
+    fn width(&self) -> usize {
+        WIDTH
+    }
+
+    fn begin(&mut self, mode: Mode, positions: usize) -> Result<SequenceId, EngineError> {
+        assert!(positions <= self.toy.facts.context, "beyond the context");
+        let tokens = Vec::new();
+        self.held.push(Some(Cycle { mode, tokens }));
+        Ok(SequenceId(self.held.len() - 1))
+    }
+
+    fn end(&mut self, sequence: SequenceId) {
+        assert!(self.held[sequence.0].take().is_some(), "it ends once");
+    }
+
+    fn advance(&mut self, new: &[New<'_>]) -> Result<(), EngineError> {
+        let is_single = new.iter().all(|new| new.tokens.len() == 1);
+        assert!(
+            new.len() == 1 || (new.len() <= WIDTH && is_single),
+            "what a step may be"
+        );
         self.toy.wait();
         std::thread::sleep(self.toy.step_time);
-        self.tokens.extend(tokens);
-        assert!(self.tokens.len() <= self.toy.facts.context, "beyond the context");
-        let first = u8::try_from(self.tokens[0]).unwrap_or(0);
-        self.toy.steps.lock().unwrap().push(first);
-        assert_ne!(first, b'!', "a bug in the engine");
-        if first == b'?' {
-            return Err(EngineError("experts.bin: layer 1, expert 3: checksum differs".into()));
+        let mut moved = Vec::new();
+        for new in new {
+            let mut cycle = self.held[new.sequence.0].clone().expect("it has begun");
+            assert!(
+                moved.iter().all(|(_, other): &(_, Cycle)| other.mode == cycle.mode),
+                "one mode"
+            );
+            cycle.advance(self.toy, new.tokens)?;
+            moved.push((new.sequence, cycle));
         }
+        self.logits.clear();
+        for (sequence, cycle) in moved {
+            self.toy.steps.lock().unwrap().push(cycle.first());
+            self.logits.push((cycle.mode, cycle.logits()));
+            self.held[sequence.0] = Some(cycle);
+        }
+        self.toy.sizes.lock().unwrap().push(new.len());
+        Ok(())
+    }
+
+    fn step(&self, at: usize) -> Step<'_> {
+        let (mode, logits) = &self.logits[at];
+        Step {
+            logits,
+            low_bit_fraction: if *mode == Mode::Little { 1.0 } else { 0.0 },
+            skipped_mass: 0.0,
+        }
+    }
+}
+
+impl Cycle {
+    fn first(&self) -> u8 {
+        u8::try_from(self.tokens[0]).unwrap_or(0)
+    }
+
+    fn advance(&mut self, toy: &Toy, tokens: &[u32]) -> Result<(), EngineError> {
+        assert!(!tokens.is_empty(), "a step has at least one token");
+        self.tokens.extend(tokens);
+        assert!(self.tokens.len() <= toy.facts.context, "beyond the context");
+        let is_late = self.tokens.len() >= 8;
+        match self.first() {
+            b'!' => panic!("a bug in the engine"),
+            b'^' if is_late => panic!("a bug in the engine"),
+            b'?' => Err(EngineError("experts.bin: layer 1, expert 3: checksum differs".into())),
+            b'~' if is_late => Err(EngineError("experts.bin: layer 1, expert 3: checksum differs".into())),
+            _ => Ok(()),
+        }
+    }
+
+    fn logits(&self) -> Vec<f32> {
         let next = match self.tokens.iter().position(|&token| token == u32::from(b'>')) {
             None | Some(0) => END,
             Some(cycle) => match self.tokens[(self.tokens.len() - cycle - 1) % cycle] {
@@ -138,10 +213,6 @@ impl Sequence for Cycle<'_> {
         let mut logits: Vec<f32> = (0..257u16).map(|i| f32::from(i % 7) * 0.01).collect();
         logits[END as usize] = -100.0; // never by chance
         logits[next as usize] = 6.0;
-        Ok(Step {
-            logits,
-            low_bit_fraction: if self.mode == Mode::Little { 1.0 } else { 0.0 },
-            skipped_mass: 0.0,
-        })
+        logits
     }
 }
