@@ -19,6 +19,7 @@ pub mod probes;
 pub mod resident;
 pub mod store;
 pub mod synthetic;
+pub mod synthetic_container;
 pub mod throughput;
 
 pub use self::error::{Error, Result};

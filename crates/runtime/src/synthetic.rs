@@ -65,17 +65,34 @@ pub fn names() -> Vec<&'static str> {
     SHAPES.iter().map(|(name, _)| *name).collect()
 }
 
-/// Shape of a real model; with `layers` of another depth.
-///
-/// # Errors
-/// [`Error::Synthetic`] with the known names.
-pub fn spec(name: &str, layers: Option<usize>) -> Result<ModelSpec> {
+fn shape(name: &str) -> Result<&'static str> {
     let unknown = || Error::Synthetic {
         what: "shape",
         found: name.to_owned(),
         expected: names().join(", "),
     };
-    let (_, config) = SHAPES.iter().find(|(known, _)| *known == name).ok_or_else(unknown)?;
+    let found = SHAPES.iter().find(|(known, _)| *known == name);
+    Ok(found.ok_or_else(unknown)?.1)
+}
+
+/// `config.json` of a real model's shape; with `layers` of another depth.
+///
+/// # Errors
+/// As [`spec`].
+pub fn config(name: &str, layers: Option<usize>) -> Result<serde_json::Value> {
+    let mut config: serde_json::Value = serde_json::from_str(shape(name)?).expect("written above");
+    if let Some(layers) = layers {
+        config["num_hidden_layers"] = layers.max(1).into();
+    }
+    Ok(config)
+}
+
+/// Shape of a real model; with `layers` of another depth.
+///
+/// # Errors
+/// [`Error::Synthetic`] with the known names.
+pub fn spec(name: &str, layers: Option<usize>) -> Result<ModelSpec> {
+    let config = shape(name)?;
     let mut spec = families::parse_config(Path::new(name), config).map_err(ModelError::from)?;
     if let Some(layers) = layers {
         let all = spec.layers.len();
@@ -221,6 +238,11 @@ pub fn experts(spec: &ModelSpec, experts: Experts, seed: u64) -> Result<Vec<Vec<
     (0..spec.moe_layers().len()).map(layer).collect()
 }
 
+/// The seed of one expert's noise.
+pub(crate) fn expert_seed(spec: &ModelSpec, seed: u64, layer: usize, expert: usize) -> u64 {
+    seed.wrapping_add(((layer * spec.routing.experts + expert) as u64) << 8)
+}
+
 /// Expert number `expert` of MoE layer number `layer`: the same by itself as among all.
 ///
 /// # Errors
@@ -245,8 +267,7 @@ pub fn one_expert(spec: &ModelSpec, experts: Experts, seed: u64, layer: usize, e
         group: experts.group,
         rank: experts.rank,
     };
-    let seed = seed.wrapping_add(((layer * spec.routing.experts + expert) as u64) << 8);
-    NoiseExpert::new(&shape, seed).map_err(|source| Error::Synthetic {
+    NoiseExpert::new(&shape, expert_seed(spec, seed, layer, expert)).map_err(|source| Error::Synthetic {
         what: "matrix",
         found: source.to_string(),
         expected: "sizes and groups that a format has".to_owned(),

@@ -108,6 +108,11 @@ pub fn matrix(format: MatrixFormat, seed: u64) -> CodedMatrix {
     noise::matrix(format, scale_of(format.code()), seed)
 }
 
+/// The seed of the matrix number `number` (gate, up, down) of a [`NoiseExpert`].
+pub fn matrix_seed(expert: u64, number: u64) -> u64 {
+    expert.wrapping_mul(7) + number
+}
+
 /// The zero points that come with it: nothing was fitted.
 pub fn zero_points(format: MatrixFormat) -> Vec<f32> {
     let code = format.code();
@@ -196,8 +201,8 @@ impl NoiseExpert {
                 };
                 let made: Vec<CodedMatrix> = shapes
                     .into_iter()
-                    .zip(seed.wrapping_mul(7)..)
-                    .map(|(shape, seed)| matrix(shape, seed))
+                    .zip(0..)
+                    .map(|(shape, number)| matrix(shape, matrix_seed(seed, number)))
                     .collect::<Result<_, _>>()?;
                 return Self::laid(&made, bits, r == 0);
             }
