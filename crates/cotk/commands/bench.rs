@@ -3,13 +3,16 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use cotk_latency::work::Tier;
 use cotk_model::ModelError;
 use cotk_model::checkpoint::TensorSource;
 use cotk_model::inventory;
-use cotk_model::model::Model;
-use cotk_model::moe::MoeRuntime;
+use cotk_model::layers::cache::KvKind;
+use cotk_model::layers::clock::Part;
+use cotk_model::model::{Logits, Model, Sequence, Workspace};
+use cotk_model::moe::{Mode, MoeRuntime};
 use cotk_model::spec::ModelSpec;
 use cotk_run::files;
 use cotk_run::progress::Progress;
@@ -20,9 +23,7 @@ use cotk_runtime::open::{Folder, open_folder};
 use cotk_runtime::resident::Resident;
 use cotk_runtime::synthetic::{self, DENSE_BITS, Experts, Source};
 use cotk_runtime::throughput::machine::last_level_cache_bytes;
-use cotk_runtime::throughput::{
-    Clocked, DISTURBED, Report, Row, Settings, Subject, Work, check_memory, measure, scratch_bytes,
-};
+use cotk_runtime::throughput::{DISTURBED, Report, Row, Settings, Subject, Work, check_memory, measure, scratch_bytes};
 use serde_json::{Value, json};
 
 use crate::context::{Context, Outcome};
@@ -60,6 +61,9 @@ pub struct Args {
     /// Threads to compute with, each in turn (default: all cores)
     #[arg(id = "threads", long, value_name = "N,…", value_delimiter = ',')]
     pub threads: Vec<usize>,
+    /// How keys and values are held: f32, f16 or int8 (a scale per head and position)
+    #[arg(long, default_value_t = KvKind::default(), value_name = "KIND")]
+    pub kv_cache: KvKind,
     /// Undisturbed samples of each row
     #[arg(long, value_name = "N", default_value_t = 5)]
     pub repeats: usize,
@@ -86,7 +90,6 @@ struct Ready {
     /// Of the experts; `None`: of several widths.
     bits: Option<u32>,
     model: Model,
-    clocked: Arc<Clocked>,
     expert_bytes: Box<dyn Fn(LayerId, ExpertId) -> u64 + Sync>,
     /// Of the dense matrices that a token reads.
     dense_bytes: u64,
@@ -97,14 +100,23 @@ struct Ready {
 /// Arguments that cannot be right; a model that does not open or does not fit; Ctrl-C.
 pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
     let settings = settings(args, cx)?;
-    let ready = match (&args.subject.model, &args.subject.synthetic) {
+    let begin = Instant::now();
+    let mut ready = match (&args.subject.model, &args.subject.synthetic) {
         (_, Some(name)) => synthetic(name, args, &settings, cx)?,
         (Some(path), None) => from_folder(path, args, &settings, cx)?,
         (None, None) => unreachable!("clap asks for one of them"),
     };
+    let load_s = begin.elapsed().as_secs_f64();
+    ready.model = ready.model.with_kv(args.kv_cache);
+    first_token(&ready.model)?;
+    // Of what is made in memory the making would be timed.
+    let opening = (!ready.is_synthetic).then(|| Opening {
+        load_s,
+        first_token_s: begin.elapsed().as_secs_f64(),
+        peak_rss_bytes: files::peak_rss_bytes(),
+    });
     let subject = Subject {
         model: &ready.model,
-        clocked: &ready.clocked,
         expert_bytes: ready.expert_bytes.as_ref(),
         dense_bytes: ready.dense_bytes,
     };
@@ -133,6 +145,10 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         "rows": rows,
         "distinct_expert_bytes_per_100_tokens": report.distinct_expert_bytes_per_100_tokens,
         "dense_bytes_per_token": subject.dense_bytes,
+        "kv_cache": args.kv_cache.name(),
+        "load_s": opening.as_ref().map(|o| o.load_s),
+        "first_token_s": opening.as_ref().map(|o| o.first_token_s),
+        "first_token_peak_rss_bytes": opening.as_ref().map(|o| o.peak_rss_bytes),
         "peak_rss_bytes": peak,
     });
     let mut text = table(&report.rows);
@@ -140,6 +156,14 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         text += &format!("distinct expert bytes per 100 tokens: {}; ", Bytes(bytes));
     }
     text += &format!("peak memory: {}\n", Bytes(peak));
+    if let Some(opening) = &opening {
+        text += &format!(
+            "loaded in {} s, first token after {} s in all, with {} of memory\n",
+            significant(opening.load_s, 2),
+            significant(opening.first_token_s, 2),
+            Bytes(opening.peak_rss_bytes)
+        );
+    }
     let mut of_profile: Vec<(usize, f64)> = settings
         .threads
         .iter()
@@ -153,6 +177,25 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         );
     }
     Ok(Outcome::new(result, text).warn(warnings))
+}
+
+/// What came before the first row.
+struct Opening {
+    load_s: f64,
+    /// From the first file on, to the logits of the first token.
+    first_token_s: f64,
+    peak_rss_bytes: u64,
+}
+
+/// One token of an empty sequence.
+fn first_token(model: &Model) -> Result<(), Fault> {
+    let mut cache = model.new_cache();
+    let mut sequences = [Sequence {
+        tokens: &[0],
+        cache: &mut cache,
+    }];
+    model.step(&mut sequences, Mode::Exact, Logits::Last, &mut Workspace::default())?;
+    Ok(())
 }
 
 /// What was typed as what is meant.
@@ -208,9 +251,18 @@ fn settings(args: &Args, cx: &Context) -> Result<Settings, Fault> {
     })
 }
 
+/// As it was typed, and as it is meant.
+type Asked<'a> = (&'a Args, &'a Settings);
+
 /// Says what memory will be needed, and refuses more than there is.
-fn announce(what: &str, weights: u64, spec: &ModelSpec, settings: &Settings, cx: &Context) -> Result<(), Fault> {
-    let needed = weights + scratch_bytes(spec, &settings.work);
+fn announce(
+    what: &str,
+    weights: u64,
+    spec: &ModelSpec,
+    (args, settings): Asked<'_>,
+    cx: &Context,
+) -> Result<(), Fault> {
+    let needed = weights + scratch_bytes(spec, args.kv_cache, &settings.work);
     cx.ui.note(&format!("{what}: about {} of memory", Bytes(needed)));
     Ok(check_memory(what, needed)?)
 }
@@ -231,16 +283,14 @@ fn synthetic(name: &str, args: &Args, settings: &Settings, cx: &Context) -> Resu
     };
     let source = Source::new(&spec, settings.seed);
     let (dense, dense_bytes) = stored_bytes(&spec, &source);
-    announce(&name, coded_bytes(&spec, bits) + dense, &spec, settings, cx)?;
+    announce(&name, coded_bytes(&spec, bits) + dense, &spec, (args, settings), cx)?;
     let experts = synthetic::experts(&spec, Experts::plain(bits), settings.seed)?;
     let routing = Routing::drawn(settings.seed, experts.len());
     let held = Arc::new(InMemory::new(&spec, experts, bits, routing)?);
-    let clocked = Arc::new(Clocked::new(held.clone()));
     Ok(Ready {
         name,
         bits: Some(bits),
-        model: Model::load(spec, &source, clocked.clone()).map_err(ModelError::from)?,
-        clocked,
+        model: Model::load(spec, &source, held.clone()).map_err(ModelError::from)?,
         expert_bytes: Box::new(move |layer, expert| held.expert_bytes(layer, expert)),
         dense_bytes,
         is_synthetic: true,
@@ -262,7 +312,13 @@ fn from_folder(path: &Path, args: &Args, settings: &Settings, cx: &Context) -> R
                 ));
             }
             let (dense, _) = stored_bytes(spec, files.source.as_ref());
-            announce(&name, container.manifest().record_bytes() + dense, spec, settings, cx)?;
+            announce(
+                &name,
+                container.manifest().record_bytes() + dense,
+                spec,
+                (args, settings),
+                cx,
+            )?;
             let mut bits = Vec::new();
             let mut bytes = HashMap::new();
             for (layer, expert, record) in container.manifest().records() {
@@ -280,7 +336,7 @@ fn from_folder(path: &Path, args: &Args, settings: &Settings, cx: &Context) -> R
             let bits = args.bits.unwrap_or(8);
             // The dense part is counted as if it stayed as it is stored: coding makes it smaller.
             let (dense, _) = stored_bytes(spec, files.source.as_ref());
-            announce(&name, coded_bytes(spec, bits) + dense, spec, settings, cx)?;
+            announce(&name, coded_bytes(spec, bits) + dense, spec, (args, settings), cx)?;
             let held = Arc::new(InMemory::coded(spec, files.source.as_ref(), bits, &cx.ui, &cx.cancel)?);
             let source = CodedDense::new(spec, files.source.clone(), DENSE_BITS, &cx.ui, &cx.cancel)?;
             let of = held.clone();
@@ -298,12 +354,10 @@ fn ready(
     runtime: Arc<dyn MoeRuntime>,
     expert_bytes: Box<dyn Fn(LayerId, ExpertId) -> u64 + Sync>,
 ) -> Result<Ready, Fault> {
-    let clocked = Arc::new(Clocked::new(runtime));
     Ok(Ready {
         name,
         bits,
-        model: Model::load(spec.clone(), source, clocked.clone()).map_err(ModelError::from)?,
-        clocked,
+        model: Model::load(spec.clone(), source, runtime).map_err(ModelError::from)?,
         expert_bytes,
         dense_bytes: stored_bytes(spec, source).1,
         is_synthetic: false,
@@ -344,6 +398,11 @@ fn batch_prompt_generate(work: Work) -> (usize, usize, usize) {
 
 fn to_json(ready: &Ready, row: &Row, profiled_gb_per_s: Option<f64>) -> Value {
     let (batch, prompt, generate) = batch_prompt_generate(row.work);
+    let parts: serde_json::Map<String, Value> = Part::ALL
+        .iter()
+        .zip(row.shares)
+        .map(|(part, share)| (part.name().to_owned(), (100.0 * share).into()))
+        .collect();
     json!({
         "name": row.work.name(),
         "model": ready.name,
@@ -364,8 +423,7 @@ fn to_json(ready: &Ready, row: &Row, profiled_gb_per_s: Option<f64>) -> Value {
         "peak_gops": row.peak_gops,
         "pct_of_peak": 100.0 * row.gops / row.peak_gops,
         "distinct_experts": row.distinct_experts,
-        "experts_pct": 100.0 * row.experts_share,
-        "head_pct": 100.0 * row.head_share,
+        "parts_pct": parts,
         "involuntary_switches": row.involuntary_switches,
         "repeats": row.repeats,
         "dropped": row.dropped,
@@ -376,8 +434,23 @@ fn to_json(ready: &Ready, row: &Row, profiled_gb_per_s: Option<f64>) -> Value {
 
 fn table(rows: &[Row]) -> String {
     let mut table = Table::new(&[
-        "test", "batch", "threads", "tokens/s", "±", "GB/s", "of read", "read", "GOPS", "of peak", "experts",
-        "in them", "head", "n",
+        "test",
+        "batch",
+        "threads",
+        "tokens/s",
+        "±",
+        "GB/s",
+        "of read",
+        "read",
+        "GOPS",
+        "of peak",
+        "experts",
+        "dense",
+        "attention",
+        "in experts",
+        "head",
+        "other",
+        "n",
     ]);
     for row in rows {
         let pct = |share: f64| format!("{} %", significant(100.0 * share, 2));
@@ -385,7 +458,7 @@ fn table(rows: &[Row]) -> String {
             0 => row.repeats.to_string(),
             dropped => format!("{}-{dropped}", row.repeats),
         };
-        table.row([
+        let mut cells = vec![
             row.work.name(),
             batch_prompt_generate(row.work).0.to_string(),
             row.threads.to_string(),
@@ -397,15 +470,15 @@ fn table(rows: &[Row]) -> String {
             significant(row.gops, 3),
             pct(row.gops / row.peak_gops),
             significant(row.distinct_experts, 3),
-            pct(row.experts_share),
-            pct(row.head_share),
-            count,
-        ]);
+        ];
+        cells.extend(row.shares.map(pct));
+        cells.push(count);
+        table.row(cells);
     }
     format!(
         "{}± median absolute deviation; GB/s: weights, read: the bandwidth beside them; experts: distinct ones\n\
-        of a layer and pass; in them, head: share of the time; n: samples, and after the minus those dropped\n\
-        because others used more than {:.0} % of the machine\n",
+        of a layer and pass; dense to other: shares of the time (attention: keys and values, its projections are\n\
+        dense); n: samples, and after the minus those dropped because others used more than {:.0} % of the machine\n",
         table.render(),
         100.0 * DISTURBED
     )

@@ -11,6 +11,7 @@ use cotk_model::export::{ExportError, Exported, Made, Projected, gguf, hf};
 use cotk_run::units::{Bytes, ExpertId, LayerId, significant};
 use cotk_runtime::open::{Folder, open_folder};
 use cotk_runtime::synthetic::{self, Experts, Source};
+use cotk_runtime::synthetic_container;
 use serde_json::json;
 
 use crate::context::{Context, Outcome};
@@ -21,7 +22,7 @@ use crate::table::Table;
 /// Write a model as GGUF (for llama.cpp) or as a Hugging Face folder (for transformers)
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  cotk export ../shared/models/ref-qwen2moe --gguf model.gguf --bits 8\n  cotk export out --gguf out.gguf --project\n  cotk export out --hf out-hf --dtype bf16\n  cotk export --synthetic olmoe-1b-7b --bits 4 --gguf olmoe-q4.gguf\n\nCodes of groups keep every value in Q8_0 and Q4_0; what has no codes becomes F16 in GGUF, norms and routers F32."
+    after_help = "Examples:\n  cotk export ../shared/models/ref-qwen2moe --gguf model.gguf --bits 8\n  cotk export out --gguf out.gguf --project\n  cotk export out --hf out-hf --dtype bf16\n  cotk export --synthetic olmoe-1b-7b --bits 4 --gguf olmoe-q4.gguf\n  cotk export --synthetic olmoe-1b-7b --bits 4 --container olmoe-q4\n\nCodes of groups keep every value in Q8_0 and Q4_0; what has no codes becomes F16 in GGUF, norms and routers F32."
 )]
 pub struct Args {
     /// Hugging Face folder, or output of `cotk compress`
@@ -61,6 +62,9 @@ pub struct Output {
     /// Write this new folder for transformers
     #[arg(long, value_name = "DIR")]
     pub hf: Option<PathBuf>,
+    /// Write a synthetic model as this new folder, a container as `cotk compress` makes them: to measure how fast it opens
+    #[arg(long, value_name = "DIR", requires = "synthetic")]
+    pub container: Option<PathBuf>,
 }
 
 /// `--dtype`.
@@ -76,15 +80,16 @@ pub enum TypeArg {
 /// What the folder's files refuse, what the format cannot carry, Ctrl-C.
 pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
     let (output, format, written) = match (&args.synthetic, &args.model) {
-        (Some(name), _) => {
-            let out = args.output.gguf.as_ref().ok_or_else(|| {
-                Fault::usage(
-                    "--synthetic with --hf: random weights are for llama.cpp to run",
-                    "give --gguf F",
-                )
-            })?;
-            (out, "gguf", synthetic(name, args, out, cx)?)
-        }
+        (Some(name), _) => match (&args.output.gguf, &args.output.container) {
+            (Some(out), _) => (out, "gguf", synthetic(name, args, out, cx)?),
+            (None, Some(out)) => (out, "container", synthetic_container(name, args, out, cx)?),
+            (None, None) => {
+                return Err(Fault::usage(
+                    "--synthetic with --hf: random weights are for llama.cpp and for cotk to run",
+                    "give --gguf F or --container DIR",
+                ));
+            }
+        },
         (None, Some(model)) => from_folder(model, args, cx)?,
         (None, None) => unreachable!("clap asks for one of them"),
     };
@@ -141,7 +146,7 @@ fn from_folder<'a>(model: &Path, args: &'a Args, cx: &Context) -> Result<(&'a Pa
             let written = hf::export(&files, container, out, (args.bits, kind), &cx.ui, &cx.cancel)?;
             Ok((out, "hf", written))
         }
-        (None, None) => unreachable!("clap asks for one of them"),
+        (None, None) => unreachable!("clap asks for one of them, and for --synthetic beside --container"),
     }
 }
 
@@ -193,6 +198,18 @@ fn synthetic(name: &str, args: &Args, out: &Path, cx: &Context) -> Result<Export
         ..GgufOptions::default()
     };
     Ok(gguf::export_made(&made, out, &options, &cx.ui, &cx.cancel)?)
+}
+
+/// Such a model on disk, as `cotk bench` opens it.
+fn synthetic_container(name: &str, args: &Args, out: &Path, cx: &Context) -> Result<Exported, Fault> {
+    let seed = cx.seed.unwrap_or(0);
+    let bits = args.bits.unwrap_or(8);
+    let manifest = synthetic_container::write(name, args.layers, bits, seed, out, &cx.ui, &cx.cancel)?;
+    Ok(Exported {
+        bytes: manifest.files.values().map(|file| file.bytes).sum(),
+        tensors: manifest.records().count(),
+        projected: Vec::new(),
+    })
 }
 
 /// One row a reason: how many tensors, and the one that lost most. (`--json` has them all.)

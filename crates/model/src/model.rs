@@ -10,6 +10,7 @@ use crate::checkpoint::{CheckpointError, TensorSource};
 use crate::families::{self, Tensor};
 use crate::layers::attention::Spans;
 use crate::layers::cache::{KvKind, LayerCache};
+use crate::layers::clock::{Part, PassTimes};
 use crate::layers::linear::Linear;
 use crate::layers::norm::rms_norm_to;
 use crate::layers::rope::Rope;
@@ -197,6 +198,18 @@ pub struct Workspace {
 }
 
 impl Workspace {
+    /// One that takes the times of the parts of its passes.
+    pub fn timed() -> Self {
+        let mut work = Self::default();
+        work.scratch.clock.runs = true;
+        work
+    }
+
+    /// What its passes took since it was asked last; nothing unless it is [`timed`](Self::timed).
+    pub fn take_times(&mut self) -> PassTimes {
+        std::mem::take(&mut self.scratch.clock.times)
+    }
+
     /// `[rows, vocab]` of the last [`Model::step`]: one row per sequence or per token.
     pub fn logits(&self) -> &[f32] {
         &self.logits
@@ -329,6 +342,7 @@ impl Model {
             records,
             ..
         } = work;
+        scratch.clock.begin();
         states.clear();
         before.clear();
         for sequence in &*sequences {
@@ -411,6 +425,7 @@ impl Model {
     ) -> Result<(), ModelError> {
         self.run_layers(sequences, mode, work)?;
         let Workspace {
+            scratch,
             states,
             normed,
             last,
@@ -435,6 +450,7 @@ impl Model {
             }
         };
         self.ends.logits_to(rows, normed, logits);
+        scratch.clock.lap(Part::Head);
         Ok(())
     }
 }

@@ -254,6 +254,28 @@ fn route_with(router: &RouterScores<'_>, alive: Alive<'_>, routed: &mut Routed, 
     }
 }
 
+/// Calls `f` with experts and gates of all tokens, chosen in memory that this thread keeps.
+pub fn with_routed<R>(router: &RouterScores<'_>, alive: Alive<'_>, f: impl FnOnce(&Routed) -> R) -> R {
+    thread_local! {
+        static ROUTED: RefCell<Routed> = RefCell::default();
+    }
+    // Taken, not borrowed: whoever runs inside has its own.
+    let mut routed = ROUTED.take();
+    route_to(router, alive, &mut routed);
+    let result = f(&routed);
+    ROUTED.set(routed);
+    result
+}
+
+/// Replaces `order` by the numbers of all pairs of a token and a slot, by what each asks for (`asked`: an expert, say),
+/// pairs that ask for the same in token order: experts run once for all their tokens.
+pub fn order_pairs<K: Ord + Copy>(asked: &[K], order: &mut Vec<usize>) {
+    order.clear();
+    order.extend(0..asked.len());
+    // (A stable sort may allocate.)
+    order.sort_unstable_by_key(|&pair| (asked[pair], pair));
+}
+
 /// Clears `may` outside the best groups. Groups without a living expert do not count; where the kept ones have fewer
 /// than `slots`, the next best are let in: a token has as many experts as any other.
 fn keep_best_groups(
@@ -431,10 +453,14 @@ pub trait MoeRuntime: Send + Sync {
         router: RouterScores<'_>,
         mode: Mode,
         out: &mut [f32],
-    ) -> Result<MoeRecord, RuntimeError>;
+    ) -> Result<MoeRecord, RuntimeError> {
+        let mut record = MoeRecord::default();
+        self.forward_into(layer, hidden, router, mode, out, &mut record)?;
+        Ok(record)
+    }
 
-    /// [`forward`](Self::forward) into a record that its owner keeps. A runtime that overrides this allocates nothing for a
-    /// few tokens once it has served the like.
+    /// [`forward`](Self::forward) into a record that its owner keeps: coded runtimes allocate nothing for a few tokens once
+    /// they have served the like.
     ///
     /// # Errors
     /// As [`forward`](Self::forward); the record then says nothing.
@@ -446,13 +472,10 @@ pub trait MoeRuntime: Send + Sync {
         mode: Mode,
         out: &mut [f32],
         record: &mut MoeRecord,
-    ) -> Result<(), RuntimeError> {
-        *record = self.forward(layer, hidden, router, mode, out)?;
-        Ok(())
-    }
+    ) -> Result<(), RuntimeError>;
 
-    /// The gate for every implementation of [`forward`](Self::forward): refuses what it cannot serve, and says how
-    /// many tokens there are.
+    /// The gate for every implementation of [`forward_into`](Self::forward_into): refuses what it cannot serve, and says
+    /// which of the shape's layers it is.
     ///
     /// # Errors
     /// An unknown layer, a mode that is not offered, lengths that do not fit each other.
@@ -466,12 +489,12 @@ pub trait MoeRuntime: Send + Sync {
     ) -> Result<usize, RuntimeError> {
         let shape = self.shape();
         let wrong = |what, found, expected: String| Err(RuntimeError::Shape { what, found, expected });
-        if !shape.layers.contains(&layer) {
+        let Some(at) = shape.layers.iter().position(|l| *l == layer) else {
             return Err(RuntimeError::Layer {
                 layer,
                 offered: shape.layers.clone(),
             });
-        }
+        };
         if !self.modes().contains(&mode) {
             return Err(RuntimeError::Mode {
                 mode,
@@ -496,7 +519,7 @@ pub trait MoeRuntime: Send + Sync {
         if out.len() != expected {
             return wrong("output", out.len(), format!("{expected} ({} tokens)", router.tokens()));
         }
-        Ok(router.tokens())
+        Ok(at)
     }
 }
 

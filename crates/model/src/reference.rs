@@ -1,6 +1,7 @@
 //! [`PlainMoe`]: all experts resident in f32, the plain reference of every [`MoeRuntime`], and the runtime of
 //! Hugging Face checkpoints. Offers [`Mode::Exact`] alone.
 
+use cotk_kernels::cpu::team;
 use cotk_run::units::{ExpertId, LayerId};
 use rayon::prelude::*;
 
@@ -8,8 +9,10 @@ use crate::checkpoint::{CheckpointError, TensorSource};
 use crate::families::{self, LayerTensor, Matrix, Tensor};
 use crate::layers::Mlp;
 use crate::layers::linear::Linear;
+use crate::layers::product::Tile;
 use crate::moe::{
-    Alive, ExpertUse, Mode, MoeRecord, MoeRuntime, MoeShape, Precision, RouterScores, RuntimeError, route,
+    Alive, ExpertUse, Mode, MoeRecord, MoeRuntime, MoeShape, Precision, Routed, RouterScores, RuntimeError,
+    order_pairs, with_routed,
 };
 use crate::spec::ModelSpec;
 
@@ -107,65 +110,74 @@ impl MoeRuntime for PlainMoe {
         &[Mode::Exact]
     }
 
-    fn forward(
+    fn forward_into(
         &self,
         layer: LayerId,
         hidden: &[f32],
         router: RouterScores<'_>,
         mode: Mode,
         out: &mut [f32],
-    ) -> Result<MoeRecord, RuntimeError> {
-        let tokens = self.check_call(layer, hidden, &router, mode, out)?;
-        let at = self
-            .shape
-            .layers
-            .iter()
-            .position(|l| *l == layer)
-            .expect("checked above");
+        record: &mut MoeRecord,
+    ) -> Result<(), RuntimeError> {
+        let at = self.check_call(layer, hidden, &router, mode, out)?;
         let alive = &self.alive[at];
-        let routed = route(
-            &router,
-            match self.absent {
-                Absent::Masked => Alive::Masked(alive),
-                Absent::Removed => Alive::Removed(alive),
-            },
-        );
+        let alive = match self.absent {
+            Absent::Masked => Alive::Masked(alive),
+            Absent::Removed => Alive::Removed(alive),
+        };
+        with_routed(&router, alive, |routed| self.mix(at, hidden, routed, out, record));
+        Ok(())
+    }
+}
 
-        // Slots by expert, tokens ascending.
-        let mut slots_of: Vec<Vec<usize>> = vec![Vec::new(); self.shape.rule.experts];
-        for (slot, expert) in routed.experts.iter().enumerate() {
-            slots_of[expert.index()].push(slot);
-        }
-        let width = self.shape.hidden;
-        let run = |(expert, slots): (usize, &Vec<usize>)| {
-            let mut rows = Vec::with_capacity(slots.len() * width);
-            for slot in slots {
-                rows.extend_from_slice(&hidden[slot / routed.slots * width..][..width]);
+impl PlainMoe {
+    /// `out[t] = Σ gate · expert(hidden[t])` in slot order, of entry `at` of the shape's layers.
+    fn mix(&self, at: usize, hidden: &[f32], routed: &Routed, out: &mut [f32], record: &mut MoeRecord) {
+        let (width, slots) = (self.shape.hidden, routed.slots);
+        let mut order = Vec::new();
+        order_pairs(&routed.experts, &mut order);
+        let groups: Vec<&[usize]> = order
+            .chunk_by(|&a, &b| routed.experts[a] == routed.experts[b])
+            .collect();
+        // Rows of pairs by expert; where a group's begin.
+        let mut rows = vec![0.0; order.len() * width];
+        let begins: Vec<usize> = (groups.iter())
+            .scan(0, |first, group| Some(std::mem::replace(first, *first + group.len())))
+            .collect();
+        {
+            let tile = Tile::new(&mut rows, width.max(1));
+            let run = |group: usize| {
+                let pairs = groups[group];
+                let mlp = self.experts[at][routed.experts[pairs[0]].index()].as_ref();
+                let mut inputs = Vec::with_capacity(pairs.len() * width);
+                for pair in pairs {
+                    inputs.extend_from_slice(&hidden[pair / slots * width..][..width]);
+                }
+                let outputs = mlp.expect("routing chooses the living").apply(&inputs);
+                // SAFETY: groups have rows of their own.
+                let mut tile = unsafe { tile.part(begins[group], 0, pairs.len(), width) };
+                for (row, output) in outputs.chunks_exact(width).enumerate() {
+                    tile.row(row).copy_from_slice(output);
+                }
+            };
+            let inner = groups.first().map_or(0, |pairs| {
+                let mlp = self.experts[at][routed.experts[pairs[0]].index()].as_ref();
+                mlp.map_or(0, |mlp| mlp.gate.outputs())
+            });
+            if order.len() * width * inner * 3 >= PARALLEL_FROM {
+                team::run(groups.len(), run);
+            } else {
+                (0..groups.len()).for_each(run);
             }
-            let mlp = self.experts[at][expert].as_ref().expect("routing chooses the living");
-            mlp.apply(&rows)
-        };
-        let busy: Vec<(usize, &Vec<usize>)> = slots_of.iter().enumerate().filter(|(_, s)| !s.is_empty()).collect();
-        let inner = busy.first().map_or(0, |(expert, _)| {
-            self.experts[at][*expert].as_ref().map_or(0, |mlp| mlp.gate.outputs())
-        });
-        let outputs: Vec<Vec<f32>> = if tokens * routed.slots * width * inner * 3 >= PARALLEL_FROM {
-            busy.par_iter().map(|&job| run(job)).collect()
-        } else {
-            busy.iter().map(|&job| run(job)).collect()
-        };
+        }
 
         // Each token sums its slots in order, whoever computed them.
-        let mut row_of = vec![&[][..]; routed.experts.len()];
-        for ((_, slots), rows) in busy.iter().zip(&outputs) {
-            for (slot, row) in slots.iter().zip(rows.chunks_exact(width)) {
-                row_of[*slot] = row;
-            }
-        }
+        let mut row_of = vec![0; order.len()];
+        order.iter().enumerate().for_each(|(row, &pair)| row_of[pair] = row);
         out.fill(0.0);
-        for (slot, (row, gate)) in row_of.iter().zip(&routed.gates).enumerate() {
-            let out = &mut out[slot / routed.slots * width..][..width];
-            for (out, value) in out.iter_mut().zip(*row) {
+        for (pair, (&row, gate)) in row_of.iter().zip(&routed.gates).enumerate() {
+            let out = &mut out[pair / slots * width..][..width];
+            for (out, value) in out.iter_mut().zip(&rows[row * width..][..width]) {
                 *out += gate * value;
             }
         }
@@ -179,10 +191,9 @@ impl MoeRuntime for PlainMoe {
                 bits: 32,
                 precision: Precision::Full,
             });
-        Ok(MoeRecord {
-            slots: routed.slots,
-            uses: uses.collect(),
-        })
+        record.slots = slots;
+        record.uses.clear();
+        record.uses.extend(uses);
     }
 }
 
@@ -193,7 +204,7 @@ mod tests {
 
     use super::*;
     use crate::laws::{self, Subject};
-    use crate::moe::RoutingRule;
+    use crate::moe::{RoutingRule, route};
 
     /// The definition itself: token by token, expert by expert, in f64.
     struct Naive<'a>(&'a PlainMoe);
@@ -207,21 +218,21 @@ mod tests {
             &[Mode::Exact]
         }
 
-        fn forward(
+        fn forward_into(
             &self,
             layer: LayerId,
             hidden: &[f32],
             router: RouterScores<'_>,
             mode: Mode,
             out: &mut [f32],
-        ) -> Result<MoeRecord, RuntimeError> {
-            let tokens = self.check_call(layer, hidden, &router, mode, out)?;
-            let at = self.shape().layers.iter().position(|l| *l == layer).unwrap();
+            record: &mut MoeRecord,
+        ) -> Result<(), RuntimeError> {
+            let at = self.check_call(layer, hidden, &router, mode, out)?;
             let routed = route(&router, Alive::Masked(&self.0.alive[at]));
             let width = self.shape().hidden;
             let dot = |a: &[f32], b: &[f64]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * b).sum::<f64>();
             let mut uses = Vec::new();
-            for token in 0..tokens {
+            for token in 0..router.tokens() {
                 let x: Vec<f64> = hidden[token * width..][..width].iter().map(|v| f64::from(*v)).collect();
                 let mut sum = vec![0.0; width];
                 for slot in token * routed.slots..(token + 1) * routed.slots {
@@ -247,10 +258,11 @@ mod tests {
                     *out = sum as f32;
                 }
             }
-            Ok(MoeRecord {
+            *record = MoeRecord {
                 slots: routed.slots,
                 uses,
-            })
+            };
+            Ok(())
         }
     }
 

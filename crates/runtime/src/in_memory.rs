@@ -5,11 +5,13 @@
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use cotk_kernels::cpu::expert::Expert;
 use cotk_kernels::cpu::noise::NoiseExpert;
 use cotk_model::checkpoint::TensorSource;
 use cotk_model::families::{self, LayerTensor, Matrix, Tensor};
 use cotk_model::moe::{
-    Alive, ExpertUse, Mode, MoeRecord, MoeRuntime, MoeShape, Precision, Routed, RouterScores, RuntimeError, route_to,
+    Alive, ExpertUse, Mode, MoeRecord, MoeRuntime, MoeShape, Precision, Routed, RouterScores, RuntimeError,
+    order_pairs, with_routed,
 };
 use cotk_model::spec::ModelSpec;
 use cotk_run::cancel::Cancel;
@@ -180,19 +182,6 @@ impl MoeRuntime for InMemory {
         &[Mode::Exact]
     }
 
-    fn forward(
-        &self,
-        layer: LayerId,
-        hidden: &[f32],
-        router: RouterScores<'_>,
-        mode: Mode,
-        out: &mut [f32],
-    ) -> std::result::Result<MoeRecord, RuntimeError> {
-        let mut record = MoeRecord::default();
-        self.forward_into(layer, hidden, router, mode, out, &mut record)?;
-        Ok(record)
-    }
-
     fn forward_into(
         &self,
         layer: LayerId,
@@ -202,45 +191,45 @@ impl MoeRuntime for InMemory {
         out: &mut [f32],
         record: &mut MoeRecord,
     ) -> std::result::Result<(), RuntimeError> {
+        let at = self.check_call(layer, hidden, &router, mode, out)?;
+        with_routed(&router, Alive::All, |routed| self.mix(at, hidden, routed, out, record));
+        Ok(())
+    }
+}
+
+/// What a thread keeps between calls.
+#[derive(Default)]
+struct Scratch {
+    /// `[tokens, slots]`
+    chosen: Vec<usize>,
+    /// Pairs by expert.
+    order: Vec<usize>,
+}
+
+impl InMemory {
+    /// `out[t] = Σ gate · expert(hidden[t])` of MoE layer number `at`.
+    fn mix(&self, at: usize, hidden: &[f32], routed: &Routed, out: &mut [f32], record: &mut MoeRecord) {
         thread_local! {
             static SCRATCH: RefCell<Scratch> = RefCell::default();
         }
-        let tokens = self.check_call(layer, hidden, &router, mode, out)?;
-        let at = self
-            .shape
-            .layers
-            .iter()
-            .position(|&l| l == layer)
-            .expect("checked above");
         // Taken, not borrowed: whoever runs inside has its own.
         let mut scratch = SCRATCH.take();
-        let Scratch {
-            routed,
-            chosen,
-            pairs,
-            order,
-        } = &mut scratch;
-        route_to(&router, Alive::All, routed);
+        let Scratch { chosen, order } = &mut scratch;
         let slots = routed.slots;
         chosen.clear();
         match &self.routing {
             Routing::Router => chosen.extend(routed.experts.iter().map(|e| e.index())),
-            Routing::Drawn { seed, routed } => {
-                let first = routed[at].fetch_add(tokens as u64, Ordering::Relaxed);
-                (first..first + tokens as u64).for_each(|token| self.draw(*seed, at, token, chosen));
+            Routing::Drawn { seed, routed: drawn } => {
+                let tokens = (hidden.len() / self.shape.hidden.max(1)) as u64;
+                let first = drawn[at].fetch_add(tokens, Ordering::Relaxed);
+                (first..first + tokens).for_each(|token| self.draw(*seed, at, token, chosen));
             }
         }
-        pairs.clear();
-        pairs.extend(chosen.iter().copied().zip(0..));
-        pairs.sort_unstable();
-        order.clear();
-        order.extend(pairs.iter().map(|(_, pair)| *pair));
-        let mut groups = Vec::with_capacity(pairs.len().min(self.shape.rule.experts));
-        let mut from = 0;
-        for group in pairs.chunk_by(|a, b| a.0 == b.0) {
-            groups.push((self.experts[at][group[0].0].expert(), &order[from..from + group.len()]));
-            from += group.len();
-        }
+        order_pairs(chosen, order);
+        let groups: Vec<(Expert<'_>, &[usize])> = order
+            .chunk_by(|&a, &b| chosen[a] == chosen[b])
+            .map(|pairs| (self.experts[at][chosen[pairs[0]]].expert(), pairs))
+            .collect();
         out.fill(0.0);
         run_groups(self.cpu, &groups, hidden, slots, &routed.gates, out);
         record.slots = slots;
@@ -253,19 +242,7 @@ impl MoeRuntime for InMemory {
         });
         record.uses.extend(uses);
         SCRATCH.set(scratch);
-        Ok(())
     }
-}
-
-/// What a thread keeps between calls.
-#[derive(Default)]
-struct Scratch {
-    routed: Routed,
-    /// `[tokens, slots]`
-    chosen: Vec<usize>,
-    /// Expert and pair, by expert.
-    pairs: Vec<(usize, usize)>,
-    order: Vec<usize>,
 }
 
 #[cfg(test)]

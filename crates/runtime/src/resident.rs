@@ -1,12 +1,11 @@
 //! [`Resident`]: every expert of a container in memory (mapped), modes `exact` and `little`. Law: passes
 //! `cotk_model::laws` against the decoded weights in f32.
 
-use std::cell::RefCell;
 use std::sync::Arc;
 
 use cotk_container::manifest::State;
 use cotk_container::reader::Container;
-use cotk_model::moe::{Mode, MoeRecord, MoeRuntime, MoeShape, Routed, RouterScores, RuntimeError, route_to};
+use cotk_model::moe::{Mode, MoeRecord, MoeRuntime, MoeShape, RouterScores, RuntimeError, with_routed};
 use cotk_model::spec::ModelSpec;
 use cotk_run::units::LayerId;
 
@@ -94,19 +93,6 @@ impl MoeRuntime for Resident {
         &self.modes
     }
 
-    fn forward(
-        &self,
-        layer: LayerId,
-        hidden: &[f32],
-        router: RouterScores<'_>,
-        mode: Mode,
-        out: &mut [f32],
-    ) -> Result<MoeRecord, RuntimeError> {
-        let mut record = MoeRecord::default();
-        self.forward_into(layer, hidden, router, mode, out, &mut record)?;
-        Ok(record)
-    }
-
     fn forward_into(
         &self,
         layer: LayerId,
@@ -116,19 +102,8 @@ impl MoeRuntime for Resident {
         out: &mut [f32],
         record: &mut MoeRecord,
     ) -> Result<(), RuntimeError> {
-        thread_local! {
-            static ROUTED: RefCell<Routed> = RefCell::default();
-        }
-        self.check_call(layer, hidden, &router, mode, out)?;
-        let at = self
-            .shape
-            .layers
-            .iter()
-            .position(|&l| l == layer)
-            .expect("checked above");
-        let mut routed = ROUTED.take();
+        let at = self.check_call(layer, hidden, &router, mode, out)?;
         let alive = alive(self.container.manifest().dropped, &self.living[at]);
-        route_to(&router, alive, &mut routed);
         let mode: &dyn RoutingMode = match (mode, &self.little) {
             (Mode::Exact, _) => &Exact,
             (Mode::Little, Some(little)) => little,
@@ -142,8 +117,6 @@ impl MoeRuntime for Resident {
             layer,
             hidden_size: self.shape.hidden,
         };
-        mix.forward_into(hidden, &routed, out, record)?;
-        ROUTED.set(routed);
-        Ok(())
+        with_routed(&router, alive, |routed| mix.forward_into(hidden, routed, out, record))
     }
 }

@@ -4,17 +4,15 @@
 
 use std::collections::BTreeSet;
 use std::hint::black_box;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use cotk_kernels::cpu::dispatch::Isa;
-use cotk_kernels::cpu::noise;
 use cotk_latency::probe::{Statistics, median};
 use cotk_model::generate::PREFILL_CHUNK;
 use cotk_model::layers::cache::KvKind;
+use cotk_model::layers::clock::{Part, PassTimes};
 use cotk_model::model::{KvCache, Logits, Model, Sequence, Workspace};
-use cotk_model::moe::{Mode, MoeRecord, MoeRuntime, MoeShape, RouterScores, RuntimeError};
+use cotk_model::moe::Mode;
 use cotk_model::spec::ModelSpec;
 use cotk_model::{ModelError, inventory};
 use cotk_run::cancel::Cancel;
@@ -77,8 +75,6 @@ pub struct Settings {
 /// A model and what its weights weigh.
 pub struct Subject<'a> {
     pub model: &'a Model,
-    /// Of `model`: says how long experts took.
-    pub clocked: &'a Clocked,
     /// Bytes of one expert as it is held.
     pub expert_bytes: &'a (dyn Fn(LayerId, ExpertId) -> u64 + Sync),
     /// Bytes of all dense matrices that one token reads, the head included.
@@ -111,9 +107,8 @@ pub struct Row {
     pub peak_gops: f64,
     /// Of a layer, mean over passes and layers.
     pub distinct_experts: f64,
-    /// Of the time.
-    pub experts_share: f64,
-    pub head_share: f64,
+    /// Of the time: one for each of [`Part::ALL`].
+    pub shares: [f64; Part::ALL.len()],
     /// Of all threads, during the samples that count.
     pub involuntary_switches: u64,
 }
@@ -142,74 +137,14 @@ const TRIES: usize = 3;
 /// Steps of a warm-up.
 const WARM_UP_STEPS: usize = 4;
 
-/// A runtime that says how long it took.
-pub struct Clocked {
-    inner: Arc<dyn MoeRuntime>,
-    nanos: AtomicU64,
-}
-
-impl Clocked {
-    /// Around another.
-    pub fn new(inner: Arc<dyn MoeRuntime>) -> Self {
-        Self {
-            inner,
-            nanos: AtomicU64::new(0),
-        }
-    }
-
-    /// Since it was asked last.
-    fn take(&self) -> Duration {
-        Duration::from_nanos(self.nanos.swap(0, Ordering::Relaxed))
-    }
-}
-
-impl MoeRuntime for Clocked {
-    fn shape(&self) -> &MoeShape {
-        self.inner.shape()
-    }
-
-    fn modes(&self) -> &[Mode] {
-        self.inner.modes()
-    }
-
-    fn forward(
-        &self,
-        layer: LayerId,
-        hidden: &[f32],
-        router: RouterScores<'_>,
-        mode: Mode,
-        out: &mut [f32],
-    ) -> std::result::Result<MoeRecord, RuntimeError> {
-        let mut record = MoeRecord::default();
-        self.forward_into(layer, hidden, router, mode, out, &mut record)?;
-        Ok(record)
-    }
-
-    fn forward_into(
-        &self,
-        layer: LayerId,
-        hidden: &[f32],
-        router: RouterScores<'_>,
-        mode: Mode,
-        out: &mut [f32],
-        record: &mut MoeRecord,
-    ) -> std::result::Result<(), RuntimeError> {
-        let begin = Instant::now();
-        let done = self.inner.forward_into(layer, hidden, router, mode, out, record);
-        let nanos = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        self.nanos.fetch_add(nanos, Ordering::Relaxed);
-        done
-    }
-}
-
 /// Memory that measuring takes beside the weights, in bytes: caches, activations, logits, the probe's buffer.
-pub fn scratch_bytes(spec: &ModelSpec, work: &[Work]) -> u64 {
+pub fn scratch_bytes(spec: &ModelSpec, kv: KvKind, work: &[Work]) -> u64 {
     let of = |work: &Work| {
         let (sequences, tokens) = match *work {
             Work::Prefill { tokens } => (1, tokens.min(PREFILL_CHUNK)),
             Work::Decode { batch, .. } => (batch, batch),
         };
-        let cached = KvCache::bytes_for(spec, KvKind::default(), work.positions()) * sequences as u64;
+        let cached = KvCache::bytes_for(spec, kv, work.positions()) * sequences as u64;
         // Hidden states, what attention makes of them, and an output of each chosen expert, in f32 with room to spare.
         let heads = spec.attention.heads * spec.attention.head_dim;
         let per_token =
@@ -253,7 +188,7 @@ pub fn measure(subject: &Subject<'_>, settings: &Settings, progress: &dyn Progre
         settings,
         probe: &probe,
         cancel,
-        workspace: Workspace::default(),
+        workspace: Workspace::timed(),
         experts: Vec::new(),
         seen: Seen::default(),
     };
@@ -310,7 +245,7 @@ struct Counts {
 struct Sample {
     took: Duration,
     others: f64,
-    experts: Duration,
+    times: PassTimes,
     switches: u64,
     counts: Counts,
 }
@@ -355,7 +290,8 @@ impl Bench<'_> {
         let rate = Statistics::of(&rates);
         let sum = |of: fn(&Sample) -> f64| counted.iter().map(of).sum::<f64>();
         let passes = sum(|s| s.counts.passes as f64);
-        let time = sum(|s| s.took.as_secs_f64());
+        let times = counted.iter().fold(PassTimes::default(), |sum, s| sum.and(&s.times));
+        let time = times.whole().as_secs_f64();
         let expert_bytes = sum(|s| s.counts.expert_bytes as f64);
         let weight_bytes = self.subject.dense_bytes as f64 + expert_bytes / passes;
         let tokens_per_pass = tokens * counted.len() as f64 / passes;
@@ -374,14 +310,13 @@ impl Bench<'_> {
             gops: 2.0 * rate.median * macs_per_token(self.subject.model.spec(), work) / 1e9,
             peak_gops: peak,
             distinct_experts: sum(|s| s.counts.distinct as f64) / sum(|s| s.counts.layers as f64).max(1.0),
-            experts_share: sum(|s| s.experts.as_secs_f64()) / time,
-            head_share: self.head_s(work)? * passes / time,
+            shares: Part::ALL.map(|part| times.of(part).as_secs_f64() / time),
             involuntary_switches: counted.iter().map(|s| s.switches).sum(),
         })
     }
 
     fn sample(&mut self, work: Work, times: usize) -> Result<Sample> {
-        self.subject.clocked.take();
+        self.workspace.take_times();
         let (load, switches) = (Load::now(), involuntary_switches());
         let begin = Instant::now();
         let counts = self.run(work, times, usize::MAX)?;
@@ -393,7 +328,7 @@ impl Bench<'_> {
         Ok(Sample {
             took,
             others,
-            experts: self.subject.clocked.take(),
+            times: self.workspace.take_times(),
             switches: involuntary_switches().saturating_sub(switches),
             counts,
         })
@@ -465,25 +400,6 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Seconds that the final norm and the head take in one pass, by themselves.
-    fn head_s(&mut self, work: Work) -> Result<f64> {
-        let model = self.subject.model;
-        let rows = match work {
-            Work::Prefill { .. } => 1,
-            Work::Decode { batch, .. } => batch,
-        };
-        let mut states = vec![0.0; rows * model.spec().hidden];
-        noise::floats(&mut states, self.settings.seed);
-        let once = |_: usize| {
-            let begin = Instant::now();
-            black_box(model.logits(&states));
-            begin.elapsed().as_secs_f64()
-        };
-        let times: Vec<f64> = (0..5).map(once).collect();
-        self.cancel.check().map_err(ModelError::from)?;
-        Ok(median(&times))
-    }
-
     /// Token ids drawn evenly from the vocabulary, as llama-bench draws them.
     fn ids(&self, state: &mut u64, count: usize) -> Vec<u32> {
         let vocab = self.subject.model.spec().vocab as u64;
@@ -515,6 +431,8 @@ fn macs_per_token(spec: &ModelSpec, work: Work) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use cotk_run::progress::Silent;
 
     use super::*;
@@ -536,11 +454,9 @@ mod tests {
         spec.vocab = 128;
         let experts = synthetic::experts(&spec, Experts::plain(4), 1).unwrap();
         let held = Arc::new(InMemory::new(&spec, experts, 4, Routing::drawn(1, 1)).unwrap());
-        let clocked = Arc::new(Clocked::new(held.clone()));
-        let model = synthetic::dense_part(&spec, 1, clocked.clone()).unwrap();
+        let model = synthetic::dense_part(&spec, 1, held.clone()).unwrap();
         test(&Subject {
             model: &model,
-            clocked: &clocked,
             expert_bytes: &|layer, expert| held.expert_bytes(layer, expert),
             dense_bytes: 1000,
         })
@@ -570,7 +486,8 @@ mod tests {
                     _ => assert!(experts > 4.0 && experts <= 16.0, "{experts}"),
                 }
                 assert!(row.tokens_per_s > 0.0 && row.bandwidth_gb_per_s > 0.0 && row.peak_gops > 0.0);
-                assert!((0.0..=1.0).contains(&row.experts_share), "{}", row.experts_share);
+                assert!(row.shares.iter().all(|share| (0.0..=1.0).contains(share)), "{row:?}");
+                assert!((row.shares.iter().sum::<f64>() - 1.0).abs() < 1e-6, "{row:?}");
             }
             assert_eq!(report.distinct_expert_bytes_per_100_tokens, Some(32 * one));
         });

@@ -11,6 +11,7 @@ use cotk_kernels::cpu::rows;
 use cotk_kernels::cpu::team;
 
 use super::cache::LayerCache;
+use super::clock::Part;
 use super::grouped::Grouped;
 use super::latent::Latent;
 use super::linear::{Linear, isa, with_scratch};
@@ -605,16 +606,20 @@ impl Attention {
             wide,
             mixed,
             out,
+            clock,
             ..
         } = scratch;
         let angles: &Angles = angles;
         normed.resize(hidden.len(), 0.0);
         rms_norm_to(hidden, &self.norm, self.eps, normed);
+        clock.lap(Part::Other);
         match &self.projections {
             Projections::Grouped(grouped) => grouped.rows(angles, normed, rows),
             Projections::Latent(latent) => latent.rows(angles, normed, wide, rows),
         }
+        clock.lap(Part::Dense);
         self.heads.attend_to(rows, spans, mixed);
+        clock.lap(Part::Attention);
         let values: &[f32] = match &self.projections {
             Projections::Grouped(_) => mixed,
             Projections::Latent(latent) => {
@@ -624,6 +629,7 @@ impl Attention {
         };
         out.resize(hidden.len(), 0.0);
         self.output.apply_to(values, out);
+        clock.lap(Part::Dense);
         add(hidden, out);
     }
 }

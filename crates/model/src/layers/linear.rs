@@ -14,6 +14,7 @@ use cotk_kernels::cpu::gemm::{self, Product, Threads};
 use cotk_kernels::cpu::rows::{self, RowKind, Rows};
 use cotk_kernels::cpu::team;
 use cotk_kernels::cpu::weights::Weights;
+use rayon::prelude::*;
 
 use super::product::{Tile, product};
 use crate::checkpoint::{CheckpointError, DType, SharedBytes, TensorSource, not_codes};
@@ -159,7 +160,16 @@ impl Linear {
         if let Some(matrix) = source.codes(name) {
             source.require(name, &[outputs, inputs])?;
             let plane = source.shared(name)?;
-            return Self::coded(matrix.clone(), plane).map_err(|e| not_codes(source.file(name), name, &e));
+            let held = Self::coded(matrix.clone(), plane).map_err(|e| not_codes(source.file(name), name, &e))?;
+            return match held.scale_not_finite() {
+                None => Ok(held),
+                Some((index, found)) => Err(CheckpointError::NotFinite {
+                    file: source.file(name).to_owned(),
+                    tensor: name.to_owned(),
+                    index,
+                    found,
+                }),
+            };
         }
         let is_bf16 = match source.info(name).map(|info| info.dtype) {
             Some(DType::BF16) => true,
@@ -180,6 +190,22 @@ impl Linear {
                 found,
             }),
         }
+    }
+
+    /// The first weight of a group whose scale is NaN or infinite, and that scale: codes themselves cannot be. Reads one
+    /// value in 32.
+    fn scale_not_finite(&self) -> Option<(usize, f32)> {
+        let Held::Coded(matrix, plane) = &self.held else {
+            return None;
+        };
+        let plain = matrix.plain(plane).expect("checked when it was made");
+        let format = plain.format();
+        let groups = format.cols().div_ceil(format.group());
+        let of_row = |row: usize| {
+            let scale = |group: usize| (row * format.cols() + group * format.group(), plain.scale_at(row, group));
+            (0..groups).map(scale).find(|(_, scale)| !scale.is_finite())
+        };
+        (0..format.rows()).into_par_iter().find_map_first(of_row)
     }
 
     /// The same with a bias read from `name`, `[outputs]`.
@@ -547,6 +573,17 @@ mod tests {
                 assert_eq!(linear.apply(x), y, "{:?}", linear.form());
             }
         }
+    }
+
+    #[test]
+    fn a_scale_that_is_not_finite_is_found() {
+        let weights: Vec<f32> = (0..40 * 100).map(|i| (i as f32 * 0.3).sin()).collect();
+        let (matrix, mut plane) = cotk_container::dense::code_matrix(&weights, 40, 100, 8).unwrap();
+        assert_eq!(Linear::coded(matrix.clone(), plane.clone()).unwrap().scale_not_finite(), None);
+        let at = matrix.format.locate_scale(33, 2);
+        plane[at..at + 2].copy_from_slice(&half::f16::INFINITY.to_le_bytes());
+        let found = Linear::coded(matrix, plane).unwrap().scale_not_finite();
+        assert_eq!(found, Some((33 * 100 + 64, f32::INFINITY)));
     }
 
     #[test]

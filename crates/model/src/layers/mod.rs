@@ -6,18 +6,20 @@ use rayon::prelude::*;
 
 pub mod attention;
 pub mod cache;
+pub mod clock;
 mod grouped;
 mod latent;
 pub mod linear;
 mod mlp;
 pub mod norm;
-mod product;
+pub(crate) mod product;
 pub mod rope;
 pub mod router;
 
 pub use self::mlp::{Mlp, sigmoid, silu};
 
 use self::attention::{Attention, Rows, Span, Spans};
+use self::clock::{Clock, Part};
 use self::linear::Linear;
 use self::norm::{rms_norm, rms_norm_to};
 use self::rope::{Angles, Rope};
@@ -59,6 +61,7 @@ pub struct Scratch {
     mixed: Vec<f32>,
     out: Vec<f32>,
     scores: Vec<f32>,
+    pub(crate) clock: Clock,
 }
 
 /// The dense part of one decoder layer.
@@ -254,16 +257,25 @@ impl Layer {
     ) -> Result<(), RuntimeError> {
         self.attention.attend_with(hidden, spans, scratch);
         let Scratch {
-            normed, out, scores, ..
+            normed,
+            out,
+            scores,
+            clock,
+            ..
         } = scratch;
         normed.resize(hidden.len(), 0.0);
         rms_norm_to(hidden, &self.mixer_norm, self.eps, normed);
+        clock.lap(Part::Other);
         if self.router_scores_to(normed, scores) {
+            clock.lap(Part::Dense);
             out.resize(hidden.len(), 0.0);
             runtime.forward_into(self.id, normed, self.routing(scores)?, mode, out, record)?;
+            clock.lap(Part::Experts);
             add(hidden, out);
+            clock.lap(Part::Other);
         }
         self.add_dense_with(normed, hidden, out, scores);
+        clock.lap(Part::Dense);
         Ok(())
     }
 }

@@ -109,12 +109,14 @@ pub struct Probe {
 impl Probe {
     /// Takes [`PROBE_BYTES`] of memory.
     pub fn new(isa: Isa) -> Self {
-        let mut floats = vec![0.0; PROBE_BYTES / 4];
-        noise::floats(&mut floats, 1);
-        Self {
-            isa,
-            buffer: floats.iter().flat_map(|f| f.to_le_bytes()).collect(),
+        // In pieces: twice the buffer would be the peak of a small model's memory.
+        let mut buffer = Vec::with_capacity(PROBE_BYTES);
+        let mut floats = vec![0.0; 1 << 16];
+        for seed in (1..).take(PROBE_BYTES / size_of_val(floats.as_slice())) {
+            noise::floats(&mut floats, seed);
+            buffer.extend(floats.iter().flat_map(|f| f.to_le_bytes()));
         }
+        Self { isa, buffer }
     }
 
     /// One pass over the buffer, in GB/s.
