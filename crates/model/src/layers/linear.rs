@@ -579,7 +579,10 @@ mod tests {
     fn a_scale_that_is_not_finite_is_found() {
         let weights: Vec<f32> = (0..40 * 100).map(|i| (i as f32 * 0.3).sin()).collect();
         let (matrix, mut plane) = cotk_container::dense::code_matrix(&weights, 40, 100, 8).unwrap();
-        assert_eq!(Linear::coded(matrix.clone(), plane.clone()).unwrap().scale_not_finite(), None);
+        assert_eq!(
+            Linear::coded(matrix.clone(), plane.clone()).unwrap().scale_not_finite(),
+            None
+        );
         let at = matrix.format.locate_scale(33, 2);
         plane[at..at + 2].copy_from_slice(&half::f16::INFINITY.to_le_bytes());
         let found = Linear::coded(matrix, plane).unwrap().scale_not_finite();
