@@ -337,6 +337,18 @@ pub(crate) struct TileAt {
 
 #[cfg(target_arch = "x86_64")]
 impl<const A: usize, const B: usize, const C: usize> Walk<A, B, C> {
+    /// Of no steps.
+    pub(crate) const NOTHING: Self = Self {
+        at: [std::ptr::null(); FIELDS],
+        pitch: [[0; 2]; FIELDS],
+        first_pitch: [0; FIELDS],
+        step_bytes: [0; FIELDS],
+        early: [0; FIELDS],
+        group_mask: 0,
+        steps: 0,
+        next_step: 0,
+    };
+
     /// # Panics
     /// A block that the matrix does not have, or scales of two levels: behind them every tile lies inside the planes,
     /// whose lengths `Coded` knows.
@@ -345,14 +357,9 @@ impl<const A: usize, const B: usize, const C: usize> Walk<A, B, C> {
         assert!(block < coded.row_blocks && !coded.is_two_level, "row block {block}");
         let planes = coded.prefix.planes().0;
         let mut walk = Self {
-            at: [std::ptr::null(); FIELDS],
-            pitch: [[0; 2]; FIELDS],
-            first_pitch: [0; FIELDS],
-            step_bytes: [0; FIELDS],
-            early: [0; FIELDS],
             group_mask: coded.group_mask,
             steps: coded.steps,
-            next_step: 0,
+            ..Self::NOTHING
         };
         for (i, bits) in [A, B, C].into_iter().enumerate() {
             if bits > 0 {
