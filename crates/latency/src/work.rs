@@ -342,6 +342,8 @@ pub enum Term {
     KiloPacked,
     /// KiB reordered whose channels do not fill their blocks.
     RaggedKib,
+    /// Thousands of runs of consecutive weights that are begun: whatever fetches ahead begins anew.
+    KiloRuns,
     /// KiB of weights beyond half of the second-level cache.
     FarWeightKib,
     /// KiB of outputs beyond half of the second-level cache.
@@ -370,7 +372,7 @@ pub enum TermGroup {
 
 impl Term {
     /// All of them, in the order of files.
-    pub const ALL: [Self; 40] = [
+    pub const ALL: [Self; 41] = [
         Self::Call,
         Self::MegaMacs,
         Self::MegaMacsPointwise,
@@ -404,6 +406,7 @@ impl Term {
         Self::PatchKib,
         Self::KiloPacked,
         Self::RaggedKib,
+        Self::KiloRuns,
         Self::FarWeightKib,
         Self::FarOutputKib,
         Self::StreamMib,
@@ -448,6 +451,7 @@ impl Term {
             | Self::KiloOutputs
             | Self::PatchKib
             | Self::KiloPacked
+            | Self::KiloRuns
             | Self::FarWeightKib
             | Self::FarOutputKib
             | Self::StreamMib
@@ -493,6 +497,7 @@ impl Term {
             Self::PatchKib => "patch_kib",
             Self::KiloPacked => "kilo_packed",
             Self::RaggedKib => "ragged_kib",
+            Self::KiloRuns => "kilo_runs",
             Self::FarWeightKib => "far_weight_kib",
             Self::FarOutputKib => "far_output_kib",
             Self::StreamMib => "stream_mib",

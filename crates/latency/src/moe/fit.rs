@@ -50,7 +50,7 @@ enum Part {
 
 fn part_of(term: Term) -> Part {
     match term {
-        Term::WeightKib => Part::Weights,
+        Term::WeightKib | Term::KiloRuns => Part::Weights,
         _ if term.group() == TermGroup::Compute => Part::Compute,
         _ => Part::Serial,
     }
@@ -97,7 +97,7 @@ enum Column {
 
 fn column(term: Term, path: Path) -> Column {
     match term {
-        Term::WeightKib => Column::OfPath(term, path),
+        Term::WeightKib | Term::KiloRuns => Column::OfPath(term, path),
         Term::KernelCalls => Column::OfThreads(term, path.threads),
         _ => Column::Shared(term),
     }

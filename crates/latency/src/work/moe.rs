@@ -94,13 +94,25 @@ const PANEL_TOKENS: u32 = 12;
 const PANEL_WIDTHS: [u32; 5] = [1, 2, 4, 8, PANEL_TOKENS];
 /// Tokens that one pass over floats serves: 8, 4, 2 and 1, as many of each as it takes; more tokens go another way.
 const PASS_TOKENS: u32 = 8;
-/// Bytes of codes of one part of the work when few tokens meet them.
-const PART_BYTES: f64 = 65_536.0;
+/// Rows of codes that lie together, columns that they are padded to.
+const BLOCK_ROWS: u32 = 16;
+const STEP: u32 = 32;
+/// Bytes of codes of one part of the work when few tokens meet them, when many do, and from how many on.
+const STREAM_BYTES: u32 = 64 << 10;
+const CACHED_BYTES: u32 = 256 << 10;
+const MANY_TOKENS: u32 = 16;
+/// Pairs of a token and an expert beyond which the parts of the last matrix are single blocks.
+const MANY_PAIRS: u32 = 64;
 /// Bytes of codes times tokens below which one thread runs all of it.
 const CODES_ALONE: f64 = 49_152.0;
-/// Multiply-adds below which one thread runs a matrix of floats, and outputs of one part of it.
-const FLOATS_ALONE: u64 = 1 << 16;
+/// Bytes of a matrix of floats, once per eight tokens, up to which one thread runs it, and outputs of one part of it.
+const FLOATS_ALONE: f64 = 262_144.0;
 const FLOATS_PART: u32 = 128;
+/// Bytes of a row of floats up to which sixteen of them side by side are one run, and from which each is its own.
+const SHORT_ROW: f64 = 256.0;
+const LONG_ROW: f64 = 1024.0;
+/// Rows of f32 a multiple of so many apart fall on the same lines of a cache.
+const ALIASED_FLOATS: u32 = 512;
 /// Queries of one job of attention, keys of one of a lone query's, multiply-adds below which one thread runs all.
 const QUERY_BLOCK: u32 = 64;
 const KEY_CHUNK: u32 = 256;
@@ -124,6 +136,11 @@ fn passes(tokens: u32) -> f64 {
     f64::from(tokens / PASS_TOKENS + (tokens % PASS_TOKENS).count_ones())
 }
 
+/// How much a row of so many bytes is a run of its own: a block of short rows is one run of memory.
+fn scattered(row_bytes: f64) -> f64 {
+    ((row_bytes - SHORT_ROW) / (LONG_ROW - SHORT_ROW)).clamp(0.0, 1.0)
+}
+
 /// The busiest thread's share of so many equal parts, and how many threads have any.
 fn shared(parts: u32, threads: u32) -> (f64, u32) {
     let (parts, threads) = (parts.max(1), threads.max(1));
@@ -131,11 +148,24 @@ fn shared(parts: u32, threads: u32) -> (f64, u32) {
     (f64::from(parts.div_ceil(busy)) / f64::from(parts), busy)
 }
 
-/// Whole parts of so many bytes.
-fn parts(bytes: f64) -> u32 {
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped")]
-    let parts = (bytes / PART_BYTES).ceil().clamp(1.0, 1e6) as u32;
-    parts
+/// Bytes of a block of rows of codes, scales included.
+fn block_bytes(columns: u32, bits: u32, group: u32) -> u32 {
+    let codes = columns
+        .div_ceil(STEP)
+        .saturating_mul(STEP * BLOCK_ROWS / 8)
+        .saturating_mul(bits);
+    let scales = if bits == 16 { 0 } else { columns.div_ceil(group.max(1)) };
+    codes.saturating_add(scales.saturating_mul(2 * BLOCK_ROWS))
+}
+
+/// How many blocks (of so many bytes) one part has.
+fn blocks_of_a_part(block_bytes: u32, tokens: u32) -> u32 {
+    let bytes = if tokens < MANY_TOKENS {
+        STREAM_BYTES
+    } else {
+        CACHED_BYTES
+    };
+    (bytes / block_bytes.max(1)).max(1)
 }
 
 /// What unpacking costs is each width's own; all else they share.
@@ -159,6 +189,43 @@ fn padded(rows: u32, columns: u32, group: u32) -> (f64, f64, f64) {
         f64::from(columns.next_multiple_of(32)),
     );
     (r * c, r, r * f64::from(columns.div_ceil(group.max(1))))
+}
+
+/// How a call is cut into parts that threads take.
+#[derive(Debug, Clone, Copy, Default)]
+struct Cut {
+    threads: u32,
+    /// Calls of the team.
+    calls: f64,
+    weights: f64,
+    /// Weights of the busiest thread.
+    busiest: f64,
+}
+
+impl Cut {
+    /// So many equal parts for so many threads, with so many weights in all.
+    fn add(&mut self, parts: u32, team: u32, weights: f64) {
+        self.add_all(1, parts, team, weights);
+    }
+
+    /// The same several times, one after the other.
+    fn add_all(&mut self, times: u32, parts: u32, team: u32, weights: f64) {
+        let (share, threads) = shared(parts, team);
+        let times = f64::from(times);
+        self.threads = self.threads.max(threads);
+        self.calls += if team > 1 { times } else { 0.0 };
+        self.weights += times * weights;
+        self.busiest += times * share * weights;
+    }
+
+    /// The busiest thread's share of all.
+    fn share(&self) -> f64 {
+        if self.weights > 0.0 {
+            self.busiest / self.weights
+        } else {
+            1.0
+        }
+    }
 }
 
 impl ExpertKey {
@@ -186,29 +253,58 @@ impl ExpertKey {
         }
     }
 
-    /// The busiest thread's share, and how many the engine puts to work.
-    fn shared(&self) -> (f64, u32) {
-        let (experts, bytes) = (f64::from(self.experts.max(1)), self.weight_bytes());
-        if experts * bytes * f64::from(self.tokens.max(1)) < CODES_ALONE {
-            return (1.0, 1);
-        }
-        // Gate and up of every expert are parts of their own, and so are rows of all experts' down together.
-        let (up, down) = (
-            self.experts.max(1) * parts(2.0 / 3.0 * bytes),
-            parts(experts * bytes / 3.0),
+    /// How the engine cuts it up.
+    fn cut(&self) -> Cut {
+        let (experts, tokens) = (self.experts.max(1), self.tokens.max(1));
+        let is_little = f64::from(experts) * self.weight_bytes() * f64::from(tokens) < CODES_ALONE;
+        let team = if is_little { 1 } else { self.threads.max(1) };
+        let mut cut = Cut::default();
+        let weights = |rows: u32, columns: u32| f64::from(rows) * f64::from(columns);
+        // Of two factors the left ones, and all of a whole matrix: gate with up of every expert, parts of its own each.
+        let (of_up, of_down) = if self.rank == 0 {
+            (self.hidden, self.inner)
+        } else {
+            (self.rank, self.rank)
+        };
+        let step = block_bytes(of_up, self.bits, self.group).saturating_mul(2 * STEP / BLOCK_ROWS);
+        let up = self.inner.div_ceil(STEP).div_ceil(blocks_of_a_part(step, tokens));
+        let each = f64::from(experts);
+        cut.add(
+            experts.saturating_mul(up),
+            team,
+            2.0 * each * weights(self.inner, of_up),
         );
-        let (of_up, threads) = shared(up, self.threads);
-        let (of_down, others) = shared(down, self.threads);
-        ((2.0 * of_up + of_down) / 3.0, threads.max(others))
+        // Rows of all experts' down together.
+        let block = experts.saturating_mul(block_bytes(of_down, self.bits, self.group));
+        let blocks = if experts.saturating_mul(tokens) > MANY_PAIRS {
+            1
+        } else {
+            blocks_of_a_part(block, 1)
+        };
+        let down = self.hidden.div_ceil(BLOCK_ROWS.saturating_mul(blocks));
+        cut.add(down, team, each * weights(self.hidden, of_down));
+        if self.rank > 0 {
+            // The right factors, one after the other: each is little or not by itself.
+            for (columns, count) in [(self.hidden, experts.saturating_mul(2)), (self.inner, experts)] {
+                let block = block_bytes(columns, self.bits, self.group);
+                let blocks = self.rank.div_ceil(BLOCK_ROWS);
+                let is_little = f64::from(block) * f64::from(blocks) * f64::from(tokens) < CODES_ALONE;
+                let parts = blocks.div_ceil(blocks_of_a_part(block, tokens));
+                let team = if is_little { 1 } else { team };
+                cut.add_all(count, parts, team, weights(self.rank, columns));
+            }
+        }
+        cut
     }
 
     /// Threads that the engine puts to work.
     pub fn working_threads(&self) -> u32 {
-        self.shared().1
+        self.cut().threads
     }
 
     pub(super) fn features(&self) -> Features {
-        let (share, threads) = self.shared();
+        let cut = self.cut();
+        let (share, threads) = (cut.share(), cut.threads);
         let (passes, room) = panels(self.tokens.max(1));
         let experts = f64::from(self.experts.max(1));
         let (n, h, i) = (
@@ -228,14 +324,12 @@ impl ExpertKey {
             heat: self.heat,
         };
         let each = share * experts;
-        // Gate with up, down; of two factors the right ones before them.
-        let calls = if self.rank == 0 { 2.0 } else { 5.0 };
         Features::new(
             family,
             threads,
             &[
                 (Term::Call, 1.0),
-                (Term::KernelCalls, if threads > 1 { calls } else { 0.0 }),
+                (Term::KernelCalls, cut.calls),
                 (unpacked(self.bits, self.planes), each * passes * weights / 1e6),
                 (Term::MegaMacsPointwise, each * room * weights / 1e6),
                 (Term::KiloRows, each * passes * rows / 1e3),
@@ -269,25 +363,33 @@ impl DenseKey {
         n * k * f64::from(self.bits) / 8.0 + scales
     }
 
-    /// The busiest thread's share, and how many the engine puts to work.
-    fn shared(&self) -> (f64, u32) {
+    /// How the engine cuts it up.
+    fn cut(&self) -> Cut {
         let tokens = self.tokens.max(1);
-        let is_little = match self.form() {
-            Form::Codes => self.weight_bytes() * f64::from(tokens) < CODES_ALONE,
-            Form::F32 | Form::Half => {
-                u64::from(tokens) * u64::from(self.inputs) * u64::from(self.outputs) < FLOATS_ALONE
+        let (parts, is_little) = match self.form() {
+            Form::Codes => {
+                let block = block_bytes(self.inputs, self.bits, self.group);
+                let blocks = self.outputs.div_ceil(BLOCK_ROWS);
+                (
+                    blocks.div_ceil(blocks_of_a_part(block, tokens)),
+                    f64::from(blocks) * f64::from(block) * f64::from(tokens) < CODES_ALONE,
+                )
             }
+            Form::F32 | Form::Half => (
+                self.outputs.div_ceil(FLOATS_PART),
+                self.weight_bytes() * f64::from(tokens.div_ceil(PASS_TOKENS)) <= FLOATS_ALONE,
+            ),
         };
-        let parts = match self.form() {
-            Form::Codes => parts(self.weight_bytes()),
-            Form::F32 | Form::Half => self.outputs.div_ceil(FLOATS_PART),
-        };
-        shared(parts, if is_little { 1 } else { self.threads })
+        let mut cut = Cut::default();
+        let weights = f64::from(self.inputs) * f64::from(self.outputs);
+        cut.add(parts, if is_little { 1 } else { self.threads.max(1) }, weights);
+        cut
     }
 
     pub(super) fn features(&self) -> Features {
         let tokens = self.tokens.max(1);
-        let (share, threads) = self.shared();
+        let cut = self.cut();
+        let (share, threads) = (cut.share(), cut.threads);
         let is_coded = self.form() == Form::Codes;
         let (passes, room) = if is_coded {
             panels(tokens)
@@ -304,17 +406,21 @@ impl DenseKey {
         } else {
             (k * m, m, 0.0)
         };
+        // Another way through.
+        let many = !is_coded && tokens > PASS_TOKENS;
+        let row_bytes = k * f64::from(self.bits) / 8.0;
+        // Many tokens meet f32 rows, widened or not, several at a time.
+        let is_aliased = many && self.inputs.is_multiple_of(ALIASED_FLOATS);
         Features::new(
             Family::Dense {
                 form: self.form(),
-                // Another way through.
-                many: !is_coded && tokens > PASS_TOKENS,
+                many,
                 heat: self.heat,
             },
             threads,
             &[
                 (Term::Call, 1.0),
-                (Term::KernelCalls, if threads > 1 { 1.0 } else { 0.0 }),
+                (Term::KernelCalls, cut.calls),
                 (
                     if is_coded {
                         unpacked(self.bits, 1)
@@ -324,10 +430,19 @@ impl DenseKey {
                     share * passes * weights / 1e6,
                 ),
                 (Term::MegaMacsPointwise, share * room * weights / 1e6),
+                (
+                    Term::MegaMacsStrided,
+                    if is_aliased { share * room * weights / 1e6 } else { 0.0 },
+                ),
                 (Term::KiloRows, share * passes * rows / 1e3),
                 (Term::KiloGroups, share * passes * groups / 1e3),
                 (Term::ActivationKib, n * 4.0 * (k + m) / 1024.0),
                 (Term::WeightKib, self.weight_bytes() / 1024.0),
+                // Rows of floats lie one after the other, and a block of them is read side by side.
+                (
+                    Term::KiloRuns,
+                    if is_coded { 0.0 } else { m * scattered(row_bytes) / 1e3 },
+                ),
             ],
         )
     }
@@ -473,6 +588,72 @@ mod tests {
                 (2.0, 16.0),
                 (3.0, 25.0)
             ]
+        );
+    }
+
+    #[test]
+    fn work_is_cut_as_the_engine_cuts_it() {
+        // OLMoE at 4 bits: 2048 columns are 18,432 bytes a block of 16 rows, two of gate and two of up more than a part
+        // should have: a part for each 32 of 1,024 inner channels and of each expert.
+        let olmoe = ExpertKey {
+            hidden: 2048,
+            inner: 1024,
+            experts: 8,
+            threads: 2,
+            ..expert()
+        };
+        assert_eq!(block_bytes(2048, 4, 32), 16 * (2048 / 2 + 2 * 64));
+        assert_eq!((olmoe.cut().threads, olmoe.cut().calls), (2, 2.0));
+        assert_eq!(olmoe.cut().share(), 0.5);
+        // Three experts of one part each on two threads: one thread has two of them; all of down is one part.
+        let small = ExpertKey {
+            hidden: 512,
+            inner: 32,
+            experts: 3,
+            threads: 2,
+            ..expert()
+        };
+        let up = 2.0 * 3.0 * 512.0 * 32.0;
+        let cut = small.cut();
+        assert_eq!((cut.threads, cut.weights), (2, 1.5 * up));
+        assert!((cut.busiest - (2.0 / 3.0 * up + 0.5 * up)).abs() < 1e-6, "{cut:?}");
+        // Right factors of a small rank are one thread's work, three of each expert, whatever the others do.
+        let thin = ExpertKey { rank: 16, ..olmoe };
+        let serial = 8.0 * 16.0 * (2.0 * 2048.0 + 1024.0);
+        let cut = thin.cut();
+        assert!((cut.weights - 8.0 * 3.0 * 16.0 * 3072.0).abs() < 1e-6, "{cut:?}");
+        assert!(cut.busiest >= serial + 0.5 * (cut.weights - serial) - 1e-6, "{cut:?}");
+        // All weights are somebody's.
+        for key in [olmoe, small, thin] {
+            let whole: f64 = key.matrices().iter().map(|(r, c)| f64::from(*r) * f64::from(*c)).sum();
+            assert!((key.cut().weights - f64::from(key.experts) * whole).abs() < 1e-6);
+        }
+        // Floats: by bytes, once per eight tokens.
+        let dense = DenseKey {
+            inputs: 1024,
+            outputs: 64,
+            bits: 32,
+            group: 0,
+            tokens: 8,
+            threads: 2,
+            heat: Heat::Hot,
+        };
+        assert_eq!(dense.cut().threads, 1);
+        let outputs = 256;
+        assert_eq!(DenseKey { outputs, ..dense }.cut().threads, 2);
+        assert_eq!(
+            DenseKey {
+                bits: 16,
+                outputs: 128,
+                ..dense
+            }
+            .cut()
+            .threads,
+            1
+        );
+        assert_eq!(
+            [100.0, 256.0, 640.0, 1024.0, 8192.0].map(scattered),
+            [0.0, 0.0, 0.5, 1.0, 1.0]
         );
     }
 
