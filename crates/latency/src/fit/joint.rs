@@ -11,9 +11,9 @@ use super::{Coefficient, PathFit, Sample, UNTESTED_LN, family, fit, nnls};
 use crate::graph::Graph;
 use crate::predict::{Correlation, Errors};
 use crate::probe::{median, quantile};
-use crate::smooth::{self, Place};
+use crate::smooth::{self, Place, Smoother};
 use crate::walk;
-use crate::work::{Block, Family, Key, Path, Term, TermGroup};
+use crate::work::{Block, Family, Key, Path, Term, TermGroup, Tier};
 
 /// Something that was timed, as a sum of operators.
 #[derive(Debug, Clone, PartialEq)]
@@ -121,6 +121,9 @@ const OPERATOR_WEIGHT: f64 = 0.3;
 /// What the timer and a slope cannot resolve.
 const RESOLUTION_US: f64 = 1.0;
 const FOLDS: u64 = 8;
+/// Rows of a path from which it is well known, and rows of a term of such a path below which nothing is said of the term.
+const WELL_KNOWN: usize = 20;
+const FEWEST_ROWS: usize = 5;
 
 /// Fits everything that has rows.
 pub fn fit_all(measured: &[Measured], block: Block, noise_floor: f64) -> Fitted {
@@ -137,6 +140,9 @@ pub fn fit_all(measured: &[Measured], block: Block, noise_floor: f64) -> Fitted 
         })
     });
     let mut paths = fit(&samples.collect::<Vec<_>>(), block, noise_floor);
+    let reads = { paths.iter() }.find(|fit| fit.path.family == Family::Read(Tier::Memory) && fit.path.threads == 1);
+    let read_us = reads.and_then(|fit| fit.coefficients.iter().find(|c| c.term == Term::ReadKib));
+    let read_us = read_us.map(|c| c.us_per_unit).filter(|us| *us > 0.0);
     // Numbers of threads share no path: one system each.
     let mut by_threads: BTreeMap<u32, Vec<&Measured>> = BTreeMap::new();
     for row in cnn {
@@ -148,7 +154,7 @@ pub fn fit_all(measured: &[Measured], block: Block, noise_floor: f64) -> Fitted 
     let mut one: BTreeMap<Family, PathFit> = BTreeMap::new();
     for (threads, rows) in by_threads {
         let (fits, judged) = if one.is_empty() {
-            fit_system(&rows, block, noise_floor)
+            fit_system(&rows, block, noise_floor, read_us)
         } else {
             fit_teams(&rows, &one, threads, block, noise_floor)
         };
@@ -226,10 +232,23 @@ struct System {
     rows: Vec<Row>,
     us: Vec<f64>,
     weights: Vec<f64>,
+    /// Most that a unit of each column may cost; infinite where nothing is known.
+    most: Vec<f64>,
+}
+
+/// What a KiB may cost that is fetched from afar, in readings of a KiB from memory: nothing is farther than memory, and what
+/// is written is read first.
+fn most_readings(term: Term) -> Option<f64> {
+    match term {
+        Term::FarWeightKib => Some(2.0),
+        Term::FarOutputKib => Some(4.0),
+        _ => None,
+    }
 }
 
 impl System {
-    fn new(measured: &[&Measured], block: Block) -> Self {
+    /// `read_us`: what a KiB from memory takes one thread, where that was measured.
+    fn new(measured: &[&Measured], block: Block, read_us: Option<f64>) -> Self {
         let mut columns: BTreeMap<Column, usize> = BTreeMap::new();
         let mut rows = Vec::with_capacity(measured.len());
         for row in measured {
@@ -246,8 +265,15 @@ impl System {
         }
         let mut in_order: Vec<(Column, usize)> = columns.into_iter().collect();
         in_order.sort_by_key(|c| c.1);
+        let columns: Vec<Column> = in_order.into_iter().map(|c| c.0).collect();
+        let most = |column: &Column| {
+            read_us
+                .zip(most_readings(column.1))
+                .map_or(f64::INFINITY, |(us, n)| us * n)
+        };
         Self {
-            columns: in_order.into_iter().map(|c| c.0).collect(),
+            most: columns.iter().map(most).collect(),
+            columns,
             rows,
             us: measured.iter().map(|m| m.us).collect(),
             weights: measured.iter().map(|m| weight(m)).collect(),
@@ -258,9 +284,19 @@ impl System {
     fn solve(&self, chosen: &[usize]) -> Vec<f64> {
         let n = self.columns.len();
         let mut scales = vec![0.0f64; n];
+        let mut support = vec![0usize; n];
         for &row in chosen {
             for &(column, count) in &self.rows[row] {
                 scales[column] = scales[column].max((count / self.us[row]).abs());
+                support[column] += 1;
+            }
+        }
+        // What next to no row of a well known path has says nothing: its price would be those rows' noise.
+        for (column, scale) in scales.iter_mut().enumerate() {
+            let of_path = { self.columns.iter().zip(&support) }.filter(|(c, _)| c.0 == self.columns[column].0);
+            let known = of_path.map(|(_, rows)| *rows).max().unwrap_or(0);
+            if known >= WELL_KNOWN && support[column] < FEWEST_ROWS {
+                *scale = 0.0;
             }
         }
         let mut weights: Vec<f64> = chosen.iter().map(|&row| self.weights[row]).collect();
@@ -281,8 +317,11 @@ impl System {
             let mut right = vec![0.0; n];
             for (&row, weight) in chosen.iter().zip(&weights) {
                 let square = weight * weight;
-                let scaled = |&(column, count): &(usize, f64)| (column, count / self.us[row] / scales[column]);
-                let cells: Vec<(usize, f64)> = self.rows[row].iter().map(scaled).collect();
+                let scaled = |&(column, count): &(usize, f64)| {
+                    let scale = scales[column];
+                    (scale > 0.0).then(|| (column, count / self.us[row] / scale))
+                };
+                let cells: Vec<(usize, f64)> = self.rows[row].iter().filter_map(scaled).collect();
                 for &(i, x) in &cells {
                     right[i] += square * x;
                     for &(j, y) in &cells {
@@ -293,7 +332,7 @@ impl System {
             for (i, row) in gram.iter_mut().enumerate() {
                 row[i] += RIDGE;
             }
-            let solved = nnls(&gram, &right);
+            let solved = self.within(&gram, &right, &scales);
             let unscaled = solved.iter().zip(&scales);
             found = unscaled.map(|(x, s)| if *s > 0.0 { x / s } else { 0.0 }).collect();
         }
@@ -304,6 +343,38 @@ impl System {
         let bias = median(&ratios).clamp(-0.5, 0.5).exp();
         found.iter_mut().for_each(|x| *x *= bias);
         found
+    }
+
+    /// Least squares whose coefficients are neither negative nor dearer than they can be: what is too dear is held at its most,
+    /// and the others are solved for again.
+    fn within(&self, gram: &[Vec<f64>], right: &[f64], scales: &[f64]) -> Vec<f64> {
+        let n = right.len();
+        let mut held: Vec<Option<f64>> = vec![None; n];
+        loop {
+            // A held column leaves the system: its share goes to the right side, and its own row says nothing.
+            let mut gram = gram.to_vec();
+            let mut right = right.to_vec();
+            for (j, most) in held.iter().enumerate().filter_map(|(j, h)| Some((j, (*h)?))) {
+                for i in 0..n {
+                    right[i] -= gram[i][j] * most;
+                    (gram[i][j], gram[j][i]) = (0.0, 0.0);
+                }
+                (gram[j][j], right[j]) = (1.0, 0.0);
+            }
+            let mut solved = nnls(&gram, &right);
+            let mut is_new = false;
+            for j in 0..n {
+                let most = self.most[j] * scales[j];
+                if held[j].is_none() && most.is_finite() && solved[j] > most {
+                    held[j] = Some(most);
+                    is_new = true;
+                }
+            }
+            if !is_new {
+                held.iter().zip(&mut solved).for_each(|(h, x)| *x = h.unwrap_or(*x));
+                return solved;
+            }
+        }
     }
 
     fn predict(&self, row: usize, coefficients: &[f64]) -> f64 {
@@ -323,27 +394,51 @@ fn fold(index: usize, row: &Measured) -> u64 {
 }
 
 /// What each row is predicted at by a fit of the others; NaN where there are too few for folds, or nothing is known of it.
-fn left_out(measured: &[&Measured], mut predict: impl FnMut(&[usize], &[usize]) -> Vec<f64>) -> Vec<f64> {
-    let mut left_out = vec![f64::NAN; measured.len()];
+struct LeftOut {
+    /// By the terms alone: what sums of operators are made of.
+    bare: Vec<f64>,
+    /// With what the neighbours that are left say, as single operators are predicted.
+    beside: Vec<f64>,
+}
+
+/// `predict` takes the rows of a fit and returns what it says of every row.
+fn left_out(measured: &[&Measured], block: Block, mut predict: impl FnMut(&[usize]) -> Vec<f64>) -> LeftOut {
+    let mut left_out = LeftOut {
+        bare: vec![f64::NAN; measured.len()],
+        beside: vec![f64::NAN; measured.len()],
+    };
     if measured.len() < 3 * usize::try_from(FOLDS).expect("eight") {
         return left_out;
     }
     for out in 0..FOLDS {
         let of_fold = |&i: &usize| fold(i, measured[i]) == out;
         let (test, train): (Vec<usize>, Vec<usize>) = (0..measured.len()).partition(of_fold);
-        for (row, predicted) in test.iter().zip(predict(&train, &test)) {
-            left_out[*row] = predicted;
+        let predicted = predict(&train);
+        let known = { train.iter() }.filter_map(|&i| Some((measured[i].key?, measured[i].us, predicted[i])));
+        let known = known.filter(|row| row.2.is_finite());
+        let smoother = Smoother::new(known, block);
+        for row in test {
+            let factor = measured[row]
+                .key
+                .map_or(1.0, |key| smoother.factor(&key, &key.path(block)));
+            left_out.bare[row] = predicted[row];
+            left_out.beside[row] = factor * predicted[row];
         }
     }
     left_out
 }
 
-fn fit_system(measured: &[&Measured], block: Block, noise_floor: f64) -> (Vec<PathFit>, Vec<Judged>) {
-    let system = System::new(measured, block);
+fn fit_system(
+    measured: &[&Measured],
+    block: Block,
+    noise_floor: f64,
+    read_us: Option<f64>,
+) -> (Vec<PathFit>, Vec<Judged>) {
+    let system = System::new(measured, block, read_us);
     let found = system.solve(&(0..measured.len()).collect::<Vec<_>>());
-    let left_out = left_out(measured, |train, test| {
+    let left_out = left_out(measured, block, |train| {
         let without = system.solve(train);
-        test.iter().map(|&row| system.predict(row, &without)).collect()
+        (0..measured.len()).map(|row| system.predict(row, &without)).collect()
     });
     let ranges = ranges(measured, block);
     let mut paths: BTreeMap<Path, Vec<Coefficient>> = BTreeMap::new();
@@ -373,10 +468,10 @@ fn fit_teams(
     let weights: Vec<f64> = measured.iter().map(|m| weight(m)).collect();
     let teams = Teams::new(measured, &weights, one, threads, block);
     let found = teams.fit(&(0..measured.len()).collect::<Vec<_>>());
-    let left_out = left_out(measured, |train, test| {
+    let left_out = left_out(measured, block, |train| {
         let without = teams.fit(train);
-        { test.iter() }
-            .map(|&row| teams.predict(row, &without).unwrap_or(f64::NAN))
+        (0..measured.len())
+            .map(|row| teams.predict(row, &without).unwrap_or(f64::NAN))
             .collect()
     });
     let fits = one.values().map(|fit| {
@@ -405,11 +500,11 @@ fn untested(path: Path, coefficients: Vec<Coefficient>, team: Option<Team>) -> P
 fn tested(
     fits: Vec<PathFit>,
     measured: &[&Measured],
-    left_out: &[f64],
+    left_out: &LeftOut,
     block: Block,
     noise_floor: f64,
 ) -> (Vec<PathFit>, Vec<Judged>) {
-    let error = |row: usize| (measured[row].us / left_out[row].max(1e-9)).ln().abs();
+    let error = |row: usize, predicted: &[f64]| (measured[row].us / predicted[row].max(1e-9)).ln().abs();
     let mut places: BTreeMap<Path, Vec<(u64, Place)>> = BTreeMap::new();
     // What several threads make of a time is no matter of places.
     let is_placed = |path: &Path| !fits.iter().any(|fit| fit.path == *path && fit.team.is_some());
@@ -436,9 +531,10 @@ fn tested(
         let Some(key) = m.key else { continue };
         let path = key.path(block);
         *rows_of.entry(path).or_default() += 1;
-        if left_out[row].is_finite() {
-            let near = error(row) / doubt(&key, Some(fold(row, m)));
-            by_path.entry(path).or_default().push((error(row), near));
+        if left_out.beside[row].is_finite() {
+            let error = error(row, &left_out.beside);
+            let near = error / doubt(&key, Some(fold(row, m)));
+            by_path.entry(path).or_default().push((error, near));
         }
     }
     let near = |errors: &[(f64, f64)]| -> Vec<f64> { errors.iter().map(|e| e.1).collect() };
@@ -478,8 +574,8 @@ fn tested(
                 fit.spread_ln * doubt(key, None),
             ))
         });
-        (m.key.is_none() && left_out[row].is_finite()).then(|| Judged {
-            error_ln: error(row),
+        (m.key.is_none() && left_out.bare[row].is_finite()).then(|| Judged {
+            error_ln: error(row, &left_out.bare),
             errors: Errors::sum(parts),
         })
     };
@@ -512,170 +608,4 @@ fn ranges(measured: &[&Measured], block: Block) -> BTreeMap<Column, (f64, f64)> 
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::graph::{Activation, Conv, Node, Op, RawGraph, Shape, Source, Weights};
-    use crate::work::Family;
-
-    const BLOCK: Block = Block(16);
-
-    /// A chain of convolutions with these widths, on `side` x `side`.
-    fn chain(widths: &[u32], side: u32) -> Graph {
-        let nodes = widths.windows(2).enumerate().map(|(index, pair)| Node {
-            name: format!("n{index}"),
-            op: Op::Conv(Conv {
-                cin: pair[0],
-                cout: pair[1],
-                kernel: 3,
-                stride: 1,
-                groups: 1,
-                activation: Activation::Relu,
-                weights: Weights::F32,
-            }),
-            inputs: vec![index.checked_sub(1).map_or(Source::Input, Source::Node)],
-            output: None,
-        });
-        let input = Shape {
-            batch: 1,
-            channels: widths[0],
-            height: side,
-            width: side,
-        };
-        Graph::new(RawGraph {
-            name: "chain".into(),
-            input,
-            input_quant: None,
-            nodes: nodes.collect(),
-        })
-        .unwrap()
-    }
-
-    /// A machine of which every count is known.
-    fn truth(key: &Key) -> f64 {
-        let features = key.features(BLOCK);
-        let cost = |term: Term| match term {
-            Term::Call => 1.0,
-            Term::MegaMacs => 25.0,
-            Term::EdgeKib => 0.02,
-            _ => 0.0,
-        };
-        features.terms().iter().map(|(term, count)| cost(*term) * count).sum()
-    }
-
-    fn networks() -> Vec<Measured> {
-        let mut rows = Vec::new();
-        for (i, c) in [16u32, 24, 32, 48, 64, 20, 36, 52, 80, 96].into_iter().enumerate() {
-            for side in [6, 8, 12, 16] {
-                let graph = chain(&[3, c, c, 8, c, 2 * c][..3 + i % 4], side);
-                let mut row = Measured::network(&graph, 1, BLOCK, 1.0, 0.01);
-                row.us = row.parts.iter().map(|(key, times)| times * truth(key)).sum();
-                rows.push(row);
-            }
-        }
-        rows
-    }
-
-    #[test]
-    fn whole_networks_say_what_their_operators_cost() {
-        let fitted = fit_all(&networks(), BLOCK, 0.01);
-        for row in [chain(&[3, 40, 40], 10), chain(&[3, 28, 28, 8, 56], 14)] {
-            let row = Measured::network(&row, 1, BLOCK, 1.0, 0.01);
-            let us = |key: &Key| {
-                let features = key.features(BLOCK);
-                let fit = fitted.paths.iter().find(|fit| fit.path == features.path).unwrap();
-                fit.us(&features)
-            };
-            let found: f64 = row.parts.iter().map(|(key, times)| times * us(key)).sum();
-            let expected: f64 = row.parts.iter().map(|(key, times)| times * truth(key)).sum();
-            assert!((found / expected).ln().abs() < 0.03, "{found} {expected}");
-        }
-        let families: Vec<Family> = fitted.paths.iter().map(|fit| fit.path.family).collect();
-        assert!(families.contains(&Family::ConvBlocked) && families.contains(&Family::Session));
-        assert!(
-            fitted
-                .paths
-                .iter()
-                .flat_map(|fit| &fit.coefficients)
-                .all(|c| c.us_per_unit >= 0.0)
-        );
-        let [calibration] = fitted.calibrations[..] else {
-            panic!("{:?}", fitted.calibrations)
-        };
-        assert_eq!((calibration.threads, calibration.networks), (1, 40));
-        assert!(calibration.network_mape_pct < 3.0, "{calibration:?}");
-    }
-
-    #[test]
-    fn a_slope_gives_back_what_is_not_its_own() {
-        let rows = networks();
-        let fitted = fit_all(&rows, BLOCK, 0.01);
-        let parts: Vec<(Key, f64)> = rows[0]
-            .parts
-            .iter()
-            .filter(|p| !matches!(p.0, Key::Session { .. }))
-            .copied()
-            .collect();
-        let us: f64 = parts.iter().map(|(key, times)| times * truth(key)).sum();
-        let key = parts
-            .iter()
-            .map(|p| p.0)
-            .find(|key| matches!(key, Key::Conv(c) if c.cin == 16))
-            .unwrap();
-        let row = Measured {
-            key: Some(key),
-            parts,
-            us,
-            relative_spread: 0.01,
-            weight: 1.0,
-        };
-        let own = fitted.own_us(&row, BLOCK);
-        assert!((own / truth(&key)).ln().abs() < 0.1, "{own} {}", truth(&key));
-    }
-
-    #[test]
-    fn arithmetic_is_never_free() {
-        let mut rows = networks();
-        // 1x1 convolutions that cost nothing: rows that say so are wrong, and their path must not predict 0 ms.
-        let pointwise = |key: &Key| key.path(BLOCK).family == Family::ConvPointwise;
-        let mut free = chain(&[3, 32, 32], 8);
-        for _ in 0..3 {
-            let mut raw: RawGraph = free.into();
-            if let Op::Conv(conv) = &mut raw.nodes[1].op {
-                conv.kernel = 1;
-            }
-            free = Graph::new(raw).unwrap();
-            let mut row = Measured::network(&free, 1, BLOCK, 1.0, 0.01);
-            assert!(row.parts.iter().any(|(key, _)| pointwise(key)));
-            let paid = row.parts.iter().filter(|(key, _)| !pointwise(key));
-            row.us = paid.map(|(key, times)| times * truth(key)).sum::<f64>() * 0.9;
-            rows.push(row);
-        }
-        let fitted = fit_all(&rows, BLOCK, 0.01);
-        let is_free = |fit: &&PathFit| fit.path.family == Family::ConvPointwise;
-        assert!(
-            fitted.paths.iter().find(is_free).is_none(),
-            "{:?}",
-            fitted.paths.iter().find(is_free)
-        );
-    }
-
-    #[test]
-    fn what_counts_more_is_met_more_closely() {
-        let mut rows = networks();
-        let odd = rows[5].us * 1.3;
-        let error = |rows: &[Measured]| {
-            let fitted = fit_all(rows, BLOCK, 0.01);
-            let us = |key: &Key| {
-                let features = key.features(BLOCK);
-                let fit = fitted.paths.iter().find(|fit| fit.path == features.path);
-                fit.map_or(0.0, |fit| fit.us(&features))
-            };
-            let found: f64 = rows[5].parts.iter().map(|(key, times)| times * us(key)).sum();
-            (found / odd).ln().abs()
-        };
-        rows[5].us = odd;
-        let light = error(&rows);
-        rows[5].weight = 20.0;
-        assert!(error(&rows) < 0.8 * light);
-    }
-}
+mod tests;

@@ -152,6 +152,8 @@ struct Sizes {
     cin: f64,
     cout: f64,
     taps: f64,
+    /// Taps whose row of the kernel lies on the image, in the mean: what kernels skip that step over padded rows.
+    seen: f64,
     rows: f64,
     points: f64,
     /// KiB that are read, written, and of weights.
@@ -182,6 +184,7 @@ impl Sizes {
             cin,
             cout,
             taps,
+            seen: taps * rows_seen(key),
             rows,
             points,
             read: element * looked_at * cin / 1024.0,
@@ -211,6 +214,32 @@ fn columns(key: &ConvKey) -> (u32, u32) {
     let inside = (key.width + padding).checked_sub(key.kernel);
     let right = width.saturating_sub(inside.map_or(0, |last| last / key.stride + 1));
     (width, (left + right).min(width))
+}
+
+/// Share of a kernel's rows that lie on the image, over all output rows ("same" padding): on small images less than all.
+fn rows_seen(key: &ConvKey) -> f64 {
+    /// No kernel has more rows than what edges are counted over.
+    const MOST: u64 = 64;
+    let (kernel, height, stride) = (
+        u64::from(key.kernel),
+        u64::from(key.height),
+        u64::from(key.stride.max(1)),
+    );
+    let rows = height.div_ceil(stride);
+    let above = kernel / 2;
+    // Rows of outputs whose window leaves the image are among the first and the last few.
+    let first = 0..rows.min(MOST);
+    let last = first.end.max(rows.saturating_sub(MOST))..rows;
+    let unseen = |row: u64| {
+        let from = row * stride;
+        let lost_above = above.saturating_sub(from);
+        let lost_below = (from + kernel).saturating_sub(above + height);
+        (lost_above + lost_below).min(kernel)
+    };
+    let lost: u64 = first.chain(last).map(unseen).sum();
+    #[expect(clippy::cast_precision_loss, reason = "sizes of images")]
+    let share = 1.0 - lost as f64 / (rows * kernel).max(1) as f64;
+    share
 }
 
 /// Cycles of the register tiles over one row, for one tap and one input channel: six output columns at a time, the rest and
@@ -250,9 +279,9 @@ pub(super) fn conv_features(key: &ConvKey, block: Block) -> Features {
     let side_steps = f64::from(side) * sets;
     match family {
         Family::ConvBlocked => {
-            let macs = s.points * s.taps * cin_padded * cout_padded / 1e6;
-            let per_row = s.taps * cin_padded * s.rows / 1e6;
-            let stream = s.rows * s.weights / 1024.0;
+            let macs = s.points * s.seen * cin_padded * cout_padded / 1e6;
+            let per_row = s.seen * cin_padded * s.rows / 1e6;
+            let stream = s.rows * s.weights * (s.seen / s.taps) / 1024.0;
             let one_set = f64::from(key.cout.div_ceil(block.0).min(4)) * lanes * cin_padded * s.taps * 4.0 / 1024.0;
             features(&[
                 (Term::Call, 1.0),
@@ -306,8 +335,8 @@ pub(super) fn conv_features(key: &ConvKey, block: Block) -> Features {
         }
         Family::ConvFromNchw => {
             // One input channel after the other: sums are read back for each.
-            let macs = s.points * s.taps * s.cin * cout_padded / 1e6;
-            let per_row = s.taps * s.cin * s.rows / 1e6;
+            let macs = s.points * s.seen * s.cin * cout_padded / 1e6;
+            let per_row = s.seen * s.cin * s.rows / 1e6;
             features(&[
                 (Term::Call, 1.0),
                 (Term::MegaMacs, macs),
@@ -347,13 +376,18 @@ pub(super) fn conv_features(key: &ConvKey, block: Block) -> Features {
             } else {
                 pad(key.cin, 16.max(block.0))
             };
-            let macs = s.points * s.taps * channels / 1e6;
+            let taps = if family == Family::DepthwiseBlocked {
+                s.seen
+            } else {
+                s.taps
+            };
+            let macs = s.points * taps * channels / 1e6;
             features(&[
                 (Term::Call, 1.0),
                 (Term::MegaMacs, macs),
-                (Term::MegaSideSteps, f64::from(side) * s.rows * s.taps * channels / 1e6),
+                (Term::MegaSideSteps, f64::from(side) * s.rows * taps * channels / 1e6),
                 (Term::KiloOutputs, s.points * channels / 1e3),
-                (Term::KiloTaps, s.points * s.taps / 1e3),
+                (Term::KiloTaps, s.points * taps / 1e3),
                 (Term::KiloRows, s.rows * channels / 1e3),
                 (Term::KiloChannels, s.batch * channels / 1e3),
                 (Term::ActivationKib, s.read + s.written),
@@ -452,4 +486,28 @@ pub(super) fn global_pool_features(key: &PlaneKey, block: Block) -> Features {
         (Term::KiloChannels, channels),
     ];
     Features::new(family, key.threads, &terms)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Law: the share of kernel rows on the image is that of counting them one by one.
+        #[test]
+        fn rows_on_the_image_are_counted(kernel in 1u32..12, stride in 1u32..4, height in 1u32..200) {
+            let key = ConvKey { batch: 1, cin: 16, cout: 16, kernel, stride, groups: 1, height, width: height, numerics: Numerics::F32, threads: 1, context: Context::Chain };
+            let (mut seen, mut all) = (0u32, 0u32);
+            for out in 0..height.div_ceil(stride) {
+                for row in 0..kernel {
+                    let at = i64::from(out * stride + row) - i64::from(kernel / 2);
+                    seen += u32::from(at >= 0 && at < i64::from(height));
+                    all += 1;
+                }
+            }
+            prop_assert!((rows_seen(&key) - f64::from(seen) / f64::from(all)).abs() < 1e-12);
+        }
+    }
 }
