@@ -24,7 +24,7 @@ use crate::table::Table;
 /// Predict how long a network takes here, layer by layer, and say why it is not faster
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  cotk plan resnet18.onnx --threads 1\n  cotk plan net.onnx --batch 8 --in-order --measure\n  cotk plan net.onnx --input-shape image=1x3x224x224\n  cotk plan models/ref-qwen2moe --bits 4 --context 512\n  cotk plan out --budget-bytes 2000000000\n\nThe prediction needs a profile of this machine: `cotk profile --quick` takes a minute."
+    after_help = "Examples:\n  cotk plan resnet18.onnx --threads 1\n  cotk plan net.onnx --batch 8 --in-order --measure\n  cotk plan net.onnx --input-shape image=1x3x224x224\n  cotk plan models/ref-qwen2moe --bits 4 --context 512\n  cotk plan models/ref-qwen2moe --threads 2 --now\n  cotk plan out --budget-bytes 2000000000\n\nThe prediction needs a profile of this machine: `cotk profile --quick` takes a minute."
 )]
 pub struct Args {
     /// ONNX file of any origin (f32, QDQ or QLinear), or the folder of a mixture of experts
@@ -83,6 +83,12 @@ const WIDTH: usize = 100;
 pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
     if args.input.is_dir() {
         return plan_moe::run(&args.input, &args.moe, args.batch, cx);
+    }
+    if args.moe.now {
+        return Err(Fault::usage(
+            "--now: only what our engine reads from memory is corrected",
+            "give the folder of a mixture of experts, or leave --now out",
+        ));
     }
     onnx(args, cx)
 }

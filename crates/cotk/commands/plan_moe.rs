@@ -6,6 +6,7 @@ use std::path::Path;
 
 use cotk_latency::moe::{LayerPrediction, MoeStep, StepPrediction};
 use cotk_latency::predict::Terms;
+use cotk_latency::probe::now::memory_now;
 use cotk_model::layers::cache::KvKind;
 use cotk_run::units::{Bytes, significant};
 use cotk_runtime::cost::{self, Pass};
@@ -39,6 +40,9 @@ pub struct Args {
     /// Which width of a container's experts is used
     #[arg(long, value_enum, default_value = "exact")]
     pub mode: ModeArg,
+    /// Measure what memory gives at this minute (a second), and count it in: on a shared host it drifts
+    #[arg(long)]
+    pub now: bool,
 }
 
 fn bits(text: &str) -> Result<u32, String> {
@@ -117,8 +121,24 @@ pub fn run(model: &Path, args: &Args, batch: u32, cx: &Context) -> Result<Outcom
             "`cotk profile --quick` measures one in a minute",
         )
     })?;
-    let machine = &predictor.model;
     let threads = u32::try_from(cx.threads).unwrap_or(1);
+    let mut warnings = predictor.warnings.clone();
+    let mut machine = predictor.model.clone();
+    if args.now {
+        let mut order = cx.seeds(0).stream("memory now");
+        let mut counts = vec![1];
+        // What is little is one thread's work whatever there are.
+        counts.extend((threads > 1).then_some(threads));
+        for threads in counts {
+            match memory_now(&machine, threads, &mut order)? {
+                Some(ratio) => machine = machine.with_memory_now(threads, ratio),
+                None => warnings.push(format!(
+                    "--now: the profile has no pass over memory with {threads} threads"
+                )),
+            }
+        }
+    }
+    let machine = &machine;
     let batch = batch as usize;
     let mode = args.mode.into();
     let dense = cost::forms_of(spec, files.source.as_ref());
@@ -147,7 +167,6 @@ pub fn run(model: &Path, args: &Args, batch: u32, cx: &Context) -> Result<Outcom
         Some(_) => vec![(widest(&placed), step(decode, own_bits))],
         None => WIDTHS.iter().map(|&bits| (bits, step(decode, bits))).collect(),
     };
-    let mut warnings = predictor.warnings.clone();
     let choices = plan::choices(&candidates, held, batch, machine).map_err(Fault::from);
     let choices = choices.unwrap_or_else(|error| {
         warnings.push(format!("no table of choices: {error}"));

@@ -10,7 +10,9 @@ use crate::moe::neighbours::Neighbours;
 use crate::smooth::Smoother;
 use crate::transfer::profile::Transfer;
 use crate::walk::{self, Network};
-use crate::work::{Block, EdgeKind, ElementwiseKind, Family, Key, LowRankKey, Path, ReadKey, TermGroup, Tier, Work};
+use crate::work::{
+    Block, EdgeKind, ElementwiseKind, Family, Heat, Key, LowRankKey, Path, ReadKey, TermGroup, Tier, Work,
+};
 use crate::{Error, Result};
 
 /// Where a prediction comes from, strongest first; a sum is as strong as its weakest part.
@@ -44,6 +46,8 @@ pub enum Flag {
     Reference,
     /// Used on another machine with `--force`.
     OtherMachine,
+    /// What reads memory takes so much longer now than when the profile was taken, in percent; it is counted in.
+    MemoryNow { threads: u32, longer_pct: i32 },
     /// Another machine's profile, scaled by a few networks measured here.
     Transferred { from: String, networks: usize },
     /// `profile.toml` was edited by hand, here first.
@@ -60,6 +64,12 @@ impl std::fmt::Display for Flag {
             Self::Quick => write!(f, "quick profile"),
             Self::Reference => write!(f, "reference profile, not this machine's"),
             Self::OtherMachine => write!(f, "profile of another machine, forced"),
+            Self::MemoryNow { threads, longer_pct } => {
+                write!(
+                    f,
+                    "memory takes {longer_pct:+} % with {threads} threads now, beside the profile"
+                )
+            }
             Self::Transferred { from, networks } => write!(f, "carried over from {from} by {networks} networks"),
             Self::Edited { line } => write!(f, "profile.toml was edited by hand, line {line}"),
         }
@@ -152,6 +162,8 @@ pub struct Model {
     smoother: Smoother,
     /// The same of our engine's.
     neighbours: Neighbours,
+    /// How many times as long memory takes now as in the profile, by number of threads.
+    memory_now: BTreeMap<u32, f64>,
 }
 
 /// One operator's part in a sum.
@@ -193,6 +205,7 @@ impl Model {
             corrections: Vec::new(),
             cache_bytes: 0,
             calibrations: Vec::new(),
+            memory_now: BTreeMap::new(),
         };
         // What several threads make of one thread's time rests on what the rows of one thread say: those first.
         for of_teams in [false, true] {
@@ -248,6 +261,28 @@ impl Model {
         Self { calibrations, ..self }
     }
 
+    /// The same at a minute when reading memory takes `ratio` times as long as in the profile with so many threads: what our
+    /// engine reads from memory does, too.
+    #[must_use]
+    pub fn with_memory_now(mut self, threads: u32, ratio: f64) -> Self {
+        self.memory_now.insert(threads, ratio);
+        #[expect(clippy::cast_possible_truncation, reason = "a percentage")]
+        let longer_pct = (100.0 * (ratio - 1.0)).round() as i32;
+        if longer_pct != 0 {
+            self.flags.push(Flag::MemoryNow { threads, longer_pct });
+        }
+        self
+    }
+
+    /// The longest pass over memory in the table with so many threads, and what it took. µs.
+    pub fn memory_pass(&self, threads: u32) -> Option<(ReadKey, f64)> {
+        let passes = self.table.iter().filter_map(|(key, (us, _))| match key {
+            Key::Read(read) if read.tier == Tier::Memory && read.threads == threads => Some((*read, *us)),
+            _ => None,
+        });
+        passes.max_by_key(|pass| pass.0.bytes)
+    }
+
     /// Bytes of the largest cache; 0 where it is not known.
     pub fn cache_bytes(&self) -> u64 {
         self.cache_bytes
@@ -277,7 +312,8 @@ impl Model {
             .filter(|(t, _)| t.group() != TermGroup::Launch)
             .map(|(_, us)| us)
             .sum();
-        Ok(1024.0 / us.max(1e-12) * 1e6)
+        let now = self.memory_now.get(&threads).filter(|_| tier == Tier::Memory);
+        Ok(1024.0 / (us * now.unwrap_or(&1.0)).max(1e-12) * 1e6)
     }
 
     /// The fit of a key's path; of the nearest number of threads when this one was never measured.
@@ -338,7 +374,7 @@ impl Model {
     }
 
     pub(crate) fn part(&self, key: &Key, flags: &mut Vec<Flag>) -> Result<Part> {
-        let part = self.own_part(key, flags)?;
+        let part = self.by_memory(key, self.own_part(key, flags)?);
         Ok(match &self.transfer {
             Some(transfer) => {
                 let features = key.features(self.block);
@@ -346,6 +382,19 @@ impl Model {
             }
             None => part,
         })
+    }
+
+    /// A part that reads memory, as memory is now.
+    fn by_memory(&self, key: &Key, part: Part) -> Part {
+        let reads = match key {
+            Key::Expert(e) => e.heat == Heat::Cold,
+            Key::Dense(d) => d.heat == Heat::Cold,
+            Key::Attention(a) => a.heat == Heat::Cold,
+            Key::Read(read) => read.tier == Tier::Memory,
+            _ => false,
+        };
+        let ratio = { self.memory_now.get(&part.path.threads) }.filter(|_| reads);
+        ratio.map_or(part, |ratio| part.with_memory(*ratio))
     }
 
     /// By rows and fits as they stand, on the machine where they were measured.
@@ -514,6 +563,20 @@ impl Model {
 }
 
 impl Part {
+    /// Bytes by a scale: to first order, where computing and reading overlap.
+    fn with_memory(self, scale: f64) -> Self {
+        let mut terms = self.terms;
+        terms.memory_ms *= scale;
+        // A part that is read and nothing else has no share.
+        let (before, after) = (self.terms.sum_ms(), terms.sum_ms());
+        let ms = if before > 0.0 {
+            self.ms * after / before
+        } else {
+            self.ms
+        };
+        Self { ms, terms, ..self }
+    }
+
     /// Calls and the rest by a scale each.
     fn scaled(self, (calls, rest): (f64, f64)) -> Self {
         let before = self.terms.sum_ms();

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cotk_kernels::cpu::team::Team;
+use cotk_latency::moe::StepPrediction;
 use cotk_latency::predict::{Model as CostModel, Prediction};
 use cotk_latency::probe::Prepared;
 use cotk_latency::probe::rounds::{self, Pace, Timed};
@@ -77,26 +78,33 @@ impl Bench {
         })
     }
 
-    /// Predicts, then measures.
+    /// What a profile says of a step.
     ///
     /// # Errors
-    /// What the profile does not know; what the model refuses.
-    pub fn figure(&self, threads: u32, machine: &CostModel, order: &mut Stream) -> Result<Figure> {
+    /// What the profile does not know.
+    pub fn predict(&self, threads: u32, machine: &CostModel) -> Result<StepPrediction> {
         let spec = self.made.model.spec();
         let pass = Pass::Decode {
             context: self.case.context,
             batch: 1,
         };
-        let bits = self.case.bits;
         let source = synthetic::Source::new(spec, 0);
         let held = Held {
             dense: &cost::forms_of(spec, &source),
             kv: self.made.model.kv(),
         };
         let step = cost::step(spec, pass, threads, &held, |_| {
-            cost::uniform_experts(spec, bits, threads)
+            cost::uniform_experts(spec, self.case.bits, threads)
         });
-        let predicted = machine.step(&step)?;
+        Ok(machine.step(&step)?)
+    }
+
+    /// Predicts, then measures.
+    ///
+    /// # Errors
+    /// What the profile does not know; what the model refuses.
+    pub fn figure(&self, threads: u32, machine: &CostModel, order: &mut Stream) -> Result<Figure> {
+        let predicted = self.predict(threads, machine)?;
         let distinct = self.made.experts.distinct_bytes_per_100_tokens();
         // What disturbs a step makes it slower, for seconds at a time: the least disturbed session counts, as in profiles.
         let mut sessions = Vec::new();

@@ -7,6 +7,7 @@ pub mod disk;
 pub mod gather;
 pub mod measure;
 pub mod memory;
+pub mod now;
 pub mod rounds;
 
 use cotk_run::seeds::Stream;
