@@ -287,6 +287,8 @@ fn wrong_arguments_are_refused() {
     ] {
         plan(&place, &file, &[wrong[0], wrong[1], "--json"]).fault(2);
     }
+    // What memory gives now corrects our engine's operators only.
+    plan(&place, &file, &["--now", "--json"]).fault(2);
 }
 
 /// A profile for a file reads it before it measures anything.

@@ -51,6 +51,20 @@ fn a_plan_of_a_model_adds_up() {
     assert!(result["prefill"].is_null() || number(&result["prefill"], "tokens") == 64.0);
 }
 
+/// However fast this machine's memory is now, a plan adds up.
+#[test]
+fn what_memory_gives_now_is_counted_into_a_plan_that_adds_up() {
+    let place = Workplace::new();
+    let result = plan(&place, &["--context", "64", "--now"]).result(0);
+    let ms = number(&result["prediction"], "ms");
+    let terms = result["prediction"]["terms"].as_object().unwrap();
+    let sum: f64 = terms.values().map(|v| v.as_f64().unwrap()).sum();
+    assert!((sum / ms - 1.0).abs() < 1e-6, "{sum} {ms}");
+    let layers = result["per_layer"].as_array().unwrap();
+    let layers: f64 = layers.iter().map(|l| number(l, "ms")).sum();
+    assert!((layers / ms - 1.0).abs() < 1e-6, "{layers} {ms}");
+}
+
 #[test]
 fn less_memory_is_never_faster_and_too_little_is_refused_with_the_numbers() {
     let place = Workplace::new();
