@@ -5,6 +5,7 @@
 //! the threads and wherever it was killed. Not here: formats, kernels, what a model family looks like.
 #![forbid(unsafe_code)]
 
+pub mod choice;
 pub mod decide;
 pub mod layer;
 pub mod partial;
