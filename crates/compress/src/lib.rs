@@ -5,7 +5,9 @@
 //! the threads and wherever it was killed. Not here: formats, kernels, what a model family looks like.
 #![forbid(unsafe_code)]
 
+pub mod baselines;
 pub mod choice;
+pub mod contest;
 pub mod decide;
 pub mod layer;
 pub mod partial;

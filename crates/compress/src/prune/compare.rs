@@ -2,14 +2,10 @@
 //! code path, judged on the same windows before anything is coded. Law: rows differ by their masks alone; differences
 //! are paired window by window.
 
-use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
-use cotk_data::text::{MARKER, documents, split};
 use cotk_run::files;
-use cotk_run::seeds::Seeds;
-use rand::RngExt;
 use serde::{Deserialize, Serialize};
 
 use super::experts::Dropped;
@@ -19,19 +15,16 @@ use super::plan::{Pruned, Wish};
 use super::ratios::Spread;
 use super::recipe::{PAPER_FIELD, Prune};
 use super::search::Method;
-use super::walk::WindowScore;
+pub use crate::contest::judge::TextFigure;
+use crate::contest::judge::{Bench, Judges, WindowScore, interval, kl, mean_scores, perplexity, uncompressed};
 use crate::decide::Measured;
 use crate::partial::{Begun, Entry, Partial};
 use crate::pipeline::{Job, Request, Surroundings};
 use crate::states::Stream;
 use crate::{CompressError, Result};
 
-/// Targets of a window and its first token.
-const WINDOW: usize = 512;
 /// Seeds of a method that draws.
 const SEEDS: u64 = 3;
-const RESAMPLES: usize = 1000;
-const TEXT_LIMIT_BYTES: u64 = 1 << 30;
 
 /// What is compared with what, on which texts.
 #[derive(Debug, Clone)]
@@ -148,14 +141,6 @@ pub struct Judged {
     pub scores: Vec<WindowScore>,
 }
 
-/// One figure of one text.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct TextFigure {
-    pub text: String,
-    pub kl_nats: f64,
-    pub perplexity: f64,
-}
-
 /// One line of the table: means over seeds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Line {
@@ -202,16 +187,6 @@ pub struct Comparison {
     pub warnings: Vec<String>,
 }
 
-/// The windows that judge.
-struct Judges {
-    names: Vec<String>,
-    /// Windows of each text.
-    counts: Vec<usize>,
-    /// Texts that decide come first.
-    deciding: usize,
-    windows: Vec<Vec<u32>>,
-}
-
 /// Compares; the table also lies in OUT as `comparison.json`.
 ///
 /// # Errors
@@ -225,7 +200,7 @@ pub fn compare(compare: &Compare, with: &Surroundings<'_>) -> Result<Comparison>
         ..compare.request.clone()
     };
     let job = Job::open(&request, with)?;
-    let judges = job.judges(compare)?;
+    let judges = job.judges(&compare.bench())?;
     let identity = job.identity_with(&compare.identity()?)?;
     let mut partial = match Partial::begin(&request.out, &identity)? {
         Begun::Compared(comparison) => return Ok(*comparison),
@@ -247,36 +222,20 @@ pub fn compare(compare: &Compare, with: &Surroundings<'_>) -> Result<Comparison>
 }
 
 impl Compare {
+    fn bench(&self) -> Bench<'_> {
+        Bench {
+            texts: &self.texts,
+            second_texts: &self.second_texts,
+            text_tokens: self.text_tokens,
+            calibration: &self.request.calibration,
+        }
+    }
+
     /// What makes two comparisons the same.
     fn identity(&self) -> Result<Vec<u8>> {
-        let mut bytes = serde_json::to_vec(&(&self.rows, &self.ratios, self.text_tokens)).expect("numbers and names");
-        for text in self.texts.iter().chain(&self.second_texts) {
-            bytes.extend(files::checksum_file(text)?.to_le_bytes());
-        }
-        bytes.push(u8::try_from(self.texts.len()).unwrap_or(u8::MAX));
+        let mut bytes = serde_json::to_vec(&(&self.rows, &self.ratios)).expect("numbers and names");
+        bytes.extend(self.bench().identity()?);
         Ok(bytes)
-    }
-}
-
-/// A text that judges beside the first, without the documents that the calibration has too, and how many those were.
-///
-/// # Errors
-/// [`CompressError::SameText`] where nothing else is in it.
-fn unshared(calibration: &Path, judge: &Path) -> Result<(String, usize)> {
-    let known = documents(calibration)?;
-    let known: HashSet<&str> = known.iter().map(|document| document.trim()).collect();
-    let text = files::read_text(judge, TEXT_LIMIT_BYTES)?;
-    let all = split(&text);
-    let own: Vec<&str> = (all.iter().map(String::as_str))
-        .filter(|document| !known.contains(document.trim()))
-        .collect();
-    match all.len() - own.len() {
-        0 => Ok((text, 0)),
-        _ if own.is_empty() => Err(CompressError::SameText {
-            calibration: calibration.to_owned(),
-            eval_text: judge.to_owned(),
-        }),
-        shared => Ok((own.join(MARKER), shared)),
     }
 }
 
@@ -284,51 +243,6 @@ impl Job<'_> {
     fn prune_recipe(&self) -> &Prune {
         let prune = self.request.recipe.compress.prune.as_ref();
         prune.expect("the command gives a comparison its section")
-    }
-
-    fn judges(&self, compare: &Compare) -> Result<Judges> {
-        let mut judges = Judges {
-            names: Vec::new(),
-            counts: Vec::new(),
-            deciding: compare.texts.len(),
-            windows: Vec::new(),
-        };
-        let window = WINDOW.min(self.source.files.spec.context);
-        for (i, path) in compare.texts.iter().chain(&compare.second_texts).enumerate() {
-            // What the first text shares with the calibration is left out there.
-            let text = if i == 0 {
-                files::read_text(path, TEXT_LIMIT_BYTES)?
-            } else {
-                let (text, shared) = unshared(&compare.request.calibration, path)?;
-                if shared > 0 {
-                    let warning = format!(
-                        "{shared} documents of {} also calibrate: they do not judge",
-                        path.display()
-                    );
-                    self.with.progress.note(&warning);
-                }
-                text
-            };
-            let tokens = self.source.files.tokenizer.encode(&text)?;
-            let all: Vec<&[u32]> = tokens.chunks(window).filter(|w| w.len() >= window.min(16)).collect();
-            if all.is_empty() {
-                return Err(CompressError::ShortText {
-                    file: path.clone(),
-                    purpose: "measuring",
-                    found: tokens.len(),
-                    expected: window.min(16),
-                });
-            }
-            let count = (compare.text_tokens / window).clamp(1, all.len());
-            let spread = (0..count).map(|i| all[(2 * i + 1) * all.len() / (2 * count)].to_vec());
-            judges.windows.extend(spread);
-            judges.counts.push(count);
-            judges.names.push(
-                path.file_stem()
-                    .map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
-            );
-        }
-        Ok(judges)
     }
 
     /// Every row at every ratio; what the journal has is not done again.
@@ -339,7 +253,7 @@ impl Job<'_> {
         judges: &Judges,
         compare: &Compare,
     ) -> Result<Vec<Judged>> {
-        let windows: Vec<&[u32]> = judges.windows.iter().map(Vec::as_slice).collect();
+        let windows = judges.slices();
         let lengths: Vec<usize> = windows.iter().map(|w| w.len()).collect();
         let hidden = self.source.files.spec.hidden;
         let stream = |name| Stream::new(&partial.states(), name, hidden, lengths.clone());
@@ -437,7 +351,7 @@ impl Job<'_> {
     }
 
     fn table(&self, compare: &Compare, judges: &Judges, rows: &[Judged]) -> Comparison {
-        let deciding: usize = judges.counts[..judges.deciding].iter().sum();
+        let deciding = judges.deciding();
         let mut lines = Vec::new();
         for &ratio in &compare.ratios {
             let of = |wish: &RowWish| -> Vec<&Judged> {
@@ -451,7 +365,7 @@ impl Job<'_> {
                 has_field: false,
             };
             let reference = of(&reap);
-            let reference = reference.first().map(|row| &row.scores[..deciding]);
+            let reference = reference.first().map(|row| row.scores.as_slice());
             for wish in &compare.rows {
                 let seeds = of(wish);
                 if !seeds.is_empty() {
@@ -459,13 +373,7 @@ impl Job<'_> {
                 }
             }
         }
-        let before = rows.first().map(|row| row.scores.clone()).unwrap_or_default();
-        let before = before.into_iter().map(|score| WindowScore {
-            kl: 0.0,
-            nll: score.teacher_nll,
-            ..score
-        });
-        let before: Vec<WindowScore> = before.collect();
+        let before = uncompressed(rows.first().map_or(&[], |row| &row.scores));
         Comparison {
             semantics: self.request.recipe.compress.semantics(),
             calibration_tokens: self.texts.calibration_tokens(),
@@ -473,7 +381,7 @@ impl Job<'_> {
             windows: deciding,
             perplexity_before: perplexity(&before[..deciding.min(before.len())]),
             bytes_before: self.source.origin.bytes,
-            texts_before: by_text(&before, judges),
+            texts_before: judges.by_text(&before),
             lines,
             seconds: 0.0,
             peak_rss_bytes: 0,
@@ -490,10 +398,10 @@ impl Job<'_> {
         judges: &Judges,
         reference: Option<&[WindowScore]>,
     ) -> Line {
-        let deciding: usize = judges.counts[..judges.deciding].iter().sum();
-        let scores = mean_scores(seeds);
+        let deciding = judges.deciding();
+        let scores = mean_scores(&seeds.iter().map(|row| row.scores.as_slice()).collect::<Vec<_>>());
         let own = &scores[..deciding];
-        let resampled = resample(own, reference);
+        let resampled = judges.resample(&scores, reference);
         let layers: Vec<_> = seeds.iter().flat_map(|row| &row.pruned.layers).collect();
         let mean = |of: &dyn Fn(&super::plan::PrunedLayer) -> f64| {
             layers.iter().map(|layer| of(layer)).sum::<f64>() / layers.len().max(1) as f64
@@ -502,7 +410,7 @@ impl Job<'_> {
         let experts = self.source.files.spec.routing.experts * dropped.len();
         let gone = dropped.iter().sum::<usize>() as u64;
         let kl_nats = kl(own);
-        let kl_ratio = reference.map(|reference| kl_nats / kl(reference));
+        let kl_ratio = reference.map(|reference| kl_nats / kl(&reference[..deciding]));
         Line {
             ratio,
             name: wish.name(),
@@ -519,75 +427,9 @@ impl Job<'_> {
             masks_tried: seeds[0].pruned.layers.iter().map(|layer| layer.tried).sum(),
             field_runs: seeds[0].pruned.field_runs,
             search_seconds: seeds.iter().map(|row| row.search_seconds).sum::<f64>() / seeds.len() as f64,
-            texts: by_text(&scores, judges),
+            texts: judges.by_text(&scores),
         }
     }
-}
-
-/// Window by window, means over seeds.
-#[expect(clippy::cast_precision_loss, reason = "counts are small")]
-fn mean_scores(seeds: &[&Judged]) -> Vec<WindowScore> {
-    let mut scores = seeds[0].scores.clone();
-    let count = seeds.len() as f64;
-    for (at, score) in scores.iter_mut().enumerate() {
-        let mean = |of: &dyn Fn(&WindowScore) -> f64| seeds.iter().map(|row| of(&row.scores[at])).sum::<f64>() / count;
-        score.kl = mean(&|s| s.kl);
-        score.nll = mean(&|s| s.nll);
-    }
-    scores
-}
-
-#[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
-fn per_target(scores: &[WindowScore], of: impl Fn(&WindowScore) -> f64) -> f64 {
-    let targets: usize = scores.iter().map(|s| s.targets).sum();
-    scores.iter().map(of).sum::<f64>() / targets.max(1) as f64
-}
-
-fn kl(scores: &[WindowScore]) -> f64 {
-    per_target(scores, |s| s.kl)
-}
-
-fn perplexity(scores: &[WindowScore]) -> f64 {
-    per_target(scores, |s| s.nll).exp()
-}
-
-fn by_text(scores: &[WindowScore], judges: &Judges) -> Vec<TextFigure> {
-    let mut rest = scores;
-    let of = |(name, &count): (&String, &usize)| {
-        let (own, after) = rest.split_at(count.min(rest.len()));
-        rest = after;
-        TextFigure {
-            text: name.clone(),
-            kl_nats: kl(own),
-            perplexity: perplexity(own),
-        }
-    };
-    judges.names.iter().zip(&judges.counts).map(of).collect()
-}
-
-/// KL and its ratio to the reference's over windows drawn with replacement, the same windows for both.
-fn resample(own: &[WindowScore], reference: Option<&[WindowScore]>) -> Vec<(f64, f64)> {
-    let mut stream = Seeds::new(0).stream("bootstrap");
-    let draw = |_| {
-        let (mut targets, mut sum, mut base) = (0usize, 0.0, 0.0);
-        for _ in 0..own.len() {
-            let at = stream.random_range(0..own.len());
-            targets += own[at].targets;
-            sum += own[at].kl;
-            base += reference.map_or(0.0, |reference| reference[at].kl);
-        }
-        #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
-        let kl = sum / targets.max(1) as f64;
-        (kl, if base > 0.0 { sum / base } else { f64::NAN })
-    };
-    (0..RESAMPLES).map(draw).collect()
-}
-
-/// 95 %, by percentiles.
-fn interval(values: impl Iterator<Item = f64>) -> [f64; 2] {
-    let mut sorted: Vec<f64> = values.collect();
-    sorted.sort_by(f64::total_cmp);
-    [sorted[RESAMPLES / 40], sorted[RESAMPLES - 1 - RESAMPLES / 40]]
 }
 
 #[cfg(test)]
@@ -613,22 +455,5 @@ mod tests {
             assert!(RowWish::parse(text).unwrap_err().contains(wanted), "{text}");
         }
         assert!(RowWish::usual().len() > 10);
-    }
-
-    #[test]
-    fn intervals_hold_the_mean_and_pairing_takes_common_spread_away() {
-        let score = |kl: f64| WindowScore {
-            targets: 10,
-            kl,
-            nll: 20.0,
-            teacher_nll: 19.0,
-        };
-        let reference: Vec<WindowScore> = (0..50).map(|i| score(1.0 + f64::from(i % 7))).collect();
-        let own: Vec<WindowScore> = reference.iter().map(|s| score(s.kl * 0.5)).collect();
-        let resampled = resample(&own, Some(&reference));
-        let [lo, hi] = interval(resampled.iter().map(|(kl, _)| *kl));
-        assert!(lo < kl(&own) && kl(&own) < hi && hi - lo > 0.01);
-        let [lo, hi] = interval(resampled.iter().map(|(_, ratio)| *ratio));
-        assert!((lo - 0.5).abs() < 1e-12 && (hi - 0.5).abs() < 1e-12);
     }
 }

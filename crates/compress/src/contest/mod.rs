@@ -1,0 +1,7 @@
+//! Comparisons: what judges ([`judge`]), and ways to spend a budget of bits beside each other ([`budgets`]).
+
+pub mod judge;
+pub mod entrant;
+pub mod table;
+
+mod plot;
