@@ -111,13 +111,13 @@ impl Job<'_> {
             .experts()
             .into_iter()
             .zip(coded)
-            .map(|(expert, kept)| NewExpert {
-                why: Why {
+            .map(|(expert, kept)| {
+                let why = Why {
                     tokens: usage.experts[expert.index()].tokens,
                     share: usage.share(expert),
                     gate_share: usage.gate_share(expert),
-                },
-                kept,
+                };
+                NewExpert::new(why, kept)
             })
             .collect();
         let entry = writer.append_layer(layer.id(), gain, new)?;
@@ -154,7 +154,11 @@ impl Job<'_> {
 
     fn student<'s>(&self, layer: LayerId, coded: &'s [Option<CodedExpert>], living: &'s [bool]) -> Student<'s> {
         Student {
-            store: CodedLayer { layer, experts: coded },
+            store: CodedLayer {
+                layer,
+                experts: coded,
+                constants: &[],
+            },
             living,
             meaning: self.request.recipe.compress.dropped,
             cpu: self.cpu,

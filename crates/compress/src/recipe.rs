@@ -82,6 +82,7 @@ impl Compress {
         named.unwrap_or(match self.dropped {
             DroppedMeaning::Masked => Semantics::Masked,
             DroppedMeaning::Removed => Semantics::Removed,
+            DroppedMeaning::Novice => Semantics::Novice,
         })
     }
 
@@ -100,7 +101,8 @@ impl Compress {
         match prune.semantics {
             Some(Semantics::Masked) => self.dropped = DroppedMeaning::Masked,
             Some(Semantics::Removed) => self.dropped = DroppedMeaning::Removed,
-            Some(Semantics::Novice) | None => {}
+            Some(Semantics::Novice) => self.dropped = DroppedMeaning::Novice,
+            None => {}
         }
         Ok(())
     }

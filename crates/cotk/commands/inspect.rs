@@ -191,6 +191,14 @@ fn coded(container: &Container, layer: LayerId) -> Vec<Expert> {
         .experts
         .iter()
         .map(|expert| match &expert.state {
+            State::Constant(record) => Expert {
+                id: expert.expert,
+                bytes: record.bytes,
+                bits: [0; 3],
+                kind: "constant",
+                params: 0,
+                why: Some(expert.why),
+            },
             State::Dropped => Expert {
                 id: expert.expert,
                 bytes: 0,

@@ -28,6 +28,8 @@ pub struct PlainMoe {
     shape: MoeShape,
     /// Per entry of `shape.layers`, per original expert; `None` where it was dropped.
     experts: Vec<Vec<Option<Mlp>>>,
+    /// What experts answer with that are not there but can be chosen; as `experts`, or empty.
+    constants: Vec<Vec<Option<Vec<f32>>>>,
     alive: Vec<Vec<bool>>,
     absent: Absent,
 }
@@ -72,8 +74,32 @@ impl PlainMoe {
                 .collect(),
             shape,
             experts,
+            constants: Vec::new(),
             absent,
         }
+    }
+
+    /// The same with constants `[hidden]` in the place of some experts that are absent, which are then chosen like any other.
+    ///
+    /// # Panics
+    /// When the counts do not fit the shape.
+    #[must_use]
+    pub fn with_constants(mut self, constants: Vec<Vec<Option<Vec<f32>>>>) -> Self {
+        assert_eq!(constants.len(), self.experts.len(), "one list per layer");
+        for (alive, constants) in self.alive.iter_mut().zip(&constants) {
+            assert_eq!(alive.len(), constants.len(), "one entry per original expert");
+            for (alive, constant) in alive.iter_mut().zip(constants) {
+                assert!(constant.as_ref().is_none_or(|values| values.len() == self.shape.hidden));
+                *alive |= constant.is_some();
+            }
+        }
+        self.constants = constants;
+        self
+    }
+
+    /// What an expert that is not there answers with.
+    fn constant(&self, layer: usize, expert: usize) -> Option<&[f32]> {
+        self.constants.get(layer)?.get(expert)?.as_deref()
     }
 }
 
@@ -138,11 +164,14 @@ impl MoeRuntime for PlainMoe {
         }
         let width = self.shape.hidden;
         let run = |(expert, slots): (usize, &Vec<usize>)| {
+            let Some(mlp) = &self.experts[at][expert] else {
+                let constant = self.constant(at, expert);
+                return constant.expect("routing chooses the living").repeat(slots.len());
+            };
             let mut rows = Vec::with_capacity(slots.len() * width);
             for slot in slots {
                 rows.extend_from_slice(&hidden[slot / routed.slots * width..][..width]);
             }
-            let mlp = self.experts[at][expert].as_ref().expect("routing chooses the living");
             mlp.apply(&rows)
         };
         let busy: Vec<(usize, &Vec<usize>)> = slots_of.iter().enumerate().filter(|(_, s)| !s.is_empty()).collect();
@@ -169,16 +198,18 @@ impl MoeRuntime for PlainMoe {
                 *out += gate * value;
             }
         }
-        let uses = routed
-            .experts
-            .iter()
-            .zip(&routed.gates)
-            .map(|(&expert, &gate)| ExpertUse {
+        let uses = routed.experts.iter().zip(&routed.gates).map(|(&expert, &gate)| {
+            let (bits, precision) = match self.experts[at][expert.index()] {
+                Some(_) => (32, Precision::Full),
+                None => (0, Precision::Constant),
+            };
+            ExpertUse {
                 expert,
                 gate,
-                bits: 32,
-                precision: Precision::Full,
-            });
+                bits,
+                precision,
+            }
+        });
         Ok(MoeRecord {
             slots: routed.slots,
             uses: uses.collect(),

@@ -123,7 +123,7 @@ pub fn container_experts(
     };
     let kept = layer.experts.iter().filter_map(|e| match &e.state {
         State::Kept(record) => Some((record.as_ref(), e.why.tokens)),
-        State::Dropped => None,
+        State::Constant(_) | State::Dropped => None,
     });
     let tokens: u64 = kept.clone().map(|(_, tokens)| tokens).sum();
     let calls = spec.routing.top_k.min(layer.kept());

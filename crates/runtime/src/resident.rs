@@ -4,7 +4,6 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use cotk_container::manifest::State;
 use cotk_container::reader::Container;
 use cotk_model::moe::{Mode, MoeRecord, MoeRuntime, MoeShape, Routed, RouterScores, RuntimeError, route_to};
 use cotk_model::spec::ModelSpec;
@@ -56,7 +55,7 @@ impl Resident {
         let living = manifest
             .layers
             .iter()
-            .map(|l| l.experts.iter().map(|e| matches!(e.state, State::Kept(_))).collect())
+            .map(|l| l.experts.iter().map(|e| e.state.is_routable()).collect())
             .collect();
         let little = manifest.little_bits.map(|bits| Little { bits });
         let modes = if little.is_some() {

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use cotk_container::gguf::blocks::{coded_rows, decode, holds, weight_rows};
 use cotk_container::gguf::{GgufTensor, Sink, TensorType, Value, write};
-use cotk_container::reader::{Container, ExpertView};
+use cotk_container::reader::Container;
+use cotk_container::view::ExpertView;
 use cotk_run::cancel::Cancel;
 use cotk_run::progress::Progress;
 use cotk_run::units::{Bytes, LayerId};
@@ -356,24 +357,26 @@ fn stack(
     }
     // Widths of the experts' codes, narrowest first.
     let mut widths: Vec<u32> = Vec::new();
-    let mut is_held = true;
+    let (mut is_held, mut has_factors) = (true, false);
     for &expert in subject.kept(layer) {
         let of = |view: &ExpertView<'_>| {
-            let prefix = view.part(part(matrix));
-            (prefix.format(), prefix.bits().get(), holds(TensorType::Q8_0, &prefix))
+            let view = view.part(part(matrix));
+            let is_whole = view.codes().is_some_and(|codes| holds(TensorType::Q8_0, &codes));
+            ([view.rows(), view.cols()], view.bits(), view.rank(), is_whole)
         };
-        let (format, bits, is_whole) = subject.coded(layer, expert, of)?.expect("kept experts have records");
-        if [format.rows(), format.cols()] != [rows, columns] {
+        let (shape, bits, rank, is_whole) = subject.coded(layer, expert, of)?.expect("kept experts have records");
+        if shape != [rows, columns] {
             return Err(ExportError::Refused {
                 format: GGUF,
                 what: format!("`{name}`"),
-                found: format!("{expert} of {} × {}", format.rows(), format.cols()),
+                found: format!("{expert} of {} × {}", shape[0], shape[1]),
                 expected: format!("experts of one size: {rows} × {columns}"),
                 others: 0,
                 help: "compress again without cutting channels, or serve it with `cotk serve`".to_owned(),
             });
         }
         widths.push(bits);
+        has_factors |= rank > 0;
         is_held &= is_whole;
         if matches!(subject.experts, Experts::Made(_)) {
             break; // one is like all
@@ -396,6 +399,8 @@ fn stack(
             format!("{found} codes in rows of {columns}"),
             "rows of whole blocks of 32",
         ))
+    } else if has_factors {
+        Some((format!("{found} codes with low-rank factors"), "plain codes alone"))
     } else if !is_held {
         Some((
             format!("a {found} prefix of nested codes, half a cell off"),
@@ -560,8 +565,8 @@ fn put_stack(
             .map(|&expert| {
                 if planned.way == Way::Codes {
                     let rows = |view: &ExpertView<'_>| {
-                        let prefix = view.part(part(matrix));
-                        coded_rows(kind, &prefix, 0..prefix.format().rows())
+                        let codes = view.part(part(matrix)).codes().expect("planned by its codes");
+                        coded_rows(kind, &codes, 0..codes.format().rows())
                     };
                     let rows = subject.coded(layer, expert, rows)?;
                     return Ok((rows.expect("kept experts have records"), Loss::default()));

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use cotk_container::ContainerError;
 use cotk_container::manifest::{DroppedMeaning, State};
-use cotk_container::reader::{Container, ExpertView};
+use cotk_container::reader::Container;
+use cotk_container::view::{ExpertView, MatrixView};
 use cotk_kernels::cpu::noise::NoiseExpert;
 use cotk_kernels::cpu::weights::Weights;
 use cotk_run::units::{ExpertId, LayerId};
@@ -288,9 +289,9 @@ impl<'a> Subject<'a> {
                     Weights::Half(_) => unreachable!("made in plain codes"),
                 };
                 Ok(Some(read(&ExpertView {
-                    gate: prefix(0),
-                    up: prefix(1),
-                    down: prefix(2),
+                    gate: MatrixView::Codes(prefix(0)),
+                    up: MatrixView::Codes(prefix(1)),
+                    down: MatrixView::Codes(prefix(2)),
                 })))
             }
         }
