@@ -15,8 +15,11 @@ use cotk_runtime::store::{CodedLayer, alive};
 use rayon::prelude::*;
 
 use crate::Result;
+use crate::choice::{Fate, LayerFates};
 use crate::decide::{self, Decisions};
-use crate::layer::{LayerView, Usage};
+use crate::joint::build::held_sample;
+use crate::joint::code::How;
+use crate::layer::{LayerView, Samples, Usage};
 use crate::partial::{BuiltLayer, BuiltMoe, Entry, Partial};
 use crate::pipeline::{Job, Streams};
 use crate::quality;
@@ -24,9 +27,31 @@ use crate::stage::{Change, code_expert, measure_prefixes};
 use crate::states::{Stream, attend};
 use crate::walk::{add, run_plain};
 
+/// What is to be built.
+#[derive(Clone, Copy)]
+pub(crate) enum Wanted<'a> {
+    /// One code; what is dropped is the least used of the compressed stream.
+    Undisputed,
+    /// Codes rounded to nearest.
+    Changes(&'a Decisions),
+    /// In layer order.
+    Fates { layers: &'a [LayerFates], how: &'a How },
+}
+
 impl Job<'_> {
+    /// [`build`](Self::build) of chosen fates.
+    pub(crate) fn build_fates(
+        &self,
+        partial: &mut Partial,
+        streams: &Streams,
+        layers: &[LayerFates],
+        how: &How,
+    ) -> Result<()> {
+        self.build(partial, streams, Wanted::Fates { layers, how })
+    }
+
     /// The second pass: statistics on the compressed model's own stream, codes, records.
-    pub(crate) fn build(&self, partial: &mut Partial, streams: &Streams, decisions: Option<&Decisions>) -> Result<()> {
+    pub(crate) fn build(&self, partial: &mut Partial, streams: &Streams, wanted: Wanted<'_>) -> Result<()> {
         let done = partial.built().len();
         self.with
             .progress
@@ -52,7 +77,17 @@ impl Job<'_> {
             };
             let teacher = other.as_ref().unwrap_or(&layer);
             let moe = if layer.is_moe() {
-                Some(self.build_moe([&layer, teacher], index, streams, decisions, &mut writer)?)
+                Some(match wanted {
+                    Wanted::Fates { layers, how } => {
+                        let fates = layers.iter().find(|fates| fates.layer == layer.id());
+                        let fates = &fates.expect("every MoE layer has fates").experts;
+                        self.build_fated(partial, [&layer, teacher], index, streams, (fates, how), &mut writer)?
+                    }
+                    Wanted::Undisputed => self.build_moe([&layer, teacher], index, streams, None, &mut writer)?,
+                    Wanted::Changes(decisions) => {
+                        self.build_moe([&layer, teacher], index, streams, Some(decisions), &mut writer)?
+                    }
+                })
             } else {
                 self.step_dense(&layer, &streams.calibration[1], index)?;
                 self.step_dense(&layer, &streams.student, index)?;
@@ -111,20 +146,61 @@ impl Job<'_> {
             .experts()
             .into_iter()
             .zip(coded)
-            .map(|(expert, kept)| {
-                let why = Why {
-                    tokens: usage.experts[expert.index()].tokens,
-                    share: usage.share(expert),
-                    gate_share: usage.gate_share(expert),
-                };
-                NewExpert::new(why, kept)
-            })
+            .map(|(expert, kept)| NewExpert::new(why(&usage, expert), kept))
             .collect();
         let entry = writer.append_layer(layer.id(), gain, new)?;
         Ok(BuiltMoe {
             entry,
             usage,
             relative_error,
+            hessians: Vec::new(),
+        })
+    }
+
+    /// The compressed model's dense part of the layer, and the source's; codes under the Hessians of what the compressed
+    /// stream shows.
+    fn build_fated(
+        &self,
+        partial: &Partial,
+        [layer, teacher]: [&Layer; 2],
+        index: usize,
+        streams: &Streams,
+        (fates, how): (&[Fate], &How),
+        writer: &mut ContainerWriter,
+    ) -> Result<BuiltMoe> {
+        let calibration = &streams.calibration[1];
+        let living: Vec<bool> = fates.iter().map(|fate| *fate != Fate::Dropped).collect();
+        let chosen_from = alive(self.request.recipe.compress.dropped, &living);
+        let rows = self.gather(partial, layer, calibration, index, chosen_from)?;
+        let coded = self.code_layer(layer.id(), fates, &rows, how)?;
+        let (mut experts, hessians) = (coded.experts, coded.notes);
+        let samples = Samples::none(self.source.files.spec.hidden, experts.len());
+        let view = self.view(layer.id(), &rows.usage, &samples);
+        let measure = |(expert, slot): (ExpertId, &mut Option<CodedExpert>)| -> Result<()> {
+            if let Some(coded) = slot.take() {
+                let sample = held_sample(&rows, expert)?;
+                let weights = view.weights(expert)?;
+                *slot = Some(measure_prefixes(self.cpu, &view, coded, &weights, &sample));
+            }
+            Ok(())
+        };
+        view.experts().into_par_iter().zip(&mut experts).try_for_each(measure)?;
+
+        let plain = self.plain_layer(layer.id())?;
+        let student = self.student(layer.id(), &experts, &living);
+        let relative_error = self.step_student(layer, &student, Some(&plain), calibration, index)?;
+        self.step_student(layer, &student, None, &streams.student, index)?;
+        self.step_plain(teacher, &plain, &streams.teacher, index)?;
+        let new = view.experts().into_iter().zip(experts);
+        let new = new.map(|(expert, kept)| NewExpert::new(why(&rows.usage, expert), kept));
+        let entry = writer.append_layer(layer.id(), 1.0, new.collect())?;
+        let usage = rows.usage.clone();
+        rows.forget();
+        Ok(BuiltMoe {
+            entry,
+            usage,
+            relative_error,
+            hessians,
         })
     }
 
@@ -255,6 +331,14 @@ impl Student<'_> {
         let mut mixed = vec![0.0; normed.len()];
         mix.forward(normed, &routed, &mut mixed)?;
         Ok(mixed)
+    }
+}
+
+fn why(usage: &Usage, expert: ExpertId) -> Why {
+    Why {
+        tokens: usage.experts[expert.index()].tokens,
+        share: usage.share(expert),
+        gate_share: usage.gate_share(expert),
     }
 }
 

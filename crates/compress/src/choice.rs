@@ -27,6 +27,15 @@ impl Kind {
     /// In record order.
     pub const ALL: [Self; 3] = [Self::Gate, Self::Up, Self::Down];
 
+    /// In errors and tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gate => "gate",
+            Self::Up => "up",
+            Self::Down => "down",
+        }
+    }
+
     /// Rows and columns at a hidden size and an inner size.
     pub fn shape(self, hidden: usize, inner: usize) -> (usize, usize) {
         match self {

@@ -7,13 +7,20 @@ use cotk_run::recipe::{self, Source};
 use cotk_run::units::significant;
 use serde::{Deserialize, Serialize};
 
+use crate::choice::Form;
+use crate::joint::recipe::{Joint, Share};
 use crate::prune::gram::Semantics;
 use crate::prune::recipe::Prune;
 use crate::{CompressError, Result};
 
 /// Recipes that are found by bare name.
-pub const EMBEDDED: [(&str, &str); 2] = [
+pub const EMBEDDED: [(&str, &str); 4] = [
     ("moe-int4", include_str!("../../../recipes/moe-int4.toml")),
+    (
+        "moe-gptq-uniform",
+        include_str!("../../../recipes/moe-gptq-uniform.toml"),
+    ),
+    ("moe-joint", include_str!("../../../recipes/moe-joint.toml")),
     ("moe-prune", include_str!("../../../recipes/moe-prune.toml")),
 ];
 
@@ -66,6 +73,9 @@ pub struct Compress {
     /// Choose what goes by measured loss, in the place of `drop_ratio` and `drop_shape`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prune: Option<Prune>,
+    /// Choose the codes of every matrix by GPTQ, and among forms by measured loss, in the place of `group`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub joint: Option<Joint>,
 }
 
 impl Compress {
@@ -74,6 +84,14 @@ impl Compress {
         let proper = |&code: &Code| code.prefixes().iter().filter(move |&&bits| bits != code.full());
         let all: Vec<Bits> = self.codes.get().iter().flat_map(proper).copied().collect();
         Bits::ALL.into_iter().filter(|bits| all.contains(bits)).collect()
+    }
+
+    /// What experts may be stored in.
+    pub fn forms(&self) -> Vec<Form> {
+        match &self.joint {
+            Some(joint) => joint.forms(&self.codes),
+            None => self.codes.get().iter().map(|&code| Form::plain(code, self.group.get())).collect(),
+        }
     }
 
     /// What a dropped expert means to the searches of `prune`.
@@ -120,6 +138,15 @@ pub struct Budget {
     /// Of `dense.safetensors` and `experts.bin` together, at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
+    /// Of codes and scales of the experts, over the number of weights that the source's experts have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits_per_expert_weight: Option<Share>,
+    /// Predicted time of the experts of one token over all layers, on the profile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_ms: Option<Share>,
+    /// KL(source ‖ output) on held-out calibration text: the smallest output that is not above it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_kl_nats: Option<Share>,
 }
 
 /// `[latency]`: what predicts the time of a token.
