@@ -11,20 +11,20 @@ use serde::{Deserialize, Serialize};
 use super::experts::Dropped;
 use super::gram::Semantics;
 use super::mask::Mask;
-use super::plan::{Pruned, Wish};
-use super::ratios::Spread;
+use super::plan::{Pruned, PrunedLayer, Wish};
 use super::recipe::{PAPER_FIELD, Prune};
-use super::search::Method;
+pub use super::rows::RowWish;
 pub use crate::contest::judge::TextFigure;
 use crate::contest::judge::{Bench, Judges, WindowScore, interval, kl, mean_scores, perplexity, uncompressed};
 use crate::decide::Measured;
+use crate::heal::HealOptions;
 use crate::partial::{Begun, Entry, Partial};
 use crate::pipeline::{Job, Request, Surroundings};
+use crate::shrink::judge::{MULTIPLE, Steps};
+use crate::shrink::plan::Way;
+use crate::shrink::slim::Slim;
 use crate::states::Stream;
 use crate::{CompressError, Result};
-
-/// Seeds of a method that draws.
-const SEEDS: u64 = 3;
 
 /// What is compared with what, on which texts.
 #[derive(Debug, Clone)]
@@ -32,7 +32,7 @@ pub struct Compare {
     /// Its `eval_text` is not read: `texts` judge.
     pub request: Request,
     pub rows: Vec<RowWish>,
-    /// Shares of experts to drop; each row at each.
+    /// Shares of the experts' weights to take away; each row at each.
     pub ratios: Vec<f64>,
     /// Make up the figure that decides; shown one by one too.
     pub texts: Vec<PathBuf>,
@@ -42,93 +42,6 @@ pub struct Compare {
     pub text_tokens: usize,
 }
 
-/// One way to choose.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RowWish {
-    pub method: Method,
-    pub spread: Spread,
-    /// Whether reception fields choose among three masks per layer.
-    pub has_field: bool,
-}
-
-impl RowWish {
-    /// `reap`, `swap:unequal`, `genetic:equal:field`.
-    ///
-    /// # Errors
-    /// What is not known, and what is.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        let mut parts = text.split(':');
-        let name = parts.next().unwrap_or_default();
-        let method = Method::named(name).ok_or_else(|| {
-            let names: Vec<&str> = Method::ALL.iter().map(|method| method.name()).collect();
-            format!("`{name}` is not a method: expected one of {}", names.join(", "))
-        })?;
-        let is_paper = method == Method::Paper;
-        let mut wish = Self {
-            method,
-            spread: if is_paper { Spread::Paper } else { Spread::Equal },
-            has_field: is_paper,
-        };
-        for part in parts {
-            match part {
-                "equal" => wish.spread = Spread::Equal,
-                "unequal" => wish.spread = Spread::Unequal,
-                "paper" => wish.spread = Spread::Paper,
-                "field" => wish.has_field = true,
-                "layers" => wish.has_field = false,
-                other => {
-                    return Err(format!(
-                        "`{other}` in `{text}`: expected equal, unequal, paper, field or layers"
-                    ));
-                }
-            }
-        }
-        Ok(wish)
-    }
-
-    /// All of one ratio by default.
-    pub fn usual() -> Vec<Self> {
-        [
-            "random",
-            "frequency",
-            "reap",
-            "reap-renormalised",
-            "energy",
-            "single",
-            "greedy",
-            "swap",
-            "genetic",
-            "genetic:equal:field",
-            "reap:unequal",
-            "energy:unequal",
-            "greedy:unequal",
-            "swap:unequal",
-            "genetic:unequal",
-            "paper",
-        ]
-        .iter()
-        .map(|text| Self::parse(text).expect("these are known"))
-        .collect()
-    }
-
-    /// In tables: `genetic unequal field`.
-    pub fn name(&self) -> String {
-        let field = if self.has_field { " field" } else { "" };
-        match (self.method, self.spread) {
-            (Method::Paper, Spread::Paper) => format!("paper{field}"),
-            (method, spread) => format!("{} {}{field}", method.name(), spread.name()),
-        }
-    }
-
-    fn seeds(&self) -> u64 {
-        match self.method {
-            Method::Random => SEEDS,
-            // Drawn too, but its swaps end in the same place; one seed a figure, in the recipe.
-            _ => 1,
-        }
-    }
-}
-
 /// One row, one ratio, one seed, as the journal keeps it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Judged {
@@ -136,6 +49,12 @@ pub struct Judged {
     pub ratio: f64,
     pub seed: u64,
     pub pruned: Pruned,
+    /// What becomes of each expert of each layer, where not all that stay are whole.
+    #[serde(default)]
+    pub plan: Option<Vec<Vec<Slim>>>,
+    /// What healing did to each layer.
+    #[serde(default)]
+    pub steps: Steps,
     pub search_seconds: f64,
     /// All windows of all texts, in order.
     pub scores: Vec<WindowScore>,
@@ -150,9 +69,16 @@ pub struct Line {
     /// Over all of [`Compare::texts`].
     pub kl_nats: f64,
     pub kl_ci95: [f64; 2],
-    /// KL over that of `reap equal` at this ratio, paired by windows; absent where that is not a row.
+    /// KL over that of `reap equal` at this ratio, healed as this one is, paired by windows; absent where that is not a row.
     pub kl_ratio: Option<f64>,
     pub kl_ratio_ci95: Option<[f64; 2]>,
+    /// The same over MoE-I²'s own settings (`paper field`), healed as this one is.
+    pub kl_of_paper: Option<f64>,
+    pub kl_of_paper_ci95: Option<[f64; 2]>,
+    /// Share of the experts' weights that is gone.
+    pub gone: f64,
+    /// Layers whose healing was kept on held-out tokens, of those that were healed: down projections, scales.
+    pub healed: Option<[usize; 2]>,
     pub perplexity: f64,
     /// Mean over layers of the relative loss on the half of the tokens that chose.
     pub chosen_loss: f64,
@@ -205,7 +131,7 @@ pub fn compare(compare: &Compare, with: &Surroundings<'_>) -> Result<Comparison>
     let mut partial = match Partial::begin(&request.out, &identity)? {
         Begun::Compared(comparison) => return Ok(*comparison),
         Begun::Working(partial) => *partial,
-        Begun::Finished(_) => return Err(CompressError::OutputExists { folder: request.out }),
+        Begun::Finished(_) | Begun::Stood(_) => return Err(CompressError::OutputExists { folder: request.out }),
     };
     let streams = job.streams(&partial);
     job.recover(&mut partial, &streams)?;
@@ -260,6 +186,18 @@ impl Job<'_> {
         let (teacher, student) = (stream("judge-teacher"), stream("judge-student"));
         self.embed(&teacher, &windows)?;
         self.walk_under(partial, measured, None, &teacher)?;
+        let shrinking = if compare.rows.iter().any(RowWish::needs_tokens) {
+            let whole = self.whole_stream(partial, &self.calibration_windows())?;
+            let is_smaller = compare.rows.iter().any(|row| row.way != Way::Whole);
+            let surveys = if is_smaller {
+                self.shrink_surveys(partial, measured, &whole)?
+            } else {
+                Vec::new()
+            };
+            Some((whole, surveys))
+        } else {
+            None
+        };
         let mut done: Vec<Judged> = partial.judged();
         for &ratio in &compare.ratios {
             for &wish in &compare.rows {
@@ -269,7 +207,7 @@ impl Job<'_> {
                         continue;
                     }
                     let clock = Instant::now();
-                    let pruned = match self.prune(partial, measured, &self.wish(wish, ratio, seed)) {
+                    let chosen = match self.pruned(partial, measured, wish, ratio, seed) {
                         // An exhaustive search where there are too many masks is said, not fatal to the others.
                         Err(error @ CompressError::TooManyMasks { .. }) if compare.rows.len() > 1 => {
                             self.with.progress.note(&format!("{} at {ratio}: {error}", wish.name()));
@@ -277,26 +215,42 @@ impl Job<'_> {
                         }
                         found => found?,
                     };
-                    let search_seconds = clock.elapsed().as_secs_f64();
-                    let masks =
-                        |pruned: &Pruned| -> Vec<Mask> { pruned.layers.iter().map(|l| l.mask.clone()).collect() };
-                    let known = done.iter().find(|row| masks(&row.pruned) == masks(&pruned));
-                    let scores = match known {
-                        Some(row) => row.scores.clone(),
-                        None => {
-                            self.embed(&student, &windows)?;
-                            self.walk_under(partial, measured, Some(&pruned), &student)?;
-                            self.score_windows(&windows, &teacher, &student)?
-                        }
-                    };
-                    let row = Judged {
+                    let mut row = Judged {
                         wish,
                         ratio,
                         seed,
-                        pruned,
-                        search_seconds,
-                        scores,
+                        pruned: chosen,
+                        plan: None,
+                        steps: Vec::new(),
+                        search_seconds: 0.0,
+                        scores: Vec::new(),
                     };
+                    if let (Some((whole, surveys)), true) = (&shrinking, wish.needs_tokens()) {
+                        let how = (wish.way, wish.spread, MULTIPLE);
+                        let much = (ratio, self.prune_recipe().end_tokens.get());
+                        let plan = self.shrink_plan(partial, measured, surveys, whole, how, &row.pruned, much)?;
+                        row.search_seconds = clock.elapsed().as_secs_f64();
+                        self.embed(&student, &windows)?;
+                        let healing = wish.is_healed.then(HealOptions::default);
+                        let built = (&row.pruned, plan.as_slice());
+                        row.steps = self.walk_slim(partial, measured, whole, built, healing.as_ref(), &student)?;
+                        row.plan = Some(plan);
+                        row.scores = self.score_windows(&windows, &teacher, &student)?;
+                    } else {
+                        row.search_seconds = clock.elapsed().as_secs_f64();
+                        let masks =
+                            |pruned: &Pruned| -> Vec<Mask> { pruned.layers.iter().map(|l| l.mask.clone()).collect() };
+                        let is_known =
+                            |known: &&Judged| known.plan.is_none() && masks(&known.pruned) == masks(&row.pruned);
+                        row.scores = match done.iter().find(is_known) {
+                            Some(known) => known.scores.clone(),
+                            None => {
+                                self.embed(&student, &windows)?;
+                                self.walk_under(partial, measured, Some(&row.pruned), &student)?;
+                                self.score_windows(&windows, &teacher, &student)?
+                            }
+                        };
+                    }
                     partial.finished(Entry::Judged(Box::new(row.clone())))?;
                     done.push(row);
                 }
@@ -305,16 +259,66 @@ impl Job<'_> {
         Ok(done)
     }
 
-    fn wish(&self, row: RowWish, ratio: f64, seed: u64) -> Wish {
-        let recipe = &self.request.recipe;
-        let prune = self.prune_recipe();
-        Wish {
+    /// Which experts a row drops: none, half of what goes, or all of it.
+    fn pruned(
+        &self,
+        partial: &mut Partial,
+        measured: &[Measured],
+        row: RowWish,
+        ratio: f64,
+        seed: u64,
+    ) -> Result<Pruned> {
+        let (recipe, prune) = (&self.request.recipe, self.prune_recipe());
+        let wish = Wish {
             method: row.method,
             spread: row.spread,
-            ratio,
+            ratio: match (row.way, row.has_both) {
+                (Way::Whole, _) => ratio,
+                (_, true) => 0.5 * ratio,
+                (_, false) => 0.0,
+            },
             field_masks: if row.has_field { PAPER_FIELD.get() } else { 1 },
             ..Wish::of(prune, recipe.compress.semantics(), recipe.seed + seed)
+        };
+        if wish.ratio > 0.0 {
+            return self.prune(partial, measured, &wish);
         }
+        let experts = self.source.files.spec.routing.experts;
+        let layer = |measured: &Measured| PrunedLayer {
+            layer: measured.layer,
+            mask: Mask::none(experts),
+            chosen_loss: 0.0,
+            loss: 0.0,
+            tried: 0,
+            kl_per_loss: None,
+        };
+        Ok(Pruned {
+            method: wish.method,
+            semantics: wish.semantics,
+            spread: wish.spread,
+            layers: measured.iter().map(layer).collect(),
+            field_runs: 0,
+        })
+    }
+
+    /// Share of the experts' weights that a row takes away.
+    #[expect(clippy::cast_precision_loss, reason = "weights are far below 2^53")]
+    fn gone(&self, row: &Judged) -> f64 {
+        let spec = &self.source.files.spec;
+        let whole = 3 * spec.hidden * spec.moe_intermediate;
+        let all = whole * spec.routing.experts * row.pruned.layers.len();
+        let left: usize = match &row.plan {
+            Some(plan) => (plan.iter().flatten())
+                .map(|slim| slim.weights(spec.hidden, spec.moe_intermediate))
+                .sum(),
+            None => row
+                .pruned
+                .layers
+                .iter()
+                .map(|layer| layer.mask.kept().len() * whole)
+                .sum(),
+        };
+        1.0 - left as f64 / all.max(1) as f64
     }
 
     /// A stream through all layers under masks.
@@ -359,17 +363,17 @@ impl Job<'_> {
                     .filter(|row| row.wish == *wish && row.ratio == ratio)
                     .collect()
             };
-            let reap = RowWish {
-                method: Method::Reap,
-                spread: Spread::Equal,
-                has_field: false,
+            let like = |text: &str, wish: &RowWish| RowWish {
+                is_healed: wish.is_healed,
+                ..RowWish::parse(text).expect("this row is known")
             };
-            let reference = of(&reap);
-            let reference = reference.first().map(|row| row.scores.as_slice());
+            let scores =
+                |wish: RowWish| -> Option<Vec<WindowScore>> { of(&wish).first().map(|row| row.scores.clone()) };
             for wish in &compare.rows {
                 let seeds = of(wish);
                 if !seeds.is_empty() {
-                    lines.push(self.line(wish, ratio, &seeds, judges, reference));
+                    let references = [scores(like("reap", wish)), scores(like("paper", wish))];
+                    lines.push(self.line(wish, ratio, &seeds, judges, &references));
                 }
             }
         }
@@ -389,71 +393,64 @@ impl Job<'_> {
         }
     }
 
-    #[expect(clippy::cast_precision_loss, reason = "counts are small")]
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "counts are small, bytes far below 2^53"
+    )]
     fn line(
         &self,
         wish: &RowWish,
         ratio: f64,
         seeds: &[&Judged],
         judges: &Judges,
-        reference: Option<&[WindowScore]>,
+        references: &[Option<Vec<WindowScore>>; 2],
     ) -> Line {
         let deciding = judges.deciding();
         let scores = mean_scores(&seeds.iter().map(|row| row.scores.as_slice()).collect::<Vec<_>>());
         let own = &scores[..deciding];
-        let resampled = judges.resample(&scores, reference);
+        let compared = references.each_ref().map(|reference| {
+            let reference = reference.as_deref()?;
+            let ratios = judges
+                .resample(&scores, Some(reference))
+                .into_iter()
+                .map(|(_, ratio)| ratio);
+            Some((kl(own) / kl(&reference[..deciding]), interval(ratios)))
+        });
+        let [reap, paper] = compared;
+        let resampled = judges.resample(&scores, None);
         let layers: Vec<_> = seeds.iter().flat_map(|row| &row.pruned.layers).collect();
         let mean = |of: &dyn Fn(&super::plan::PrunedLayer) -> f64| {
             layers.iter().map(|layer| of(layer)).sum::<f64>() / layers.len().max(1) as f64
         };
         let dropped: Vec<usize> = seeds[0].pruned.layers.iter().map(|layer| layer.mask.count()).collect();
-        let experts = self.source.files.spec.routing.experts * dropped.len();
-        let gone = dropped.iter().sum::<usize>() as u64;
-        let kl_nats = kl(own);
-        let kl_ratio = reference.map(|reference| kl_nats / kl(&reference[..deciding]));
+        let gone = self.gone(seeds[0]);
+        let kept = |name: &str| {
+            let steps = seeds[0].steps.iter().flatten();
+            steps.filter(|step| step.name == name && step.is_kept).count()
+        };
         Line {
             ratio,
             name: wish.name(),
             seeds: seeds.len() as u64,
-            kl_nats,
+            kl_nats: kl(own),
             kl_ci95: interval(resampled.iter().map(|(kl, _)| *kl)),
-            kl_ratio_ci95: kl_ratio.map(|_| interval(resampled.iter().map(|(_, ratio)| *ratio))),
-            kl_ratio,
+            kl_ratio: reap.map(|(ratio, _)| ratio),
+            kl_ratio_ci95: reap.map(|(_, interval)| interval),
+            kl_of_paper: paper.map(|(ratio, _)| ratio),
+            kl_of_paper_ci95: paper.map(|(_, interval)| interval),
+            gone,
+            healed: wish.is_healed.then(|| [kept("down"), kept("scales")]),
             perplexity: perplexity(own),
             chosen_loss: mean(&|layer| layer.chosen_loss),
             loss: mean(&|layer| layer.loss),
-            bytes: self.source.origin.bytes - self.source.origin.expert_bytes * gone / experts.max(1) as u64,
+            bytes: self.source.origin.bytes - (self.source.origin.expert_bytes as f64 * gone).round() as u64,
             dropped,
             masks_tried: seeds[0].pruned.layers.iter().map(|layer| layer.tried).sum(),
             field_runs: seeds[0].pruned.field_runs,
             search_seconds: seeds.iter().map(|row| row.search_seconds).sum::<f64>() / seeds.len() as f64,
             texts: judges.by_text(&scores),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_are_spelled_as_they_are_named() {
-        for (text, name) in [
-            ("reap", "reap equal"),
-            ("swap:unequal", "swap unequal"),
-            ("genetic:equal:field", "genetic equal field"),
-            ("paper", "paper field"),
-            ("paper:layers", "paper"),
-        ] {
-            assert_eq!(RowWish::parse(text).unwrap().name(), name);
-        }
-        for (text, wanted) in [
-            ("reep", "expected one of"),
-            ("reap:even", "`even`"),
-            ("", "not a method"),
-        ] {
-            assert!(RowWish::parse(text).unwrap_err().contains(wanted), "{text}");
-        }
-        assert!(RowWish::usual().len() > 10);
     }
 }
