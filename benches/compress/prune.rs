@@ -9,10 +9,10 @@ use cotk_compress::prune::compare::{Compare, Line, RowWish, compare};
 use cotk_compress::recipe::Recipe;
 use cotk_run::cancel::Cancel;
 use cotk_run::facts::FactList;
-use cotk_run::progress::Progress;
 use serde::Serialize;
 
 use crate::Args;
+use crate::lines::Lines;
 use crate::output;
 
 #[derive(Serialize)]
@@ -55,20 +55,6 @@ struct Figures {
     seconds: f64,
     peak_rss_bytes: u64,
     row: Vec<Row>,
-}
-
-/// Phases, for who waits.
-struct Lines;
-
-impl Progress for Lines {
-    fn begin(&self, what: &str, total: u64, unit: &str) {
-        eprintln!("{what}: {total} {unit}");
-    }
-    fn advance(&self, _: u64) {}
-    fn end(&self) {}
-    fn note(&self, text: &str) {
-        eprintln!("{text}");
-    }
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {

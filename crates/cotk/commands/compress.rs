@@ -406,10 +406,6 @@ pub(crate) fn failure(error: &CompressError) -> FaultReport {
             help: Some("this is a bug of cotk: please report it".into()),
             ..facts("plot", FAILED)
         },
-        CompressError::Algebra(_) | CompressError::Statistics(_) => FaultReport {
-            help: Some("this is a bug of cotk: please report it with the recipe".into()),
-            ..facts("statistics", FAILED)
-        },
         CompressError::Allocation(_) => FaultReport {
             help: Some("this is a bug of cotk: please report it with the recipe".into()),
             ..facts("allocation", FAILED)

@@ -1,6 +1,7 @@
 //! Comparisons: what judges ([`judge`]), and ways to spend a budget of bits beside each other ([`budgets`]).
 
 pub mod judge;
+pub mod budgets;
 pub mod entrant;
 pub mod table;
 

@@ -18,6 +18,10 @@ pub struct Counts {
     pub experts_constant: usize,
     /// Experts that lost inner channels.
     pub experts_shrunk: usize,
+    /// Matrices with a low-rank correction on top of their codes.
+    pub matrices_corrected: usize,
+    /// Experts whose Hessians had to lean on others': too few tokens came.
+    pub hessians_shrunk: usize,
     /// Matrices by form, `plain2 g64`.
     pub matrices: BTreeMap<String, usize>,
 }
