@@ -2,7 +2,7 @@
 //! layer sees what the compressed layers before it made, so that errors travel as they will when it is served.
 
 use cotk_container::manifest::{DroppedMeaning, Why};
-use cotk_container::writer::{CodedExpert, ContainerWriter, NewExpert};
+use cotk_container::writer::{CodedExpert, ContainerWriter, NewExpert, NewLayer};
 use cotk_model::layers::linear::Linear;
 use cotk_model::layers::{Layer, Mlp};
 use cotk_model::moe::route;
@@ -23,6 +23,7 @@ use crate::layer::{LayerView, Samples, Usage};
 use crate::partial::{BuiltLayer, BuiltMoe, Entry, Partial};
 use crate::pipeline::{Job, Streams};
 use crate::quality;
+use crate::shrink::build::Smaller;
 use crate::stage::{Change, code_expert, measure_prefixes};
 use crate::states::{Stream, attend};
 use crate::walk::{add, run_plain};
@@ -32,8 +33,11 @@ use crate::walk::{add, run_plain};
 pub(crate) enum Wanted<'a> {
     /// One code; what is dropped is the least used of the compressed stream.
     Undisputed,
-    /// Codes rounded to nearest.
-    Changes(&'a Decisions),
+    /// Codes rounded to nearest, of smaller experts where there is a plan of them.
+    Changes {
+        decisions: &'a Decisions,
+        smaller: Option<&'a Smaller>,
+    },
     /// In layer order.
     Fates { layers: &'a [LayerFates], how: &'a How },
 }
@@ -83,9 +87,10 @@ impl Job<'_> {
                         let fates = &fates.expect("every MoE layer has fates").experts;
                         self.build_fated(partial, [&layer, teacher], index, streams, (fates, how), &mut writer)?
                     }
-                    Wanted::Undisputed => self.build_moe([&layer, teacher], index, streams, None, &mut writer)?,
-                    Wanted::Changes(decisions) => {
-                        self.build_moe([&layer, teacher], index, streams, Some(decisions), &mut writer)?
+                    Wanted::Undisputed => self.build_moe([&layer, teacher], index, streams, (None, None), &mut writer)?,
+                    Wanted::Changes { decisions, smaller } => {
+                        let wanted = (Some(decisions), smaller);
+                        self.build_moe([&layer, teacher], index, streams, wanted, &mut writer)?
                     }
                 })
             } else {
@@ -115,18 +120,23 @@ impl Job<'_> {
         [layer, teacher]: [&Layer; 2],
         index: usize,
         streams: &Streams,
-        decisions: Option<&Decisions>,
+        (decisions, smaller): (Option<&Decisions>, Option<&Smaller>),
         writer: &mut ContainerWriter,
     ) -> Result<BuiltMoe> {
         let calibration = &streams.calibration[1];
         let (usage, samples) = self.observe(layer, calibration, index)?;
+        let smaller = match smaller {
+            Some(smaller) => Some(self.smaller_layer(smaller, layer, index, calibration)?),
+            None => None,
+        };
+        let weights = smaller.as_ref().map(|smaller| smaller.experts.as_slice());
         let view = self.view(layer.id(), &usage, &samples);
         let changes = match decisions {
             Some(decisions) => decided(decisions, layer.id()),
             None => self.undisputed(&usage),
         };
         let plain = self.plain_layer(layer.id())?;
-        let coded = self.code(&view, &changes, 1.0)?;
+        let coded = self.code(&view, &changes, weights, 1.0)?;
         let gain = self.gain(
             layer,
             &self.student(layer.id(), &coded, &living(&coded)),
@@ -134,7 +144,7 @@ impl Job<'_> {
             calibration,
             index,
         )?;
-        let mut coded = self.code(&view, &changes, gain)?;
+        let mut coded = self.code(&view, &changes, weights, gain)?;
         self.measure_prefixes(&view, &mut coded, gain)?;
         let living = living(&coded);
         let student = self.student(layer.id(), &coded, &living);
@@ -146,9 +156,21 @@ impl Job<'_> {
             .experts()
             .into_iter()
             .zip(coded)
-            .map(|(expert, kept)| NewExpert::new(why(&usage, expert), kept))
+            .map(|(expert, kept)| {
+                let new = NewExpert::new(why(&usage, expert), kept);
+                match &smaller {
+                    Some(smaller) => new.decided(smaller.decisions[expert.index()].clone()),
+                    None => new,
+                }
+            })
             .collect();
-        let entry = writer.append_layer(layer.id(), gain, new)?;
+        let entry = writer.append(NewLayer {
+            layer: layer.id(),
+            gain,
+            healed: smaller.map_or_else(Vec::new, |smaller| smaller.healed),
+            thresholds: Vec::new(),
+            experts: new,
+        })?;
         Ok(BuiltMoe {
             entry,
             usage,
@@ -204,13 +226,24 @@ impl Job<'_> {
         })
     }
 
-    /// Codes the kept experts of a layer, their down projections times `gain`.
-    fn code(&self, view: &LayerView<'_>, changes: &[Change], gain: f32) -> Result<Vec<Option<CodedExpert>>> {
+    /// Codes the kept experts of a layer, their down projections times `gain`; `smaller`: weights in the place of the
+    /// source's.
+    fn code(
+        &self,
+        view: &LayerView<'_>,
+        changes: &[Change],
+        smaller: Option<&[Option<Mlp>]>,
+        gain: f32,
+    ) -> Result<Vec<Option<CodedExpert>>> {
         let group = self.request.recipe.compress.group.get();
+        let weights = |expert: ExpertId| match smaller {
+            Some(smaller) => Ok(smaller[expert.index()].clone().expect("what is kept has a size")),
+            None => view.weights(expert),
+        };
         let code = |expert: ExpertId| match changes[expert.index()] {
             Change::Drop => Ok(None),
             Change::Code(code) => {
-                code_expert(view, expert, &scaled(view.weights(expert)?, gain), code, group).map(Some)
+                code_expert(view, expert, &scaled(weights(expert)?, gain), code, group).map(Some)
             }
         };
         view.experts().into_par_iter().map(code).collect()

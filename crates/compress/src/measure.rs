@@ -126,7 +126,7 @@ impl Job<'_> {
     /// One code for whatever `[compress.prune]` keeps: nothing to measure, nothing to allocate.
     fn has_one_code(&self) -> bool {
         let recipe = &self.request.recipe.compress;
-        recipe.prune.is_some() && recipe.codes.get().len() == 1
+        (recipe.prune.is_some() || recipe.shrink.is_some()) && recipe.codes.get().len() == 1
     }
 
     /// That code for every expert, where there is one.

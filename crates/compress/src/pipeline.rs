@@ -148,18 +148,22 @@ pub fn compress(request: &Request, with: &Surroundings<'_>) -> Result<Report> {
         let top_k = job.source.files.spec.routing.top_k;
         let record_budget = job.record_budget();
         let pruned = job.masks(&mut partial, &measured)?;
-        Some(decide::decide(
+        let decisions = decide::decide(
             &request.recipe.compress,
             &measured,
             pruned.as_ref(),
             top_k,
             record_budget,
-        )?)
+        )?;
+        Some((decisions, job.smaller(&mut partial, &measured, pruned.as_ref())?))
     } else {
         None
     };
     match &decisions {
-        Some(decisions) => job.build(&mut partial, &streams, Wanted::Changes(decisions))?,
+        Some((decisions, smaller)) => {
+            let smaller = smaller.as_ref();
+            job.build(&mut partial, &streams, Wanted::Changes { decisions, smaller })?;
+        }
         None => job.build(&mut partial, &streams, Wanted::Undisputed)?,
     }
     job.finish(partial, &streams, plan.warnings, resumed, clock)

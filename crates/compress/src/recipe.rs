@@ -11,10 +11,11 @@ use crate::choice::Form;
 use crate::joint::recipe::{Joint, Share};
 use crate::prune::gram::Semantics;
 use crate::prune::recipe::Prune;
+use crate::shrink::recipe::Shrink;
 use crate::{CompressError, Result};
 
 /// Recipes that are found by bare name.
-pub const EMBEDDED: [(&str, &str); 4] = [
+pub const EMBEDDED: [(&str, &str); 5] = [
     ("moe-int4", include_str!("../../../recipes/moe-int4.toml")),
     (
         "moe-gptq-uniform",
@@ -22,6 +23,7 @@ pub const EMBEDDED: [(&str, &str); 4] = [
     ),
     ("moe-joint", include_str!("../../../recipes/moe-joint.toml")),
     ("moe-prune", include_str!("../../../recipes/moe-prune.toml")),
+    ("moe-shrink", include_str!("../../../recipes/moe-shrink.toml")),
 ];
 
 /// A whole recipe.
@@ -73,6 +75,9 @@ pub struct Compress {
     /// Choose what goes by measured loss, in the place of `drop_ratio` and `drop_shape`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prune: Option<Prune>,
+    /// Make experts smaller: inner channels go.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shrink: Option<Shrink>,
     /// Choose the codes of every matrix by GPTQ, and among forms by measured loss, in the place of `group`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub joint: Option<Joint>,
@@ -106,6 +111,7 @@ impl Compress {
 
     /// Loss, runtime and exports speak of the same absence; one key says how much goes.
     fn settle_pruning(&mut self) -> Result<()> {
+        self.settle_shrinking()?;
         let Some(prune) = &self.prune else {
             return Ok(());
         };
@@ -121,6 +127,46 @@ impl Compress {
             Some(Semantics::Removed) => self.dropped = DroppedMeaning::Removed,
             Some(Semantics::Novice) => self.dropped = DroppedMeaning::Novice,
             None => {}
+        }
+        Ok(())
+    }
+
+    /// One way at a time takes weights away, and what whole experts take is part of the share.
+    fn settle_shrinking(&self) -> Result<()> {
+        let Some(shrink) = &self.shrink else {
+            return Ok(());
+        };
+        let pruned = self.prune.as_ref().map_or(0.0, |prune| prune.ratio.get());
+        let contradiction = |keys, found, help| Err(CompressError::Contradiction { keys, found, help });
+        if self.drop_ratio.get() > 0.0 {
+            let found = format!("{} and {}", self.drop_ratio.get(), shrink.ratio.get());
+            return contradiction(
+                ["compress.drop_ratio", "compress.shrink.ratio"],
+                found,
+                "set compress.drop_ratio=0; [compress.prune] drops experts beside smaller ones",
+            );
+        }
+        if pruned >= shrink.ratio.get() && self.prune.is_some() {
+            let found = format!("{pruned} and {}", shrink.ratio.get());
+            return contradiction(
+                ["compress.prune.ratio", "compress.shrink.ratio"],
+                found,
+                "compress.shrink.ratio counts the experts that go: set it higher",
+            );
+        }
+        if self.joint.is_some() {
+            return contradiction(
+                ["compress.joint", "compress.shrink"],
+                "both".to_owned(),
+                "codes of smaller experts are rounded to nearest: leave [compress.joint] out",
+            );
+        }
+        if self.dropped == DroppedMeaning::Novice {
+            return contradiction(
+                ["compress.dropped", "compress.shrink"],
+                "novice".to_owned(),
+                "set compress.dropped=\"masked\"",
+            );
         }
         Ok(())
     }
@@ -442,6 +488,7 @@ impl Recipe {
         let drops = self.compress.drop_ratio.get() > 0.0;
         self.compress.codes.get().len() > 1
             || self.compress.prune.is_some()
+            || self.compress.shrink.is_some()
             || (drops && self.compress.drop_shape == DropShape::Usage)
     }
 }

@@ -4,12 +4,16 @@
 
 pub mod judge;
 pub mod plan;
+pub mod recipe;
 pub mod slim;
 
 mod apply;
+pub(crate) mod build;
 #[cfg(test)]
 mod laws;
 pub mod moments;
 pub mod survey;
+#[cfg(test)]
+mod whole_laws;
 
 pub use self::slim::{Slim, Slimmed, slim};

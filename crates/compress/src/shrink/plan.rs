@@ -122,7 +122,10 @@ pub fn equal(way: Way, alive: &[Vec<bool>], sizes: &Sizes) -> Vec<Vec<Slim>> {
     } else {
         match way {
             Way::Whole => Slim::Whole,
-            Way::Channels => Slim::Channels(each / (3 * sizes.hidden) / sizes.multiple * sizes.multiple),
+            Way::Channels => {
+                let kept = each / (3 * sizes.hidden) / sizes.multiple * sizes.multiple;
+                Slim::Channels(kept.max(sizes.multiple.min(sizes.inner)))
+            }
             Way::Rank | Way::PlainRank => {
                 let rank = (each / 3 / (sizes.hidden + sizes.inner)).clamp(1, break_even(sizes.inner, sizes.hidden));
                 if way == Way::Rank {
@@ -231,7 +234,8 @@ pub fn unequal(
 
 /// Channels that stay, loss, weights.
 fn channel_offers(found: &ShrinkExpert, sizes: &Sizes) -> Vec<(usize, f64, usize)> {
-    let kept = (0..=sizes.inner).filter(|kept| kept % sizes.multiple == 0 || *kept == sizes.inner);
+    // An expert of nothing would still be routed to: that is what dropping is for.
+    let kept = (1..=sizes.inner).filter(|kept| kept % sizes.multiple == 0 || *kept == sizes.inner);
     kept.map(|kept| {
         let gone = sizes.inner - kept;
         let loss = if gone == 0 {
