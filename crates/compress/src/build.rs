@@ -5,8 +5,8 @@ use cotk_container::manifest::{DroppedMeaning, Why};
 use cotk_container::writer::{CodedExpert, ContainerWriter, NewExpert, NewLayer};
 use cotk_model::layers::linear::Linear;
 use cotk_model::layers::{Layer, Mlp};
-use cotk_model::moe::route;
-use cotk_model::reference::PlainMoe;
+use cotk_model::moe::{MoeShape, route};
+use cotk_model::reference::{Absent, PlainMoe};
 use cotk_model::spec::ModelSpec;
 use cotk_run::units::{ExpertId, LayerId};
 use cotk_runtime::mix::{Cpu, Mix};
@@ -18,12 +18,12 @@ use crate::Result;
 use crate::choice::{Fate, LayerFates};
 use crate::decide::{self, Decisions};
 use crate::joint::build::held_sample;
-use crate::joint::code::How;
+use crate::joint::code::{How, decoded_expert};
 use crate::layer::{LayerView, Samples, Usage};
 use crate::partial::{BuiltLayer, BuiltMoe, Entry, Partial};
 use crate::pipeline::{Job, Streams};
 use crate::quality;
-use crate::shrink::build::Smaller;
+use crate::shrink::build::{Smaller, told};
 use crate::stage::{Change, code_expert, measure_prefixes};
 use crate::states::{Stream, attend};
 use crate::walk::{add, run_plain};
@@ -194,7 +194,15 @@ impl Job<'_> {
         let living: Vec<bool> = fates.iter().map(|fate| *fate != Fate::Dropped).collect();
         let chosen_from = alive(self.request.recipe.compress.dropped, &living);
         let rows = self.gather(partial, layer, calibration, index, chosen_from)?;
-        let coded = self.code_layer(layer.id(), fates, &rows, how)?;
+        let coded = match &how.heal {
+            None => self.code_layer(layer.id(), fates, &rows, how)?,
+            Some(options) => {
+                let whole = self.whole_stream(partial, &self.calibration_windows())?;
+                let tokens = self.layer_tokens(layer, calibration, &whole, index, chosen_from)?;
+                self.code_healed_layer(layer, fates, (&rows, &tokens), how, options)?
+            }
+        };
+        let healed = coded.steps.iter().map(told).collect();
         let (mut experts, hessians) = (coded.experts, coded.notes);
         let samples = Samples::none(self.source.files.spec.hidden, experts.len());
         let view = self.view(layer.id(), &rows.usage, &samples);
@@ -208,14 +216,21 @@ impl Job<'_> {
         };
         view.experts().into_par_iter().zip(&mut experts).try_for_each(measure)?;
 
+        let decoded = self.decoded_layer(layer.id(), &experts);
+        self.step_plain(layer, &decoded, calibration, index)?;
         let plain = self.plain_layer(layer.id())?;
         let student = self.student(layer.id(), &experts, &living);
-        let relative_error = self.step_student(layer, &student, Some(&plain), calibration, index)?;
-        self.step_student(layer, &student, None, &streams.student, index)?;
+        let relative_error = self.step_student(layer, &student, Some(&plain), &streams.student, index)?;
         self.step_plain(teacher, &plain, &streams.teacher, index)?;
         let new = view.experts().into_iter().zip(experts);
         let new = new.map(|(expert, kept)| NewExpert::new(why(&rows.usage, expert), kept));
-        let entry = writer.append_layer(layer.id(), 1.0, new.collect())?;
+        let entry = writer.append(NewLayer {
+            layer: layer.id(),
+            gain: 1.0,
+            healed,
+            thresholds: Vec::new(),
+            experts: new.collect(),
+        })?;
         let usage = rows.usage.clone();
         rows.forget();
         Ok(BuiltMoe {
@@ -224,6 +239,22 @@ impl Job<'_> {
             relative_error,
             hessians,
         })
+    }
+
+    /// What the codes say, in f32: the stream that later layers are fitted to need not go through 8-bit activations.
+    pub(crate) fn decoded_layer(&self, layer: LayerId, coded: &[Option<CodedExpert>]) -> PlainMoe {
+        let spec = &self.source.files.spec;
+        let experts = coded.par_iter().map(|coded| coded.as_ref().map(decoded_expert));
+        let shape = MoeShape {
+            hidden: spec.hidden,
+            rule: spec.routing,
+            layers: vec![layer],
+        };
+        let absent = match self.request.recipe.compress.dropped {
+            DroppedMeaning::Removed => Absent::Removed,
+            DroppedMeaning::Masked | DroppedMeaning::Novice => Absent::Masked,
+        };
+        PlainMoe::from_experts(shape, vec![experts.collect()], absent)
     }
 
     /// Codes the kept experts of a layer, their down projections times `gain`; `smaller`: weights in the place of the

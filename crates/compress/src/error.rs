@@ -74,6 +74,12 @@ pub enum CompressError {
     /// The time budget is below what the recipe can reach.
     #[error("a target of {budget} ms for a token cannot be met: the least of this recipe is {least} ms")]
     TargetTime { budget: f64, least: f64 },
+    /// Even the largest output of the recipe loses more than it may.
+    #[error(
+        "a KL divergence of {target} nats cannot be met: with {} of codes, the most that there may be, it is {least}",
+        Bytes(*bytes)
+    )]
+    TargetKl { target: f64, least: f64, bytes: u64 },
     /// Two keys of the recipe cannot both hold.
     #[error("{} and {} contradict each other: {found}", keys[0], keys[1])]
     Contradiction {

@@ -85,7 +85,7 @@ impl Job<'_> {
         let menu = Menu {
             forms: joint.forms(&self.request.recipe.compress.codes),
             always: always.to_vec(),
-            how: How::of(joint),
+            how: How::of(joint).to_compare(),
             prior: joint.traffic_prior.get(),
         };
         self.with
@@ -119,6 +119,8 @@ impl Job<'_> {
         self.with.progress.end();
         let offered = partial.measured().into_iter().filter_map(|m| m.offered.as_deref());
         let mut offered: Vec<Offered> = offered.cloned().collect();
+        let usages = offered.iter().map(|offered| (offered.offers.layer, &offered.offers.usage));
+        crate::report::enough(&self.request.calibration, usages)?;
         self.weigh(partial, &mut offered, joint.sensitivity_tokens)?;
         Ok(offered.into_iter().map(|offered| offered.offers).collect())
     }

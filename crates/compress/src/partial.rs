@@ -17,6 +17,7 @@ use crate::contest::table::Contested;
 use crate::decide::Measured;
 use crate::joint::code::HessianNote;
 use crate::joint::offers::Offered;
+use crate::joint::points::Tried;
 use crate::joint::sensitivity::KindSensitivity;
 use crate::layer::Usage;
 use crate::prune::compare::{Comparison, Judged};
@@ -46,6 +47,7 @@ pub enum Entry {
     Measured(MeasuredLayer),
     Sensitivity(Sensitivity),
     Kinds(KindSensitivity),
+    Tried(Tried),
     Pruned(Box<Pruned>),
     Judged(Box<Judged>),
     Shrunk(Box<Shrunk>),
@@ -267,6 +269,15 @@ impl Partial {
             Entry::Kinds(found) => Some(found),
             _ => None,
         })
+    }
+
+    /// Allocations that were measured end to end.
+    pub fn tried(&self) -> Vec<Tried> {
+        let tried = |entry: &Entry| match entry {
+            Entry::Tried(tried) => Some(*tried),
+            _ => None,
+        };
+        self.entries.iter().filter_map(tried).collect()
     }
 
     /// Rows of a comparison, as far as it got.

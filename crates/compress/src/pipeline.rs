@@ -21,9 +21,8 @@ use cotk_runtime::mix::Cpu;
 use serde::Serialize;
 
 use crate::build::Wanted;
-use crate::choice::{Chooser, Fate, Kind, LayerFates, Limits};
+use crate::choice::{Fate, Kind, LayerFates, Limits};
 use crate::decide::{self, Measured};
-use crate::joint::choose;
 use crate::joint::code::How;
 use crate::joint::offers::matrix_bytes;
 use crate::joint::recipe::{Joint, Share};
@@ -139,7 +138,7 @@ pub fn compress(request: &Request, with: &Surroundings<'_>) -> Result<Report> {
     let resumed = partial.is_resumed();
 
     if let Some(joint) = &request.recipe.compress.joint {
-        let layers = job.joint_fates(&mut partial, &streams, joint)?;
+        let layers = job.fates(&mut partial, &streams, joint)?;
         job.build_fates(&mut partial, &streams, &layers, &How::of(joint))?;
         return job.finish(partial, &streams, plan.warnings, resumed, clock);
     }
@@ -210,7 +209,7 @@ impl Job<'_> {
     }
 
     /// What becomes of every expert under `[compress.joint]` and `[budget]`.
-    fn joint_fates(&self, partial: &mut Partial, streams: &Streams, joint: &Joint) -> Result<Vec<LayerFates>> {
+    fn fates(&self, partial: &mut Partial, streams: &Streams, joint: &Joint) -> Result<Vec<LayerFates>> {
         let recipe = &self.request.recipe.compress;
         let spec = &self.source.files.spec;
         if let [form] = joint.forms(&recipe.codes)[..] {
@@ -222,12 +221,8 @@ impl Job<'_> {
             return Ok(self.source.moe_layers().into_iter().map(of).collect());
         }
         let offers = self.offers(partial, streams, joint, &[])?;
-        let chooser = choose::Joint {
-            trust: 1.0,
-            top_k: spec.routing.top_k,
-        };
         let limits = self.limits()?;
-        Ok(chooser.choose(&offers, &limits, self.request.recipe.seed)?.0)
+        self.joint_fates(partial, &offers, joint, &limits)
     }
 
     /// What `[budget]` leaves for the experts' codes.
@@ -479,12 +474,15 @@ impl<'a> Job<'a> {
 
     /// The dense part of a layer of the source.
     pub(crate) fn load_layer(&self, layer: usize) -> Result<Layer> {
+        // What earlier layers were read from leaves memory: a model may be larger than that.
+        self.source.files.source.release();
         let spec = &self.source.files.spec;
         Ok(Layer::load(spec, self.source.files.source.as_ref(), layer_id(layer))?)
     }
 
     /// The same as the container will hold it.
     pub(crate) fn load_student_layer(&self, layer: usize) -> Result<Layer> {
+        self.source.files.source.release();
         let spec = &self.source.files.spec;
         Ok(Layer::load(spec, self.source.student.as_ref(), layer_id(layer))?)
     }

@@ -355,6 +355,13 @@ pub(crate) fn failure(error: &CompressError) -> FaultReport {
             help: Some("raise the budget, add narrower codes to compress.codes, or raise compress.drop_ratio".into()),
             ..facts("budget", OUT_OF_REACH)
         },
+        CompressError::TargetKl { target, least, .. } => FaultReport {
+            key: Some("budget.max_kl_nats".into()),
+            found: Some(format!("{target} nats")),
+            expected: Some(format!("at least {least} nats")),
+            help: Some("raise the target or the budget, or add wider codes to compress.codes".into()),
+            ..facts("budget", OUT_OF_REACH)
+        },
         CompressError::TargetTime { budget, least } => FaultReport {
             key: Some("budget.target_ms".into()),
             found: Some(format!("{budget} ms")),

@@ -10,12 +10,13 @@ use super::code::{self, HessianNote, How, Outer};
 use super::recipe::Rounding;
 use super::rows::{LayerRows, Part};
 use crate::choice::{Fate, Kind, MatrixChoice};
+use crate::heal::Step;
 use crate::layer::Sample;
 use crate::pipeline::Job;
 use crate::{CompressError, Result};
 
 /// Held-out rows of an expert that its prefixes are measured on.
-const PREFIX_ROWS: usize = 512;
+const PREFIX_ROWS: usize = 256;
 
 /// A layer's experts in codes, in original numbering, and what stands behind them.
 #[derive(Debug)]
@@ -24,6 +25,8 @@ pub(crate) struct CodedExperts {
     pub(crate) experts: Vec<Option<CodedExpert>>,
     /// Of kept experts.
     pub(crate) notes: Vec<HessianNote>,
+    /// What healing did.
+    pub(crate) steps: Vec<Step>,
 }
 
 impl Job<'_> {
@@ -52,7 +55,7 @@ impl Job<'_> {
             let weights = self.kept_weights(layer, expert, channels.as_deref())?;
             let mut outer = code::outer(rows, expert, hidden, pool.as_ref(), how)?;
             let (gate, up) = self.code_outer(layer, expert, &weights, matrices, &outer, how)?;
-            let factor = code::inner(rows, &mut outer, &code::decoded(&gate), &code::decoded(&up), how)?;
+            let factor = code::inner(rows, &mut outer.fed, hidden, (&code::decoded(&gate), &code::decoded(&up)), how)?;
             let down = self.code_one(
                 layer,
                 expert,
@@ -62,7 +65,7 @@ impl Job<'_> {
                 &factor,
                 how,
             )?;
-            Ok(Some((CodedExpert::new(gate, up, down), outer.note)))
+            Ok(Some((CodedExpert::new(gate, up, down), outer.fed.note)))
         };
         let coded: Vec<_> = experts
             .into_par_iter()
@@ -71,10 +74,14 @@ impl Job<'_> {
             .collect::<Result<Vec<_>>>()?;
         let notes = coded.iter().flatten().map(|(_, note)| *note).collect();
         let experts = coded.into_iter().map(|coded| coded.map(|(coded, _)| coded)).collect();
-        Ok(CodedExperts { experts, notes })
+        Ok(CodedExperts {
+            experts,
+            notes,
+            steps: Vec::new(),
+        })
     }
 
-    fn code_outer(
+    pub(super) fn code_outer(
         &self,
         layer: LayerId,
         expert: ExpertId,
@@ -91,7 +98,7 @@ impl Job<'_> {
     }
 
     #[expect(clippy::too_many_arguments, reason = "where, what, how")]
-    fn code_one(
+    pub(super) fn code_one(
         &self,
         layer: LayerId,
         expert: ExpertId,

@@ -125,3 +125,14 @@ fn refused(error: QuantError) -> CompressError {
         other => CompressError::Allocation(other),
     }
 }
+
+/// Bytes of the smallest and of the largest choice.
+pub(crate) fn range_bytes(layers: &[LayerOffers]) -> (u64, u64) {
+    let items = items(layers);
+    let bytes = |item: &Item<'_>| {
+        let bytes = item.offers.iter().map(|offer| offer.bytes);
+        (bytes.clone().min().unwrap_or(0), bytes.max().unwrap_or(0))
+    };
+    let sum = |(least, most), (l, m)| (least + l, most + m);
+    items.iter().map(bytes).fold((0, 0), sum)
+}

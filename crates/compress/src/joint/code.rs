@@ -20,6 +20,7 @@ use super::recipe::{Joint, Rounding};
 use super::rows::{LayerRows, Part, Picked};
 use crate::Result;
 use crate::choice::Form;
+use crate::heal::HealOptions;
 
 /// Rows of inputs in memory at once, per expert.
 const CHUNK_ROWS: usize = 4096;
@@ -27,6 +28,8 @@ const CHUNK_ROWS: usize = 4096;
 const FED_TIMES: f64 = 4.0;
 /// Tokens that are let in beside too few, per input.
 const SOFT_TIMES: usize = 4;
+/// Between the scale that is best for rounding and those that are best where errors are fed back at few bits.
+const COMPARED_FACTOR: f32 = 1.1;
 /// Of tokens that did not come: the square of this is what they count.
 const SOFT_ETA: f64 = 0.3;
 /// Tokens of the layer that the pooled Hessian is made of, per input.
@@ -39,6 +42,10 @@ pub struct How {
     pub scale_factors: Vec<f32>,
     pub refit_rounds: usize,
     pub damping: f64,
+    /// Whether several first widths and zero points are tried.
+    pub tries_starts: bool,
+    /// Refit down projections to what the layer should add, and each expert's size after its codes stand.
+    pub heal: Option<HealOptions>,
 }
 
 impl How {
@@ -49,7 +56,17 @@ impl How {
             scale_factors: joint.scale_factors.iter().map(|f| f.get()).collect(),
             refit_rounds: joint.refit_rounds,
             damping: joint.damping.get(),
+            tries_starts: true,
+            heal: joint.heal.then(HealOptions::default),
         }
+    }
+
+    /// Near enough to compare forms by: one scale, one start.
+    #[must_use]
+    pub fn to_compare(mut self) -> Self {
+        self.scale_factors = vec![COMPARED_FACTOR];
+        self.tries_starts = false;
+        self
     }
 
     /// Each weight's nearest.
@@ -59,6 +76,8 @@ impl How {
             scale_factors: vec![1.0],
             refit_rounds: 0,
             damping: gptq::DAMPING,
+            tries_starts: false,
+            heal: None,
         }
     }
 }
@@ -82,6 +101,11 @@ pub struct HessianNote {
 /// Ready to code one expert.
 pub(crate) struct Outer {
     pub(crate) factor: Factor,
+    pub(crate) fed: Fed,
+}
+
+/// What an expert is fitted to.
+pub(crate) struct Fed {
     pub(crate) note: HessianNote,
     /// Fitting tokens, and those let in.
     pub(crate) own: Picked,
@@ -135,28 +159,31 @@ pub(crate) fn outer(
     note.dead[0] = factor.dead();
     Ok(Outer {
         factor,
-        note,
-        own,
-        soft,
+        fed: Fed { note, own, soft },
     })
 }
 
 /// The Hessian of an expert's down projection behind these gate and up projections.
-pub(crate) fn inner(rows: &LayerRows, outer: &mut Outer, gate: &[f32], up: &[f32], how: &How) -> Result<Factor> {
-    let hidden = outer.factor.cols();
+pub(crate) fn inner(
+    rows: &LayerRows,
+    fed: &mut Fed,
+    hidden: usize,
+    (gate, up): (&[f32], &[f32]),
+    how: &How,
+) -> Result<Factor> {
     let inner = gate.len() / hidden;
     let middle = |x: Vec<f32>| Ok(middle(&x, gate, up, hidden));
-    let own = moment(rows, &[&outer.own], inner, middle)?;
-    let hessian = if outer.note.effective_tokens < FED_TIMES * count(inner) {
-        let soft = moment(rows, &[&outer.soft], inner, middle)?;
+    let own = moment(rows, &[&fed.own], inner, middle)?;
+    let hessian = if fed.note.effective_tokens < FED_TIMES * count(inner) {
+        let soft = moment(rows, &[&fed.soft], inner, middle)?;
         let shrunk = shrink(&own, soft.second.view(), 1.0)?;
-        outer.note.lambda[1] = shrunk.lambda;
+        fed.note.lambda[1] = shrunk.lambda;
         shrunk.hessian
     } else {
         own.second
     };
     let factor = Factor::try_new(hessian.view(), how.damping)?;
-    outer.note.dead[1] = factor.dead();
+    fed.note.dead[1] = factor.dead();
     Ok(factor)
 }
 
@@ -209,7 +236,9 @@ pub(crate) fn code_matrix(
         return encode(weights, format);
     }
     let mut best: Option<(f64, CodedMatrix)> = None;
-    for (first, zero_point) in starts(form.code) {
+    let starts = starts(form.code);
+    let tried = if how.tries_starts { starts.len() } else { 1 };
+    for &(first, zero_point) in &starts[..tried] {
         let settings = Settings {
             first,
             zero_point,
@@ -230,6 +259,8 @@ fn starts(code: Code) -> Vec<(Bits, Option<f32>)> {
     match code {
         // Two levels on each side of zero, or zero itself and one more on one side.
         Code::Plain(Bits::B2) => vec![(Bits::B2, None), (Bits::B2, Some(1.5))],
+        // In the middle first: near the best at every width.
+        Code::Nested224 => vec![(Bits::B4, None), (Bits::B8, None), (Bits::B2, None)],
         _ => code.prefixes().iter().map(|&bits| (bits, None)).collect(),
     }
 }

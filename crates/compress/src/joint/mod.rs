@@ -5,7 +5,9 @@
 pub mod build;
 pub mod choose;
 pub mod code;
+mod heal;
 pub mod offers;
+pub mod points;
 pub mod recipe;
 pub mod rows;
 pub mod sensitivity;

@@ -30,7 +30,7 @@ const FEW_ROWS: usize = 32;
 /// Rows of a matrix that stand for it where forms are compared by rounding to nearest.
 const PROXY_ROWS: usize = 16;
 /// What rounding to nearest may lose above the hull for a form to be solved.
-const SLACK: f64 = 1.3;
+const SLACK: f64 = 1.15;
 
 /// What the first pass keeps of a layer in the journal.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -119,7 +119,7 @@ impl Job<'_> {
         let weights = self.kept_weights(layer, expert, None)?;
         let (gate, up) = (weights.gate.weights(), weights.up.weights());
         let mut outer = code::outer(rows, expert, hidden, pool, &menu.how)?;
-        let inner = code::inner(rows, &mut outer, &gate, &up, &menu.how)?;
+        let inner = code::inner(rows, &mut outer.fed, hidden, (&gate, &up), &menu.how)?;
         let judge = Judge::new(&weights, expert, rows, hidden, menu.prior)?;
         let mut offers = Vec::new();
         let mut probed = [0.0; 3];
@@ -161,7 +161,7 @@ impl Job<'_> {
             }
         }
         offers.sort_by_key(|offer| (offer.kind, offer.bytes));
-        Ok((offers, probed, outer.note))
+        Ok((offers, probed, outer.fed.note))
     }
 
     /// A third of what an expert of this form takes; 0 without a profile: no budget weighs it then.
@@ -305,7 +305,7 @@ fn shortlist(
     Ok(kept.map(|(form, _)| *form).collect())
 }
 
-/// Which points (bytes, error) lie at most `slack` times above their lower convex hull.
+/// Which points (bytes, error) no other beats in both, and lie at most `slack` times above the lower convex hull.
 fn near_hull(points: &[(u64, f64)], slack: f64) -> Vec<bool> {
     let mut order: Vec<usize> = (0..points.len()).collect();
     order.sort_by(|&a, &b| points[a].0.cmp(&points[b].0).then(points[a].1.total_cmp(&points[b].1)));
@@ -336,7 +336,9 @@ fn near_hull(points: &[(u64, f64)], slack: f64) -> Vec<bool> {
             (_, None) => hull.last().map_or(0.0, |&last| at(last).1),
         }
     };
-    points.iter().map(|&(bytes, error)| error <= slack * height(count(bytes))).collect()
+    let is_beaten = |a: (u64, f64)| points.iter().any(|&b| b.0 <= a.0 && b.1 <= a.1 && b != a);
+    let near = |&(bytes, error): &(u64, f64)| error <= slack * height(count(bytes)) && !is_beaten((bytes, error));
+    points.iter().map(near).collect()
 }
 
 #[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
@@ -349,12 +351,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_far_above_the_hull_is_left_out() {
-        let points = [(10, 8.0), (20, 2.0), (20, 2.5), (30, 1.9), (40, 0.5), (50, 0.6), (30, 1.3)];
-        assert_eq!(
-            near_hull(&points, 1.3),
-            [true, true, true, false, true, true, true]
-        );
+    fn what_is_beaten_or_far_above_the_hull_is_left_out() {
+        let points = [(10, 8.0), (20, 2.0), (20, 2.5), (30, 1.9), (40, 0.5), (50, 0.6), (31, 1.3)];
+        assert_eq!(near_hull(&points, 1.3), [true, true, false, false, true, false, true]);
         assert_eq!(near_hull(&points, 1.0), [true, true, false, false, true, false, false]);
         assert!(near_hull(&[], 1.0).is_empty());
     }

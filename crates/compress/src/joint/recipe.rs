@@ -37,6 +37,10 @@ pub struct Joint {
     /// Calibration tokens on which each layer and matrix kind is weighed by KL at the model's end; 0: all weigh the same.
     #[serde(default = "defaults::sensitivity_tokens")]
     pub sensitivity_tokens: usize,
+    /// Refit down projections to what each layer should add, on tokens that do not judge it; kept where held-out tokens
+    /// agree.
+    #[serde(default)]
+    pub heal: bool,
     /// Allocations that are built and measured end to end, at most.
     #[serde(default = "defaults::points")]
     pub points: usize,

@@ -85,6 +85,19 @@ impl Job<'_> {
         index: usize,
         alive: Alive<'_>,
     ) -> Result<LayerRows> {
+        self.gather_parts(partial, layer, stream, index, alive, &self.texts.held_out)
+    }
+
+    /// The same for a stream of windows of its own: `held_out` says which of them judge.
+    pub(crate) fn gather_parts(
+        &self,
+        partial: &Partial,
+        layer: &Layer,
+        stream: &Stream,
+        index: usize,
+        alive: Alive<'_>,
+        held_out: &[bool],
+    ) -> Result<LayerRows> {
         let spec = &self.source.files.spec;
         let (hidden, experts) = (spec.hidden, spec.routing.experts);
         let path = partial.states().join("rows.f32");
@@ -122,7 +135,7 @@ impl Job<'_> {
         for (slot, expert) in (0u32..).zip(&routed.experts) {
             slots_of[expert.index()].push(slot);
         }
-        let windows = stream.windows().iter().zip(&self.texts.held_out);
+        let windows = stream.windows().iter().zip(held_out);
         Ok(LayerRows {
             layer: layer.id(),
             usage: observer.finish().0,
