@@ -1,7 +1,8 @@
 //! What may become of an expert, as values: stages offer them, choosers choose, the build carries them out, reports and
 //! `inspect` say them. Law: what loads from a journal is what was written, and every fate has a size in bytes.
 
-use cotk_container::layout::aligned_record_bytes;
+use cotk_container::layout::{Shape, aligned_constant_bytes, aligned_record_bytes};
+use cotk_container::low_rank::{LowRank, Role};
 use cotk_quant::QuantError;
 use cotk_quant::code::Code;
 use cotk_quant::layout::{MatrixFormat, ScaleForm, WHOLE_ROW};
@@ -124,24 +125,31 @@ impl Fate {
         }
     }
 
-    /// Bytes of its record without corrections, with what aligning it costs at most; `hidden` and `inner` are the
+    /// Bytes of its record with what aligning it costs at most; `hidden` and `inner` are the
     /// source's.
     ///
     /// # Errors
     /// As [`Form::format`].
     pub fn coded_bytes(&self, hidden: usize, inner: usize) -> std::result::Result<u64, QuantError> {
-        let Self::Coded { matrices, channels } = self else {
-            return Ok(0);
+        let (matrices, channels) = match self {
+            Self::Dropped => return Ok(0),
+            Self::Constant => return Ok(aligned_constant_bytes(hidden)),
+            Self::Coded { matrices, channels } => (matrices, channels),
         };
         let inner = channels.as_ref().map_or(inner, Vec::len);
-        let format = |kind: Kind| {
+        let shape = |kind: Kind| -> std::result::Result<Shape, QuantError> {
             let (rows, cols) = kind.shape(hidden, inner);
-            matrices[kind as usize].form.format(rows, cols)
+            let MatrixChoice { form, rank } = matrices[kind as usize];
+            let factors = |rank| LowRank::try_new(Role::Correction, rows, cols, rank);
+            Ok(Shape {
+                format: form.format(rows, cols)?,
+                rank: (rank > 0).then(|| factors(rank)).transpose()?,
+            })
         };
         Ok(aligned_record_bytes(
-            format(Kind::Gate)?,
-            format(Kind::Up)?,
-            format(Kind::Down)?,
+            shape(Kind::Gate)?,
+            shape(Kind::Up)?,
+            shape(Kind::Down)?,
         ))
     }
 }

@@ -501,7 +501,8 @@ fn other_versions_and_formats_are_refused_by_name() {
     let path = folder.path().join(MANIFEST);
     let text = fs_err::read_to_string(&path).unwrap();
     for (from, to, expected) in [
-        ("\"version\": 0", "\"version\": 1", "format version is 1, expected 0"),
+        ("\"version\": 1", "\"version\": 0", "format version is 0, expected 1"),
+        ("\"version\": 1", "\"version\": 2", "format version is 2, expected 1"),
         ("cotk-container", "gguf", "format is `gguf`, expected `cotk-container`"),
     ] {
         let mut other = text.replacen(from, to, 1).into_bytes();

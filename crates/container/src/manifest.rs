@@ -22,7 +22,7 @@ use crate::{ContainerError, Result};
 /// What stands under `format`.
 pub const FORMAT: &str = "cotk-container";
 /// What stands under `version`; others are refused by name.
-pub const VERSION: u64 = 0;
+pub const VERSION: u64 = 1;
 /// File names inside a container.
 pub const MANIFEST: &str = "manifest.json";
 /// Everything that is not a routed expert.

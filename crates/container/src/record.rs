@@ -13,7 +13,7 @@ use crate::manifest::{Checksum, Section};
 pub const HEADER_BYTES: usize = 256;
 /// Sections that fit a header.
 pub const SECTIONS_LIMIT: usize = 4;
-const MAGIC: [u8; 8] = *b"cotkexp0";
+const MAGIC: [u8; 8] = *b"cotkexp1";
 /// What a record holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
