@@ -23,8 +23,9 @@ use crate::lines::Lines;
 use crate::output::{self, round};
 
 const DOMAINS: [&str; 6] = ["wiki", "code", "fiction", "docs", "german", "math"];
-/// Of the plot, from 8 bits to 2; those with bars among them.
-const BUDGETS: [f64; 8] = [8.5, 6.0, 4.5, 3.5, 3.0, 2.5, 2.25, 2.0];
+/// Those with bars, and those that the plot has from 8 bits to 2 beside them.
+const BUDGETS: [f64; 4] = [4.5, 3.5, 2.5, 2.25];
+const PLOT_BUDGETS: [f64; 3] = [8.5, 6.0, 2.0];
 /// Bars on KL over the best uniform code's, by budget: as allocated, healed.
 const BARS: [(f64, f64, Option<f64>); 4] = [
     (4.5, 0.90, None),
@@ -152,6 +153,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         &Contest {
             request: place.request("moe-joint", &out, &[])?,
             entrants,
+            plot_budgets: if args.small || args.budgets.is_some() {
+                Vec::new()
+            } else {
+                PLOT_BUDGETS.to_vec()
+            },
             budgets,
             texts: DOMAINS
                 .map(|domain| place.text.join(format!("test-{domain}.txt")))

@@ -18,7 +18,9 @@ use crate::table::Table;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Write no container, but one table of several ways, in OUT/comparison.json too. To choose experts at --ratios:
-    /// METHOD, METHOD:SPREAD or METHOD:SPREAD:field separated by commas, SPREAD being equal, unequal or paper. To spend
+    /// METHOD, METHOD:SPREAD or METHOD:SPREAD:field separated by commas, SPREAD being equal, unequal or paper; channels,
+    /// rank, mix and mix-rank make experts smaller instead, paper is MoE-I² with both its stages and paper:experts its
+    /// masks alone; :healed refits what is left. To spend
     /// bits at --budgets: rtn, gptq-uniform, mc, mop, joint, each also with :healed, :plain or :refit (GPTQ without or with
     /// the recipe's scale factors and refits), gptq-uniform also with :g32, :g16-two-level, … (default: all of the one, or,
     /// with --budgets, of the other)
@@ -169,33 +171,40 @@ fn table(found: &Comparison) -> String {
         "95 %",
         "x reap",
         "95 %",
+        "x paper",
         "perplexity",
-        "loss",
-        "overfit, %",
         "bytes",
     ]);
-    let interval = |[lo, hi]: [f64; 2]| format!("{}-{}", show(lo), show(hi));
+    let interval = |[lo, hi]: [f64; 2]| format!("{}-{}", significant(lo, 2), significant(hi, 2));
     let overfit = |line: &Line| match line.chosen_loss > 0.0 {
         true => format!("{:.0}", (line.loss / line.chosen_loss - 1.0) * 100.0),
         false => String::new(),
     };
     for line in &found.lines {
         main.row([
-            show(line.ratio),
+            show(line.gone),
             line.name.clone(),
             show(line.kl_nats),
             interval(line.kl_ci95),
             line.kl_ratio.map_or_else(String::new, show),
             line.kl_ratio_ci95.map_or_else(String::new, interval),
+            line.kl_of_paper.map_or_else(String::new, show),
             significant(line.perplexity, 4),
-            show(line.loss),
-            overfit(line),
             Bytes(line.bytes).to_string(),
         ]);
     }
     let names: Vec<&str> = found.texts_before.iter().map(|text| text.text.as_str()).collect();
     let mut domains = Table::new(&[&["gone", "KL of experts by"], &names[..]].concat());
-    let mut counts = Table::new(&["gone", "experts by", "dropped per layer", "masks tried", "s"]);
+    let mut counts = Table::new(&[
+        "gone",
+        "experts by",
+        "dropped per layer",
+        "loss",
+        "overfit, %",
+        "healed",
+        "masks tried",
+        "s",
+    ]);
     for line in &found.lines {
         let head = [show(line.ratio), line.name.clone()];
         domains.row(
@@ -208,13 +217,17 @@ fn table(found: &Comparison) -> String {
             show(line.ratio),
             line.name.clone(),
             dropped.join(" "),
+            show(line.loss),
+            overfit(line),
+            line.healed
+                .map_or_else(String::new, |[downs, scales]| format!("{downs}+{scales}")),
             line.masks_tried.to_string(),
             show(line.search_seconds),
         ]);
     }
     format!(
-        "{}\n{}\n{}\nDropped experts are {}. {} targets in {} windows; perplexity before {}; intervals are paired over windows. \
-         Masks are chosen on one half of a sample of calibration tokens, loss is that of the other, overfit how much more.\n",
+        "{}\n{}\n{}\nDropped experts are {}. {} targets in {} windows; perplexity before {}; intervals draw documents. \
+         Healed: layers whose refit and whose scales were kept. Masks are chosen on one half of a sample of calibration tokens, loss is that of the other, overfit how much more.\n",
         main.render(),
         domains.render(),
         counts.render(),

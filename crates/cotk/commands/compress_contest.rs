@@ -44,6 +44,7 @@ pub(super) fn run(
             request,
             entrants,
             budgets,
+            plot_budgets: Vec::new(),
             texts: args.eval_text.clone(),
             second_texts: own.second_text.clone(),
             text_tokens: own.text_tokens,
@@ -98,6 +99,7 @@ fn table(found: &Standings) -> String {
     let mut costs = Table::new(&[
         "budget",
         "bits by",
+        "top-1",
         "experts",
         "all files",
         "tokens/s",

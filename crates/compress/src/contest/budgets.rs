@@ -25,8 +25,9 @@ use super::judge::{Bench, Judges, TextFigure, WindowScore, perplexity, uncompres
 use super::plot;
 use super::table::{BudgetLine, Contested, Counts, Ranking, Skipped, lines, ranking};
 use crate::baselines::PUBLISHED_GROUP;
-use crate::choice::{Chooser, Fate, Form, LayerFates, LayerOffers, Limits};
+use crate::choice::{Chooser, Fate, Form, Kind, LayerFates, LayerOffers, Limits};
 use crate::finish::bits_per_expert_weight;
+use crate::heal::HealOptions;
 use crate::joint;
 use crate::joint::code::How;
 use crate::joint::recipe::{Joint, Rounding};
@@ -38,6 +39,17 @@ use crate::{CompressError, Result};
 /// What a nominal form may take above its budget, in bits per weight, for ragged last groups: rows of 96 weights end
 /// within a group of eight scales of 16. The same for every entrant.
 pub const ALLOWANCE_BITS: f64 = 0.015;
+/// Uniform codes so far below the largest that fits are not tried: a bit fewer costs far more than coarser scales.
+const NEAR_BITS: f64 = 0.3;
+/// Scales of uniform codes; those of f16 first.
+const UNIFORM: [(usize, ScaleForm); 6] = [
+    (32, ScaleForm::F16),
+    (64, ScaleForm::F16),
+    (128, ScaleForm::F16),
+    (16, ScaleForm::TwoLevel),
+    (32, ScaleForm::TwoLevel),
+    (64, ScaleForm::TwoLevel),
+];
 /// Of the text that a single compression would judge itself by: here it judges nothing.
 const OWN_QUALITY_TOKENS: usize = 64;
 /// Samples of the speed of decoding.
@@ -51,6 +63,8 @@ pub struct Contest {
     pub entrants: Vec<Entrant>,
     /// Bits per weight of all experts of the source, scales included; each entrant at each.
     pub budgets: Vec<f64>,
+    /// Further ones, for the plot: each method's own row alone, with one seed.
+    pub plot_budgets: Vec<f64>,
     /// Make up the figure that decides; shown one by one too.
     pub texts: Vec<PathBuf>,
     /// Shown beside it.
@@ -116,7 +130,12 @@ pub fn contest(contest: &Contest, with: &Surroundings<'_>) -> Result<Standings> 
     job.recover(&mut partial, &streams)?;
     forget_peak();
     let offers_clock = Instant::now();
-    let offers = job.offers(&mut partial, &streams, job.joint(), &contest.always())?;
+    let offers = job.offers(
+        &mut partial,
+        &streams,
+        job.joint(),
+        &contest.always(job.source.files.spec.hidden, job.source.files.spec.moe_intermediate),
+    )?;
     let offers_seconds = offers_clock.elapsed().as_secs_f64();
     let offers_peak_rss_bytes = files::peak_rss_bytes();
     let mut arena = Arena {
@@ -132,7 +151,7 @@ pub fn contest(contest: &Contest, with: &Surroundings<'_>) -> Result<Standings> 
     let skipped = arena.skipped;
     let before = uncompressed(done.first().map_or(&[], |row| &row.scores));
     let deciding = judges.deciding();
-    let lines = lines(&contest.entrants, &contest.budgets, &done, &judges);
+    let lines = lines(&contest.entrants, &contest.all_budgets(), &done, &judges);
     let documents: BTreeSet<usize> = judges.documents[..deciding].iter().copied().collect();
     let peaks = done
         .iter()
@@ -172,6 +191,10 @@ pub fn contest(contest: &Contest, with: &Surroundings<'_>) -> Result<Standings> 
 }
 
 impl Contest {
+    fn all_budgets(&self) -> Vec<f64> {
+        self.budgets.iter().chain(&self.plot_budgets).copied().collect()
+    }
+
     fn bench(&self) -> Bench<'_> {
         Bench {
             texts: &self.texts,
@@ -181,30 +204,39 @@ impl Contest {
         }
     }
 
-    /// Forms that some entrant gives to every expert: wanted wherever they lie, however poor they are for most.
-    fn always(&self) -> Vec<Form> {
+    /// Forms that some entrant may give to every expert: wanted wherever they lie, however poor they are for most.
+    fn always(&self, hidden: usize, inner: usize) -> Vec<Form> {
         let mut forms = BTreeSet::new();
         for entrant in &self.entrants {
-            let widths = Bits::ALL.into_iter().filter(|bits| match entrant.method {
-                Method::Mc | Method::Mop => true,
-                // The widest whose scales fit.
-                Method::Rtn | Method::GptqUniform => {
-                    self.budgets.iter().any(|budget| widest_below(*budget) == Some(*bits))
+            let scalings: &[(usize, ScaleForm)] = match (entrant.method, &entrant.scaling) {
+                (Method::Joint, _) => &[],
+                (Method::Mc | Method::Mop, _) => {
+                    let plain = |bits| Form::plain(Code::Plain(bits), PUBLISHED_GROUP);
+                    forms.extend(Bits::ALL.map(plain));
+                    &[]
                 }
-                Method::Joint => false,
+                (_, Some(scaling)) => &[(scaling.group, scaling.scales)],
+                (Method::Rtn, None) => &UNIFORM[..3],
+                (Method::GptqUniform, None) => &UNIFORM,
+            };
+            let all = scalings.iter().flat_map(|&(group, scales)| {
+                Bits::ALL.map(|bits| Form {
+                    code: Code::Plain(bits),
+                    group,
+                    scales,
+                })
             });
-            for code in widths.map(Code::Plain) {
-                let form = |group, scales| Form { code, group, scales };
-                match (entrant.method, entrant.scaling) {
-                    (Method::Mc | Method::Mop, _) => drop(forms.insert(Form::plain(code, PUBLISHED_GROUP))),
-                    (_, Some(scaling)) => drop(forms.insert(form(scaling.group, scaling.scales))),
-                    (method, None) => {
-                        forms.extend([32, 64, 128].map(|group| Form::plain(code, group)));
-                        if method == Method::GptqUniform {
-                            forms.extend([16, 32].map(|group| form(group, ScaleForm::TwoLevel)));
-                        }
-                    }
-                }
+            let all: Vec<(f64, Form)> = all
+                .filter_map(|form| Some((bits_of(form, hidden, inner)?, form)))
+                .collect();
+            for budget in self.all_budgets() {
+                let fitting = all.iter().filter(|(bits, _)| *bits <= budget + ALLOWANCE_BITS);
+                let most = fitting.clone().map(|(bits, _)| *bits).fold(0.0, f64::max);
+                forms.extend(
+                    fitting
+                        .filter(|(bits, _)| *bits > most - NEAR_BITS)
+                        .map(|(_, form)| *form),
+                );
             }
         }
         forms.into_iter().collect()
@@ -212,7 +244,7 @@ impl Contest {
 
     /// What makes two contests the same.
     fn identity(&self) -> Result<Vec<u8>> {
-        let wanted = (&self.entrants, &self.budgets, self.decode_tokens);
+        let wanted = (&self.entrants, &self.budgets, &self.plot_budgets, self.decode_tokens);
         let mut bytes = serde_json::to_vec(&wanted).expect("numbers and names");
         bytes.extend(self.bench().identity()?);
         Ok(bytes)
@@ -241,8 +273,12 @@ impl Arena<'_> {
                 wanted.extend((0..entrant.seeds()).map(|seed| (budget, *entrant, seed)));
             }
         }
+        for &budget in &self.contest.plot_budgets {
+            let own = self.contest.entrants.iter().filter(|entrant| entrant.is_plotted());
+            wanted.extend(own.map(|entrant| (budget, *entrant, 0)));
+        }
         let clock = Instant::now();
-        let (mut built, mut hopeless) = (0u32, BTreeSet::new());
+        let (mut built, mut hopeless, mut refused) = (0u32, BTreeSet::new(), None);
         for (at, (budget, entrant, seed)) in wanted.iter().enumerate() {
             let is_this = |row: &Contested| (row.budget_bits, row.entrant, row.seed) == (*budget, *entrant, *seed);
             if done.iter().any(is_this) || hopeless.contains(&(budget.to_bits(), entrant.name())) {
@@ -275,14 +311,15 @@ impl Arena<'_> {
                         name: entrant.name(),
                         why: error.to_string(),
                     });
-                    if self.skipped.len() == self.contest.budgets.len() * self.contest.entrants.len() {
-                        return Err(error);
-                    }
+                    refused = Some(error);
                 }
                 Err(error) => return Err(error),
             }
         }
-        Ok(done)
+        match refused {
+            Some(error) if done.is_empty() => Err(error),
+            _ => Ok(done),
+        }
     }
 
     /// Chooses, builds, judges; the container is gone afterwards.
@@ -354,23 +391,24 @@ impl Arena<'_> {
     }
 
     fn how(&self, entrant: &Entrant) -> How {
-        let joint = self.job.joint();
-        let how = How::of(joint);
-        let plain = How {
+        let own = How {
             rounding: Rounding::Gptq,
-            scale_factors: vec![1.0],
-            refit_rounds: 0,
-            ..how.clone()
+            ..How::of(self.job.joint())
         };
         let how = match entrant.effort {
             Effort::Nearest => How::nearest(),
-            Effort::Plain => plain,
-            Effort::Refit => How {
-                rounding: Rounding::Gptq,
-                ..how
+            Effort::Refit => own,
+            Effort::Plain => How {
+                scale_factors: vec![1.0],
+                refit_rounds: 0,
+                tries_starts: false,
+                ..own
             },
         };
-        how
+        How {
+            heal: entrant.is_healed.then(HealOptions::default),
+            ..how
+        }
     }
 
     fn judge(&self, container: &Path) -> Result<Vec<WindowScore>> {
@@ -439,10 +477,15 @@ impl Job<'_> {
     }
 }
 
-/// The widest code below a budget, whose scales take the rest.
-fn widest_below(budget: f64) -> Option<Bits> {
-    let below = |bits: &Bits| f64::from(bits.get()) < budget;
-    Bits::ALL.into_iter().rev().find(below)
+/// Codes and scales of an expert in this form, per weight.
+#[expect(clippy::cast_precision_loss, reason = "sizes of matrices are far below 2^52")]
+fn bits_of(form: Form, hidden: usize, inner: usize) -> Option<f64> {
+    let bytes = |kind: Kind| {
+        let (rows, cols) = kind.shape(hidden, inner);
+        form.format(rows, cols).ok().map(|format| format.total_bytes())
+    };
+    let all = Kind::ALL.into_iter().map(bytes).sum::<Option<usize>>()?;
+    Some(8.0 * all as f64 / (3 * hidden * inner) as f64)
 }
 
 /// Bytes of codes and scales that a budget of bits per weight leaves.

@@ -196,6 +196,11 @@ impl Entrant {
         }
     }
 
+    /// Whether it is on the plot where no bar is: each method as it is by default, and the joint allocation healed.
+    pub fn is_plotted(&self) -> bool {
+        ["rtn", "gptq-uniform", "mc", "mop", "joint", "joint:healed"].contains(&self.name().as_str())
+    }
+
     /// Whether it may stand for the best uniform code of its budget.
     pub fn is_uniform(&self) -> bool {
         self.method == Method::GptqUniform && !self.is_healed
