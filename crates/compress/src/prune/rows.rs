@@ -44,13 +44,9 @@ impl RowWish {
         let mut parts = text.split(':');
         let name = parts.next().unwrap_or_default();
         let mut wish = Self::named(name).ok_or_else(|| {
-            let mut names: Vec<&str> = SHRINKING.iter().map(|row| row.0).collect();
-            names.extend(
-                Method::ALL
-                    .iter()
-                    .map(|method| method.name())
-                    .filter(|name| *name != "paper"),
-            );
+            let mut names: Vec<&str> = Method::ALL.iter().map(|method| method.name()).collect();
+            names.retain(|name| *name != "paper");
+            names.extend(SHRINKING.iter().map(|row| row.0));
             format!("`{name}` is not a method: expected one of {}", names.join(", "))
         })?;
         for part in parts {
