@@ -1,4 +1,4 @@
-//! Ways to choose experts of `ref-qwen2moe`, a quarter and a half gone, beside each other on test text by domain.
+//! Ways to take a quarter and a half of the expert weights of `ref-qwen2moe` away, beside each other on test text by domain.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,10 +9,10 @@ use cotk_compress::prune::compare::{Compare, Line, RowWish, compare};
 use cotk_compress::recipe::Recipe;
 use cotk_run::cancel::Cancel;
 use cotk_run::facts::FactList;
-use cotk_run::progress::Progress;
 use serde::Serialize;
 
 use crate::Args;
+use crate::lines::Lines;
 use crate::output;
 
 #[derive(Serialize)]
@@ -26,8 +26,19 @@ struct Row {
     /// KL over REAP's with equal counts, and its 95 % over windows.
     times_reap: Option<f64>,
     times_reap_ci95: Option<[f64; 2]>,
+    /// The same over MoE-I²'s own settings.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    times_paper: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    times_paper_ci95: Option<[f64; 2]>,
+    /// Of `times_reap`; of `times_paper` where channels go.
     #[serde(skip_serializing_if = "Option::is_none")]
     bar_at_most: Option<f64>,
+    /// Share of the experts' weights.
+    weights_gone: f64,
+    /// Layers in which the refit of down projections, and that of scales, was kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    healed_layers: Option<[usize; 2]>,
     #[serde(serialize_with = "output::rounded")]
     perplexity: f64,
     /// Relative loss of layers' outputs: on the half that chose, on the other.
@@ -55,20 +66,6 @@ struct Figures {
     seconds: f64,
     peak_rss_bytes: u64,
     row: Vec<Row>,
-}
-
-/// Phases, for who waits.
-struct Lines;
-
-impl Progress for Lines {
-    fn begin(&self, what: &str, total: u64, unit: &str) {
-        eprintln!("{what}: {total} {unit}");
-    }
-    fn advance(&self, _: u64) {}
-    fn end(&self) {}
-    fn note(&self, text: &str) {
-        eprintln!("{text}");
-    }
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -132,15 +129,21 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         peak_rss_bytes: found.peak_rss_bytes,
         row: found.lines.iter().map(row).collect(),
     };
-    let what = "experts of ref-qwen2moe dropped by each method, nothing coded, nothing healed";
+    let what = "expert weights of ref-qwen2moe taken away by each method, nothing coded";
     output::write(args, "compress-prune", what, &figures)
 }
 
 fn row(line: &Line) -> Row {
     let round = output::round;
-    // The bars: masks by exact loss and unequal ratios against REAP at a quarter and a half.
-    let has_bar = line.name == "genetic unequal" || line.name == "swap unequal";
-    let bar = if line.ratio < 0.3 { 0.70 } else { 0.80 };
+    // The bars: masks by exact loss and unequal ratios against REAP at a quarter and a half, healed at a half; any mix
+    // against MoE-I² at a half.
+    let is_half = line.ratio > 0.3;
+    let bar = match line.name.as_str() {
+        "genetic unequal" | "swap unequal" => Some(if is_half { 0.80 } else { 0.70 }),
+        "swap unequal healed" if is_half => Some(0.80),
+        "channels unequal" | "mix unequal" if is_half => Some(0.35),
+        _ => None,
+    };
     Row {
         gone: line.ratio,
         by: line.name.clone(),
@@ -149,7 +152,11 @@ fn row(line: &Line) -> Row {
         kl_ci95: line.kl_ci95.map(round),
         times_reap: line.kl_ratio.map(round),
         times_reap_ci95: line.kl_ratio_ci95.map(|ci| ci.map(round)),
-        bar_at_most: has_bar.then_some(bar),
+        times_paper: line.kl_of_paper.map(round),
+        times_paper_ci95: line.kl_of_paper_ci95.map(|ci| ci.map(round)),
+        bar_at_most: bar,
+        weights_gone: round(line.gone),
+        healed_layers: line.healed,
         perplexity: line.perplexity,
         chosen_loss: round(line.chosen_loss),
         loss: round(line.loss),

@@ -72,8 +72,24 @@ fn a_synthetic_model_gives_a_row_for_each_test_and_thread_count() {
         ] {
             assert!(row[key].as_f64().unwrap() > 0.0, "{key}: {row}");
         }
+        let parts = row["parts_pct"].as_object().unwrap();
+        assert!(
+            (parts.values().map(|p| p.as_f64().unwrap()).sum::<f64>() - 100.0).abs() < 1e-6,
+            "{row}"
+        );
+        assert!(
+            ["dense", "attention", "experts", "head", "other"]
+                .iter()
+                .all(|p| parts.contains_key(*p)),
+            "{row}"
+        );
     }
     assert!(result["peak_rss_bytes"].as_u64().unwrap() > 0);
+    // Making the weights is no opening.
+    assert!(
+        result["load_s"].is_null() && result["first_token_s"].is_null(),
+        "{result}"
+    );
 }
 
 #[test]
@@ -101,6 +117,12 @@ fn a_checkpoint_is_coded_on_the_way_and_a_container_runs_as_it_is() {
         args.extend(more);
         place.run(args)
     };
+    let opened = bench("out", &["--kv-cache", "int8"]).result(0);
+    let seconds = ["load_s", "first_token_s"].map(|key| opened[key].as_f64().unwrap());
+    assert!(0.0 < seconds[0] && seconds[0] < seconds[1], "{opened}");
+    assert!(opened["first_token_peak_rss_bytes"].as_u64() <= opened["peak_rss_bytes"].as_u64());
+    assert_eq!(opened["kv_cache"], "int8");
+    fails(&bench("out", &["--kv-cache", "int4"]), 2, &["int4", "int8"]);
     let of = |result: serde_json::Value| (result["rows"][0]["model"].clone(), result["rows"][0]["bits"].clone());
     assert_eq!(
         of(bench("model", &["--bits", "4"]).result(0)),
@@ -110,6 +132,37 @@ fn a_checkpoint_is_coded_on_the_way_and_a_container_runs_as_it_is() {
     assert_eq!(name, "out");
     assert!(bits.is_u64(), "{bits}");
     fails(&bench("out", &["--bits", "4"]), 2, &["container"]);
+}
+
+#[test]
+fn a_synthetic_container_is_opened_like_any_other() {
+    let place = Workplace::new();
+    let export = |more: &[&'static str]| {
+        let mut args = vec![
+            "export",
+            "--synthetic",
+            "ref-qwen2moe",
+            "--layers",
+            "1",
+            "--container",
+            "made",
+            "--json",
+        ];
+        args.extend(more);
+        place.run(args)
+    };
+    fails(&export(&["--bits", "5"]), 2, &["5 bits", "2, 3, 4 or 8"]);
+    let made = export(&["--bits", "4"]).result(0);
+    assert_eq!((&made["format"], &made["tensors"]), (&"container".into(), &32.into()));
+    fails(&export(&["--bits", "4"]), 2, &["made", "where nothing is"]);
+    fails(
+        &place.run(["export", "made", "--container", "again"]),
+        2,
+        &["--synthetic"],
+    );
+    let mut args = vec!["bench", "made", "--json"];
+    args.extend(QUICK);
+    assert_eq!(place.run(args).result(0)["rows"][0]["bits"], 4);
 }
 
 #[test]

@@ -22,6 +22,7 @@ mod prune;
 mod recipes;
 mod search;
 mod serve;
+mod shrink;
 mod tasks;
 mod tidy;
 mod two_seeds;

@@ -96,6 +96,12 @@ const TARGETS: &[(&str, &str, &str, &[&str])] = &[
         &["mask-loss"],
     ),
     (
+        "compress-joint",
+        "ways to spend a budget of bits on the reference checkpoint, nested codes, one joint run (an hour)",
+        "compress",
+        &["joint"],
+    ),
+    (
         "compress-prune",
         "ways to choose experts of the reference checkpoint (15 minutes)",
         "compress",

@@ -2,11 +2,11 @@
 //! layer sees what the compressed layers before it made, so that errors travel as they will when it is served.
 
 use cotk_container::manifest::{DroppedMeaning, Why};
-use cotk_container::writer::{CodedExpert, ContainerWriter, NewExpert};
+use cotk_container::writer::{CodedExpert, ContainerWriter, NewExpert, NewLayer};
 use cotk_model::layers::linear::Linear;
 use cotk_model::layers::{Layer, Mlp};
-use cotk_model::moe::route;
-use cotk_model::reference::PlainMoe;
+use cotk_model::moe::{MoeShape, route};
+use cotk_model::reference::{Absent, PlainMoe};
 use cotk_model::spec::ModelSpec;
 use cotk_run::units::{ExpertId, LayerId};
 use cotk_runtime::mix::{Cpu, Mix};
@@ -15,18 +15,47 @@ use cotk_runtime::store::{CodedLayer, alive};
 use rayon::prelude::*;
 
 use crate::Result;
+use crate::choice::{Fate, LayerFates};
 use crate::decide::{self, Decisions};
-use crate::layer::{LayerView, Usage};
+use crate::joint::build::held_sample;
+use crate::joint::code::{How, decoded_expert};
+use crate::layer::{LayerView, Samples, Usage};
 use crate::partial::{BuiltLayer, BuiltMoe, Entry, Partial};
 use crate::pipeline::{Job, Streams};
 use crate::quality;
+use crate::shrink::build::{Smaller, told};
 use crate::stage::{Change, code_expert, measure_prefixes};
 use crate::states::{Stream, attend};
 use crate::walk::{add, run_plain};
 
+/// What is to be built.
+#[derive(Clone, Copy)]
+pub(crate) enum Wanted<'a> {
+    /// One code; what is dropped is the least used of the compressed stream.
+    Undisputed,
+    /// Codes rounded to nearest, of smaller experts where there is a plan of them.
+    Changes {
+        decisions: &'a Decisions,
+        smaller: Option<&'a Smaller>,
+    },
+    /// In layer order.
+    Fates { layers: &'a [LayerFates], how: &'a How },
+}
+
 impl Job<'_> {
+    /// [`build`](Self::build) of chosen fates.
+    pub(crate) fn build_fates(
+        &self,
+        partial: &mut Partial,
+        streams: &Streams,
+        layers: &[LayerFates],
+        how: &How,
+    ) -> Result<()> {
+        self.build(partial, streams, Wanted::Fates { layers, how })
+    }
+
     /// The second pass: statistics on the compressed model's own stream, codes, records.
-    pub(crate) fn build(&self, partial: &mut Partial, streams: &Streams, decisions: Option<&Decisions>) -> Result<()> {
+    pub(crate) fn build(&self, partial: &mut Partial, streams: &Streams, wanted: Wanted<'_>) -> Result<()> {
         let done = partial.built().len();
         self.with
             .progress
@@ -52,7 +81,18 @@ impl Job<'_> {
             };
             let teacher = other.as_ref().unwrap_or(&layer);
             let moe = if layer.is_moe() {
-                Some(self.build_moe([&layer, teacher], index, streams, decisions, &mut writer)?)
+                Some(match wanted {
+                    Wanted::Fates { layers, how } => {
+                        let fates = layers.iter().find(|fates| fates.layer == layer.id());
+                        let fates = &fates.expect("every MoE layer has fates").experts;
+                        self.build_fated(partial, [&layer, teacher], index, streams, (fates, how), &mut writer)?
+                    }
+                    Wanted::Undisputed => self.build_moe([&layer, teacher], index, streams, (None, None), &mut writer)?,
+                    Wanted::Changes { decisions, smaller } => {
+                        let wanted = (Some(decisions), smaller);
+                        self.build_moe([&layer, teacher], index, streams, wanted, &mut writer)?
+                    }
+                })
             } else {
                 self.step_dense(&layer, &streams.calibration[1], index)?;
                 self.step_dense(&layer, &streams.student, index)?;
@@ -80,18 +120,23 @@ impl Job<'_> {
         [layer, teacher]: [&Layer; 2],
         index: usize,
         streams: &Streams,
-        decisions: Option<&Decisions>,
+        (decisions, smaller): (Option<&Decisions>, Option<&Smaller>),
         writer: &mut ContainerWriter,
     ) -> Result<BuiltMoe> {
         let calibration = &streams.calibration[1];
         let (usage, samples) = self.observe(layer, calibration, index)?;
+        let smaller = match smaller {
+            Some(smaller) => Some(self.smaller_layer(smaller, layer, index, calibration)?),
+            None => None,
+        };
+        let weights = smaller.as_ref().map(|smaller| smaller.experts.as_slice());
         let view = self.view(layer.id(), &usage, &samples);
         let changes = match decisions {
             Some(decisions) => decided(decisions, layer.id()),
             None => self.undisputed(&usage),
         };
         let plain = self.plain_layer(layer.id())?;
-        let coded = self.code(&view, &changes, 1.0)?;
+        let coded = self.code(&view, &changes, weights, 1.0)?;
         let gain = self.gain(
             layer,
             &self.student(layer.id(), &coded, &living(&coded)),
@@ -99,7 +144,7 @@ impl Job<'_> {
             calibration,
             index,
         )?;
-        let mut coded = self.code(&view, &changes, gain)?;
+        let mut coded = self.code(&view, &changes, weights, gain)?;
         self.measure_prefixes(&view, &mut coded, gain)?;
         let living = living(&coded);
         let student = self.student(layer.id(), &coded, &living);
@@ -111,30 +156,125 @@ impl Job<'_> {
             .experts()
             .into_iter()
             .zip(coded)
-            .map(|(expert, kept)| NewExpert {
-                why: Why {
-                    tokens: usage.experts[expert.index()].tokens,
-                    share: usage.share(expert),
-                    gate_share: usage.gate_share(expert),
-                },
-                kept,
+            .map(|(expert, kept)| {
+                let new = NewExpert::new(why(&usage, expert), kept);
+                match &smaller {
+                    Some(smaller) => new.decided(smaller.decisions[expert.index()].clone()),
+                    None => new,
+                }
             })
             .collect();
-        let entry = writer.append_layer(layer.id(), gain, new)?;
+        let entry = writer.append(NewLayer {
+            layer: layer.id(),
+            gain,
+            healed: smaller.map_or_else(Vec::new, |smaller| smaller.healed),
+            thresholds: Vec::new(),
+            experts: new,
+        })?;
         Ok(BuiltMoe {
             entry,
             usage,
             relative_error,
+            hessians: Vec::new(),
         })
     }
 
-    /// Codes the kept experts of a layer, their down projections times `gain`.
-    fn code(&self, view: &LayerView<'_>, changes: &[Change], gain: f32) -> Result<Vec<Option<CodedExpert>>> {
+    /// The compressed model's dense part of the layer, and the source's; codes under the Hessians of what the compressed
+    /// stream shows.
+    fn build_fated(
+        &self,
+        partial: &Partial,
+        [layer, teacher]: [&Layer; 2],
+        index: usize,
+        streams: &Streams,
+        (fates, how): (&[Fate], &How),
+        writer: &mut ContainerWriter,
+    ) -> Result<BuiltMoe> {
+        let calibration = &streams.calibration[1];
+        let living: Vec<bool> = fates.iter().map(|fate| *fate != Fate::Dropped).collect();
+        let chosen_from = alive(self.request.recipe.compress.dropped, &living);
+        let rows = self.gather(partial, layer, calibration, index, chosen_from)?;
+        let coded = match &how.heal {
+            None => self.code_layer(layer.id(), fates, &rows, how)?,
+            Some(options) => {
+                let whole = self.whole_stream(partial, &self.calibration_windows())?;
+                let tokens = self.layer_tokens(layer, calibration, &whole, index, chosen_from)?;
+                self.code_healed_layer(layer, fates, (&rows, &tokens), how, options)?
+            }
+        };
+        let healed = coded.steps.iter().map(told).collect();
+        let (mut experts, hessians) = (coded.experts, coded.notes);
+        let samples = Samples::none(self.source.files.spec.hidden, experts.len());
+        let view = self.view(layer.id(), &rows.usage, &samples);
+        let measure = |(expert, slot): (ExpertId, &mut Option<CodedExpert>)| -> Result<()> {
+            if let Some(coded) = slot.take() {
+                let sample = held_sample(&rows, expert)?;
+                let weights = view.weights(expert)?;
+                *slot = Some(measure_prefixes(self.cpu, &view, coded, &weights, &sample));
+            }
+            Ok(())
+        };
+        view.experts().into_par_iter().zip(&mut experts).try_for_each(measure)?;
+
+        let decoded = self.decoded_layer(layer.id(), &experts);
+        self.step_plain(layer, &decoded, calibration, index)?;
+        let plain = self.plain_layer(layer.id())?;
+        let student = self.student(layer.id(), &experts, &living);
+        let relative_error = self.step_student(layer, &student, Some(&plain), &streams.student, index)?;
+        self.step_plain(teacher, &plain, &streams.teacher, index)?;
+        let new = view.experts().into_iter().zip(experts);
+        let new = new.map(|(expert, kept)| NewExpert::new(why(&rows.usage, expert), kept));
+        let entry = writer.append(NewLayer {
+            layer: layer.id(),
+            gain: 1.0,
+            healed,
+            thresholds: Vec::new(),
+            experts: new.collect(),
+        })?;
+        let usage = rows.usage.clone();
+        rows.forget();
+        Ok(BuiltMoe {
+            entry,
+            usage,
+            relative_error,
+            hessians,
+        })
+    }
+
+    /// What the codes say, in f32: the stream that later layers are fitted to need not go through 8-bit activations.
+    pub(crate) fn decoded_layer(&self, layer: LayerId, coded: &[Option<CodedExpert>]) -> PlainMoe {
+        let spec = &self.source.files.spec;
+        let experts = coded.par_iter().map(|coded| coded.as_ref().map(decoded_expert));
+        let shape = MoeShape {
+            hidden: spec.hidden,
+            rule: spec.routing,
+            layers: vec![layer],
+        };
+        let absent = match self.request.recipe.compress.dropped {
+            DroppedMeaning::Removed => Absent::Removed,
+            DroppedMeaning::Masked | DroppedMeaning::Novice => Absent::Masked,
+        };
+        PlainMoe::from_experts(shape, vec![experts.collect()], absent)
+    }
+
+    /// Codes the kept experts of a layer, their down projections times `gain`; `smaller`: weights in the place of the
+    /// source's.
+    fn code(
+        &self,
+        view: &LayerView<'_>,
+        changes: &[Change],
+        smaller: Option<&[Option<Mlp>]>,
+        gain: f32,
+    ) -> Result<Vec<Option<CodedExpert>>> {
         let group = self.request.recipe.compress.group.get();
+        let weights = |expert: ExpertId| match smaller {
+            Some(smaller) => Ok(smaller[expert.index()].clone().expect("what is kept has a size")),
+            None => view.weights(expert),
+        };
         let code = |expert: ExpertId| match changes[expert.index()] {
             Change::Drop => Ok(None),
             Change::Code(code) => {
-                code_expert(view, expert, &scaled(view.weights(expert)?, gain), code, group).map(Some)
+                code_expert(view, expert, &scaled(weights(expert)?, gain), code, group).map(Some)
             }
         };
         view.experts().into_par_iter().map(code).collect()
@@ -154,7 +294,11 @@ impl Job<'_> {
 
     fn student<'s>(&self, layer: LayerId, coded: &'s [Option<CodedExpert>], living: &'s [bool]) -> Student<'s> {
         Student {
-            store: CodedLayer { layer, experts: coded },
+            store: CodedLayer {
+                layer,
+                experts: coded,
+                constants: &[],
+            },
             living,
             meaning: self.request.recipe.compress.dropped,
             cpu: self.cpu,
@@ -251,6 +395,14 @@ impl Student<'_> {
         let mut mixed = vec![0.0; normed.len()];
         mix.forward(normed, &routed, &mut mixed)?;
         Ok(mixed)
+    }
+}
+
+fn why(usage: &Usage, expert: ExpertId) -> Why {
+    Why {
+        tokens: usage.experts[expert.index()].tokens,
+        share: usage.share(expert),
+        gate_share: usage.gate_share(expert),
     }
 }
 

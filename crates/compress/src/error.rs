@@ -71,6 +71,15 @@ pub enum CompressError {
     /// The byte budget is below what the recipe can reach.
     #[error("budget of {} cannot be met: the smallest output of this recipe is {}", Bytes(*budget), Bytes(*least))]
     Budget { budget: u64, least: u64 },
+    /// The time budget is below what the recipe can reach.
+    #[error("a target of {budget} ms for a token cannot be met: the least of this recipe is {least} ms")]
+    TargetTime { budget: f64, least: f64 },
+    /// Even the largest output of the recipe loses more than it may.
+    #[error(
+        "a KL divergence of {target} nats cannot be met: with {} of codes, the most that there may be, it is {least}",
+        Bytes(*bytes)
+    )]
+    TargetKl { target: f64, least: f64, bytes: u64 },
     /// Two keys of the recipe cannot both hold.
     #[error("{} and {} contradict each other: {found}", keys[0], keys[1])]
     Contradiction {
@@ -89,9 +98,35 @@ pub enum CompressError {
         too_many.masks
     )]
     TooManyMasks { layer: LayerId, too_many: TooManyMasks },
+    /// Most experts of a layer saw too few calibration tokens for statistics of theirs to mean anything.
+    #[error(
+        "{}: {tokens} tokens are too few for the statistics of {layer}: {starved} of its {experts} experts saw fewer than \
+         {}: {named}",
+        file.display(),
+        crate::report::ENOUGH_TOKENS
+    )]
+    FewTokens {
+        file: PathBuf,
+        layer: LayerId,
+        tokens: u64,
+        experts: usize,
+        starved: usize,
+        /// What each of them lacks.
+        named: String,
+        /// Tokens of a text that would do, about.
+        expected: u64,
+    },
+    #[error("{}: {detail}", file.display())]
+    Plot { file: PathBuf, detail: String },
     /// Samples that an earlier process wrote are not there whole.
     #[error("{}: not the samples that the journal promises", file.display())]
     Survey { file: PathBuf },
+    /// Statistics or weights that have no factorisation.
+    #[error("linear algebra: {0}")]
+    Algebra(#[from] cotk_linalg::Error),
+    /// Hessians that no code can be chosen under.
+    #[error("statistics of calibration tokens: {0}")]
+    Statistics(#[from] QuantError),
     /// The allocator refused its candidates.
     #[error("allocation: {0}")]
     Allocation(QuantError),

@@ -68,7 +68,7 @@ impl Job<'_> {
                     let widths = record.prefixes.iter().map(|p| p.bits);
                     widths.clone().any(|b| b == little) && widths.max() > Some(little)
                 }
-                State::Dropped => false,
+                State::Constant(_) | State::Dropped => false,
             });
         let head = Head {
             source: self.source.origin.clone(),
@@ -183,6 +183,7 @@ fn starved(moe: &BuiltMoe) -> Vec<Starved> {
 fn layer_report(moe: &BuiltMoe) -> LayerReport {
     let records = moe.entry.experts.iter().map(|e| match &e.state {
         State::Kept(record) => (record.bytes, 0.0),
+        State::Constant(record) => (record.bytes, e.why.share),
         State::Dropped => (0, e.why.share),
     });
     let (bytes, dropped_share) = records.fold((0, 0.0), |(b, s), (bytes, share)| (b + bytes, s + share));
@@ -197,13 +198,15 @@ fn layer_report(moe: &BuiltMoe) -> LayerReport {
     }
 }
 
-/// Codes, scales and zero points over the weights of all experts of the source.
+/// Codes, scales, zero points, factors and constants over the weights of all experts of the source.
 #[expect(clippy::cast_precision_loss, reason = "byte counts are far below 2^53")]
-fn bits_per_expert_weight(manifest: &Manifest) -> f64 {
-    let bytes: usize = manifest
-        .records()
-        .flat_map(|(_, _, record)| [&record.gate, &record.up, &record.down])
-        .map(|matrix| matrix.format.total_bytes() + 4 * matrix.zero_points.len())
-        .sum();
+pub(crate) fn bits_per_expert_weight(manifest: &Manifest) -> f64 {
+    let experts = manifest.layers.iter().flat_map(|layer| &layer.experts);
+    let bytes = experts.map(|expert| match &expert.state {
+        State::Kept(record) => [&record.gate, &record.up, &record.down].iter().map(|m| m.bytes()).sum(),
+        State::Constant(record) => record.section.bytes,
+        State::Dropped => 0,
+    });
+    let bytes: u64 = bytes.sum();
     8.0 * bytes as f64 / manifest.source.expert_weights.max(1) as f64
 }

@@ -145,6 +145,15 @@ pub struct Samples {
 }
 
 impl Samples {
+    /// Of a layer that nothing was seen of.
+    pub(crate) fn none(hidden: usize, experts: usize) -> Self {
+        Self {
+            hidden,
+            experts: vec![Sample::default(); experts],
+            pooled: Vec::new(),
+        }
+    }
+
     /// Rows that were routed to this expert; may be empty.
     pub fn routed(&self, expert: ExpertId) -> &Sample {
         &self.experts[expert.index()]

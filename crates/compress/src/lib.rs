@@ -5,7 +5,12 @@
 //! the threads and wherever it was killed. Not here: formats, kernels, what a model family looks like.
 #![forbid(unsafe_code)]
 
+pub mod baselines;
+pub mod choice;
+pub mod contest;
 pub mod decide;
+pub mod heal;
+pub mod joint;
 pub mod layer;
 pub mod partial;
 pub mod pipeline;
@@ -13,6 +18,7 @@ pub mod prune;
 pub mod quality;
 pub mod recipe;
 pub mod report;
+pub mod shrink;
 pub mod source;
 pub mod stage;
 pub mod states;

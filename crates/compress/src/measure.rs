@@ -1,12 +1,17 @@
 //! The first pass: the source model's own stream, layer by layer, and what the stages propose for each. Decides nothing
 //! (`decide` does). Law: left out where there is nothing to allocate, its absence changes no byte.
 
+use cotk_model::moe::Alive;
 use cotk_run::units::ExpertId;
 
 use crate::Result;
+use crate::choice::{Form, LayerOffers};
 use crate::decide::Measured;
+use crate::joint::code::How;
+use crate::joint::offers::{Menu, Offered};
+use crate::joint::recipe::Joint;
 use crate::partial::{Entry, MeasuredLayer, Partial};
-use crate::pipeline::Job;
+use crate::pipeline::{Job, Streams};
 use crate::stage::{Change, DropLeastUsed, Proposal, RoundToNearest, Stage, record_bytes};
 use crate::states::Stream;
 
@@ -56,6 +61,7 @@ impl Job<'_> {
             partial.finished(Entry::Measured(MeasuredLayer {
                 layer: index,
                 found,
+                offered: None,
                 states: stream.checksum(index + 1)?,
             }))?;
             stream.forget(index);
@@ -65,10 +71,64 @@ impl Job<'_> {
         Ok(partial.measured().into_iter().filter_map(|m| m.found.clone()).collect())
     }
 
+    /// The first pass where matrices choose among forms: what each could become, weighed by what its layer weighs at the
+    /// model's end. `always`: forms that are offered wherever they lie.
+    pub(crate) fn offers(
+        &self,
+        partial: &mut Partial,
+        streams: &Streams,
+        joint: &Joint,
+        always: &[Form],
+    ) -> Result<Vec<LayerOffers>> {
+        let stream = &streams.calibration[0];
+        let done = partial.measured().len();
+        let menu = Menu {
+            forms: joint.forms(&self.request.recipe.compress.codes),
+            always: always.to_vec(),
+            how: How::of(joint).to_compare(),
+            prior: joint.traffic_prior.get(),
+        };
+        self.with
+            .progress
+            .begin("measuring", (self.layers() - done) as u64, "layers");
+        if done == 0 {
+            self.embed(stream, &self.calibration_windows())?;
+        }
+        for index in done..self.layers() {
+            let layer = self.load_layer(index)?;
+            let offered = if layer.is_moe() {
+                let rows = self.gather(partial, &layer, stream, index, Alive::All)?;
+                let offered = self.layer_offers(layer.id(), &rows, &menu)?;
+                rows.forget();
+                let plain = self.plain_layer(layer.id())?;
+                self.step_plain(&layer, &plain, stream, index)?;
+                Some(Box::new(offered))
+            } else {
+                self.step_dense(&layer, stream, index)?;
+                None
+            };
+            partial.finished(Entry::Measured(MeasuredLayer {
+                layer: index,
+                found: None,
+                offered,
+                states: stream.checksum(index + 1)?,
+            }))?;
+            stream.forget(index);
+            self.with.progress.advance(1);
+        }
+        self.with.progress.end();
+        let offered = partial.measured().into_iter().filter_map(|m| m.offered.as_deref());
+        let mut offered: Vec<Offered> = offered.cloned().collect();
+        let usages = offered.iter().map(|offered| (offered.offers.layer, &offered.offers.usage));
+        crate::report::enough(&self.request.calibration, usages)?;
+        self.weigh(partial, &mut offered, joint.sensitivity_tokens)?;
+        Ok(offered.into_iter().map(|offered| offered.offers).collect())
+    }
+
     /// One code for whatever `[compress.prune]` keeps: nothing to measure, nothing to allocate.
     fn has_one_code(&self) -> bool {
         let recipe = &self.request.recipe.compress;
-        recipe.prune.is_some() && recipe.codes.get().len() == 1
+        (recipe.prune.is_some() || recipe.shrink.is_some()) && recipe.codes.get().len() == 1
     }
 
     /// That code for every expert, where there is one.

@@ -12,12 +12,20 @@ use cotk_run::journal::Journal;
 use cotk_run::units::LayerId;
 use serde::{Deserialize, Serialize};
 
+use crate::contest::budgets::Standings;
+use crate::contest::table::Contested;
 use crate::decide::Measured;
+use crate::joint::code::HessianNote;
+use crate::joint::offers::Offered;
+use crate::joint::points::Tried;
+use crate::joint::sensitivity::KindSensitivity;
 use crate::layer::Usage;
 use crate::prune::compare::{Comparison, Judged};
 use crate::prune::plan::{Pruned, Sensitivity};
 use crate::quality::Quality;
 use crate::report::Report;
+use crate::shrink::judge::ShrinkSensitivity;
+use crate::shrink::survey::Shrunk;
 use crate::{CompressError, Result};
 
 const BEGIN_LIMIT_BYTES: u64 = 1 << 20;
@@ -38,10 +46,18 @@ pub struct Identity {
 pub enum Entry {
     Measured(MeasuredLayer),
     Sensitivity(Sensitivity),
+    Kinds(KindSensitivity),
+    Tried(Tried),
     Pruned(Box<Pruned>),
     Judged(Box<Judged>),
+    Shrunk(Box<Shrunk>),
+    ShrinkSensitivity(Box<ShrinkSensitivity>),
+    /// A row of a contest.
+    Contested(Box<Contested>),
     /// As `Finished`, of a comparison.
     Compared(Box<Comparison>),
+    /// As `Finished`, of a contest.
+    Stood(Box<Standings>),
     Built(Box<BuiltLayer>),
     Scored(Quality),
     /// Everything stands in `out/`; what is left is to rename it.
@@ -78,6 +94,9 @@ pub struct MeasuredLayer {
     pub layer: usize,
     /// `None`: a dense layer.
     pub found: Option<Measured>,
+    /// Where `[compress.joint]` chooses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offered: Option<Box<Offered>>,
     /// Of the states that enter the next layer.
     pub states: Checksum,
 }
@@ -100,6 +119,9 @@ pub struct BuiltMoe {
     pub usage: Usage,
     /// ‖student − teacher‖ / ‖teacher‖ of the experts' mixed output, on the student's inputs.
     pub relative_error: f64,
+    /// Of kept experts, where codes were chosen under Hessians.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hessians: Vec<HessianNote>,
 }
 
 /// The folder, locked, and what is finished in it.
@@ -121,6 +143,8 @@ pub enum Begun {
     Finished(Box<Report>),
     /// The same of a comparison.
     Compared(Box<Comparison>),
+    /// The same of a contest.
+    Stood(Box<Standings>),
 }
 
 impl Partial {
@@ -174,6 +198,11 @@ impl Partial {
             let comparison = comparison.clone();
             partial.publish(out)?;
             return Ok(Begun::Compared(comparison));
+        }
+        if let Some(Entry::Stood(standings)) = partial.entries.last() {
+            let standings = standings.clone();
+            partial.publish(out)?;
+            return Ok(Begun::Stood(standings));
         }
         if out.exists() {
             return Err(exists(out));
@@ -234,6 +263,23 @@ impl Partial {
         })
     }
 
+    /// What layers and matrix kinds weigh at the model's end, if it was measured.
+    pub fn kind_sensitivity(&self) -> Option<&KindSensitivity> {
+        self.entries.iter().find_map(|entry| match entry {
+            Entry::Kinds(found) => Some(found),
+            _ => None,
+        })
+    }
+
+    /// Allocations that were measured end to end.
+    pub fn tried(&self) -> Vec<Tried> {
+        let tried = |entry: &Entry| match entry {
+            Entry::Tried(tried) => Some(*tried),
+            _ => None,
+        };
+        self.entries.iter().filter_map(tried).collect()
+    }
+
     /// Rows of a comparison, as far as it got.
     pub fn judged(&self) -> Vec<Judged> {
         let judged = |entry: &Entry| match entry {
@@ -241,6 +287,15 @@ impl Partial {
             _ => None,
         };
         self.entries.iter().filter_map(judged).collect()
+    }
+
+    /// Rows of a contest, as far as it got.
+    pub fn contested(&self) -> Vec<Contested> {
+        let contested = |entry: &Entry| match entry {
+            Entry::Contested(contested) => Some((**contested).clone()),
+            _ => None,
+        };
+        self.entries.iter().filter_map(contested).collect()
     }
 
     /// The second pass as far as it got.

@@ -20,7 +20,12 @@ use cotk_run::seeds::Seeds;
 use cotk_runtime::mix::Cpu;
 use serde::Serialize;
 
+use crate::build::Wanted;
+use crate::choice::{Fate, Kind, LayerFates, Limits};
 use crate::decide::{self, Measured};
+use crate::joint::code::How;
+use crate::joint::offers::matrix_bytes;
+use crate::joint::recipe::{Joint, Share};
 use crate::partial::{Begun, Entry, Identity, Partial, layer_id, partial_path};
 use crate::prune;
 use crate::prune::gram::Semantics;
@@ -29,7 +34,6 @@ use crate::quality;
 use crate::recipe::Recipe;
 use crate::report::Report;
 use crate::source::Source;
-use crate::stage::record_bytes;
 use crate::states::Stream;
 use crate::text::{self, Texts};
 use crate::{CompressError, Result};
@@ -123,7 +127,7 @@ pub fn compress(request: &Request, with: &Surroundings<'_>) -> Result<Report> {
     }
     let mut partial = match Partial::begin(&request.out, &job.identity()?)? {
         Begun::Finished(report) => return Ok(*report),
-        Begun::Compared(_) => {
+        Begun::Compared(_) | Begun::Stood(_) => {
             let folder = request.out.clone();
             return Err(CompressError::OutputExists { folder });
         }
@@ -133,36 +137,35 @@ pub fn compress(request: &Request, with: &Surroundings<'_>) -> Result<Report> {
     job.recover(&mut partial, &streams)?;
     let resumed = partial.is_resumed();
 
+    if let Some(joint) = &request.recipe.compress.joint {
+        let layers = job.fates(&mut partial, &streams, joint)?;
+        job.build_fates(&mut partial, &streams, &layers, &How::of(joint))?;
+        return job.finish(partial, &streams, plan.warnings, resumed, clock);
+    }
     let decisions = if request.recipe.needs_measuring() {
         let measured = job.measure(&mut partial, &streams.calibration)?;
         let top_k = job.source.files.spec.routing.top_k;
         let record_budget = job.record_budget();
         let pruned = job.masks(&mut partial, &measured)?;
-        Some(decide::decide(
+        let decisions = decide::decide(
             &request.recipe.compress,
             &measured,
             pruned.as_ref(),
             top_k,
             record_budget,
-        )?)
+        )?;
+        Some((decisions, job.smaller(&mut partial, &measured, pruned.as_ref())?))
     } else {
         None
     };
-    job.build(&mut partial, &streams, decisions.as_ref())?;
-    let quality = job.score(&mut partial, &streams)?;
-
-    let manifest = job.finish_container(&partial)?;
-    let mut report = job.report(&partial, &manifest, quality, plan.warnings)?;
-    report.resumed = resumed;
-    report.seconds = clock.elapsed().as_secs_f64();
-    report.peak_rss_bytes = files::peak_rss_bytes();
-    files::write_atomic(partial.out().join(REPORT), report.markdown().as_bytes())?;
-    for fact in report.facts(&job.subject()) {
-        with.facts.record(fact)?;
+    match &decisions {
+        Some((decisions, smaller)) => {
+            let smaller = smaller.as_ref();
+            job.build(&mut partial, &streams, Wanted::Changes { decisions, smaller })?;
+        }
+        None => job.build(&mut partial, &streams, Wanted::Undisputed)?,
     }
-    partial.finished(Entry::Finished(Box::new(report.clone())))?;
-    partial.publish(&request.out)?;
-    Ok(report)
+    job.finish(partial, &streams, plan.warnings, resumed, clock)
 }
 
 /// The three streams of hidden states: calibration and quality through the compressed model, quality through the source.
@@ -177,6 +180,84 @@ impl Streams {
     /// Those of the second pass.
     pub(crate) fn all_built(&self) -> [&Stream; 3] {
         [&self.calibration[1], &self.teacher, &self.student]
+    }
+}
+
+impl Job<'_> {
+    /// Quality, manifest and report; OUT gets its name.
+    fn finish(
+        &self,
+        mut partial: Partial,
+        streams: &Streams,
+        warnings: Vec<String>,
+        resumed: bool,
+        clock: Instant,
+    ) -> Result<Report> {
+        let quality = self.score(&mut partial, streams)?;
+        let manifest = self.finish_container(&partial)?;
+        let mut report = self.report(&partial, &manifest, quality, warnings)?;
+        report.resumed = resumed;
+        report.seconds = clock.elapsed().as_secs_f64();
+        report.peak_rss_bytes = files::peak_rss_bytes();
+        files::write_atomic(partial.out().join(REPORT), report.markdown().as_bytes())?;
+        for fact in report.facts(&self.subject()) {
+            self.with.facts.record(fact)?;
+        }
+        partial.finished(Entry::Finished(Box::new(report.clone())))?;
+        partial.publish(&self.request.out)?;
+        Ok(report)
+    }
+
+    /// What becomes of every expert under `[compress.joint]` and `[budget]`.
+    fn fates(&self, partial: &mut Partial, streams: &Streams, joint: &Joint) -> Result<Vec<LayerFates>> {
+        let recipe = &self.request.recipe.compress;
+        let spec = &self.source.files.spec;
+        if let [form] = joint.forms(&recipe.codes)[..] {
+            let experts = vec![Fate::uniform(form); spec.routing.experts];
+            let of = |layer| LayerFates {
+                layer,
+                experts: experts.clone(),
+            };
+            return Ok(self.source.moe_layers().into_iter().map(of).collect());
+        }
+        let offers = self.offers(partial, streams, joint, &[])?;
+        let limits = self.limits()?;
+        self.joint_fates(partial, &offers, joint, &limits)
+    }
+
+    /// What `[budget]` leaves for the experts' codes.
+    pub(crate) fn limits(&self) -> Result<Limits> {
+        let (spec, recipe) = (&self.source.files.spec, &self.request.recipe);
+        let experts = (self.source.moe_layers().len() * spec.routing.experts) as u64;
+        let mut record_bytes = None;
+        if let Some(bytes) = self.record_budget() {
+            // Headers, and what aligning sections and records costs at most.
+            let mut aligning = 0;
+            for form in recipe.compress.forms() {
+                let mut own = 0;
+                for kind in Kind::ALL {
+                    let (rows, cols) = kind.shape(spec.hidden, spec.moe_intermediate);
+                    own += matrix_bytes(&form.format(rows, cols)?);
+                }
+                let record = Fate::uniform(form).coded_bytes(spec.hidden, spec.moe_intermediate)?;
+                aligning = record.saturating_sub(own).max(aligning);
+            }
+            record_bytes = Some(bytes.saturating_sub(experts * aligning));
+        }
+        if let Some(bits) = recipe.budget.bits_per_expert_weight {
+            #[expect(
+                clippy::cast_precision_loss,
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "byte counts are far below 2^53"
+            )]
+            let bytes = (bits.get() / 8.0 * self.source.origin.expert_weights as f64).floor() as u64;
+            record_bytes = Some(bytes);
+        }
+        Ok(Limits {
+            record_bytes,
+            ms: recipe.budget.target_ms.map(Share::get),
+        })
     }
 }
 
@@ -245,11 +326,7 @@ impl<'a> Job<'a> {
             None => recipe.compress.drop_ratio.count(experts, top_k) * layers,
         };
         let kept = (layers * spec.routing.experts - dropped) as u64;
-        let group = recipe.compress.group.get();
-        let widest = recipe.compress.codes.get().iter();
-        let widest = widest
-            .map(|&c| record_bytes(spec.hidden, spec.moe_intermediate, c, group))
-            .max();
+        let widest = self.form_bytes()?.into_iter().max();
         let most = dense_file_bytes(&self.source.dense) + kept * widest.unwrap_or(0);
         let weight_bytes_after = recipe.budget.bytes.map_or(most, |budget| budget.min(most));
         let quality = quality::plan(spec, self.texts.quality.len()).2;
@@ -312,16 +389,19 @@ impl<'a> Job<'a> {
         Some(budget.saturating_sub(dense_file_bytes(&self.source.dense)))
     }
 
+    /// Bytes of an expert's record in each form of the recipe.
+    fn form_bytes(&self) -> Result<Vec<u64>> {
+        let (spec, recipe) = (&self.source.files.spec, &self.request.recipe.compress);
+        let bytes = |form| Ok(Fate::uniform(form).coded_bytes(spec.hidden, spec.moe_intermediate)?);
+        recipe.forms().into_iter().map(bytes).collect()
+    }
+
     /// Whether the narrowest codes would fit: known before anything is read.
     fn check_budget(&self, plan: &Plan) -> Result<()> {
         let Some(budget) = self.request.recipe.budget.bytes else {
             return Ok(());
         };
-        let (spec, recipe) = (&self.source.files.spec, &self.request.recipe.compress);
-        let codes = recipe.codes.get().iter();
-        let narrowest = codes
-            .map(|&c| record_bytes(spec.hidden, spec.moe_intermediate, c, recipe.group.get()))
-            .min();
+        let narrowest = self.form_bytes()?.into_iter().min();
         let kept = (plan.experts - plan.experts_dropped) as u64;
         let least = dense_file_bytes(&self.source.dense) + kept * narrowest.unwrap_or(0);
         if least > budget {
@@ -394,12 +474,15 @@ impl<'a> Job<'a> {
 
     /// The dense part of a layer of the source.
     pub(crate) fn load_layer(&self, layer: usize) -> Result<Layer> {
+        // What earlier layers were read from leaves memory: a model may be larger than that.
+        self.source.files.source.release();
         let spec = &self.source.files.spec;
         Ok(Layer::load(spec, self.source.files.source.as_ref(), layer_id(layer))?)
     }
 
     /// The same as the container will hold it.
     pub(crate) fn load_student_layer(&self, layer: usize) -> Result<Layer> {
+        self.source.files.source.release();
         let spec = &self.source.files.spec;
         Ok(Layer::load(spec, self.source.student.as_ref(), layer_id(layer))?)
     }

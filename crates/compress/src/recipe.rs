@@ -7,14 +7,23 @@ use cotk_run::recipe::{self, Source};
 use cotk_run::units::significant;
 use serde::{Deserialize, Serialize};
 
+use crate::choice::Form;
+use crate::joint::recipe::{Joint, Share};
 use crate::prune::gram::Semantics;
 use crate::prune::recipe::Prune;
+use crate::shrink::recipe::Shrink;
 use crate::{CompressError, Result};
 
 /// Recipes that are found by bare name.
-pub const EMBEDDED: [(&str, &str); 2] = [
+pub const EMBEDDED: [(&str, &str); 5] = [
     ("moe-int4", include_str!("../../../recipes/moe-int4.toml")),
+    (
+        "moe-gptq-uniform",
+        include_str!("../../../recipes/moe-gptq-uniform.toml"),
+    ),
+    ("moe-joint", include_str!("../../../recipes/moe-joint.toml")),
     ("moe-prune", include_str!("../../../recipes/moe-prune.toml")),
+    ("moe-shrink", include_str!("../../../recipes/moe-shrink.toml")),
 ];
 
 /// A whole recipe.
@@ -66,6 +75,12 @@ pub struct Compress {
     /// Choose what goes by measured loss, in the place of `drop_ratio` and `drop_shape`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prune: Option<Prune>,
+    /// Make experts smaller: inner channels go.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shrink: Option<Shrink>,
+    /// Choose the codes of every matrix by GPTQ, and among forms by measured loss, in the place of `group`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub joint: Option<Joint>,
 }
 
 impl Compress {
@@ -76,17 +91,27 @@ impl Compress {
         Bits::ALL.into_iter().filter(|bits| all.contains(bits)).collect()
     }
 
+    /// What experts may be stored in.
+    pub fn forms(&self) -> Vec<Form> {
+        match &self.joint {
+            Some(joint) => joint.forms(&self.codes),
+            None => self.codes.get().iter().map(|&code| Form::plain(code, self.group.get())).collect(),
+        }
+    }
+
     /// What a dropped expert means to the searches of `prune`.
     pub fn semantics(&self) -> Semantics {
         let named = self.prune.as_ref().and_then(|prune| prune.semantics);
         named.unwrap_or(match self.dropped {
             DroppedMeaning::Masked => Semantics::Masked,
             DroppedMeaning::Removed => Semantics::Removed,
+            DroppedMeaning::Novice => Semantics::Novice,
         })
     }
 
     /// Loss, runtime and exports speak of the same absence; one key says how much goes.
     fn settle_pruning(&mut self) -> Result<()> {
+        self.settle_shrinking()?;
         let Some(prune) = &self.prune else {
             return Ok(());
         };
@@ -100,7 +125,48 @@ impl Compress {
         match prune.semantics {
             Some(Semantics::Masked) => self.dropped = DroppedMeaning::Masked,
             Some(Semantics::Removed) => self.dropped = DroppedMeaning::Removed,
-            Some(Semantics::Novice) | None => {}
+            Some(Semantics::Novice) => self.dropped = DroppedMeaning::Novice,
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// One way at a time takes weights away, and what whole experts take is part of the share.
+    fn settle_shrinking(&self) -> Result<()> {
+        let Some(shrink) = &self.shrink else {
+            return Ok(());
+        };
+        let pruned = self.prune.as_ref().map_or(0.0, |prune| prune.ratio.get());
+        let contradiction = |keys, found, help| Err(CompressError::Contradiction { keys, found, help });
+        if self.drop_ratio.get() > 0.0 {
+            let found = format!("{} and {}", self.drop_ratio.get(), shrink.ratio.get());
+            return contradiction(
+                ["compress.drop_ratio", "compress.shrink.ratio"],
+                found,
+                "set compress.drop_ratio=0; [compress.prune] drops experts beside smaller ones",
+            );
+        }
+        if pruned >= shrink.ratio.get() && self.prune.is_some() {
+            let found = format!("{pruned} and {}", shrink.ratio.get());
+            return contradiction(
+                ["compress.prune.ratio", "compress.shrink.ratio"],
+                found,
+                "compress.shrink.ratio counts the experts that go: set it higher",
+            );
+        }
+        if self.joint.is_some() {
+            return contradiction(
+                ["compress.joint", "compress.shrink"],
+                "both".to_owned(),
+                "codes of smaller experts are rounded to nearest: leave [compress.joint] out",
+            );
+        }
+        if self.dropped == DroppedMeaning::Novice {
+            return contradiction(
+                ["compress.dropped", "compress.shrink"],
+                "novice".to_owned(),
+                "set compress.dropped=\"masked\"",
+            );
         }
         Ok(())
     }
@@ -118,6 +184,15 @@ pub struct Budget {
     /// Of `dense.safetensors` and `experts.bin` together, at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
+    /// Of codes and scales of the experts, over the number of weights that the source's experts have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits_per_expert_weight: Option<Share>,
+    /// Predicted time of the experts of one token over all layers, on the profile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_ms: Option<Share>,
+    /// KL(source ‖ output) on held-out calibration text: the smallest output that is not above it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_kl_nats: Option<Share>,
 }
 
 /// `[latency]`: what predicts the time of a token.
@@ -413,6 +488,7 @@ impl Recipe {
         let drops = self.compress.drop_ratio.get() > 0.0;
         self.compress.codes.get().len() > 1
             || self.compress.prune.is_some()
+            || self.compress.shrink.is_some()
             || (drops && self.compress.drop_shape == DropShape::Usage)
     }
 }

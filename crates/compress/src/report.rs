@@ -1,13 +1,16 @@
 //! What a compression did: the `result` of `--json`, the facts for the ledger, and `report.md`.
 
 use std::fmt::Write;
+use std::path::Path;
 
 use cotk_run::facts::Fact;
-use cotk_run::units::{Bytes, ExpertId, significant};
+use cotk_run::units::{Bytes, ExpertId, LayerId, significant};
 use serde::{Deserialize, Serialize};
 
+use crate::layer::Usage;
 use crate::prune::plan::Pruned;
 use crate::quality::Quality;
+use crate::{CompressError, Result};
 
 /// One MoE layer of the result.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -37,6 +40,50 @@ pub struct Starved {
 
 /// Tokens from which on an expert's means are taken at their word.
 pub const ENOUGH_TOKENS: u64 = 64;
+
+/// Experts that are listed by name where a text is too short.
+const NAMED: usize = 16;
+
+/// Whether a text is long enough for statistics of experts: in every layer, at least half of them saw
+/// [`ENOUGH_TOKENS`]. The others lean on their layer, and are counted.
+///
+/// # Errors
+/// [`CompressError::FewTokens`] with what each expert of the first such layer lacks.
+pub(crate) fn enough<'u>(calibration: &Path, usages: impl IntoIterator<Item = (LayerId, &'u Usage)>) -> Result<()> {
+    for (layer, usage) in usages {
+        let lacking: Vec<(usize, u64)> = usage
+            .experts
+            .iter()
+            .map(|expert| ENOUGH_TOKENS.saturating_sub(expert.tokens))
+            .enumerate()
+            .filter(|(_, lacks)| *lacks > 0)
+            .collect();
+        if 2 * lacking.len() <= usage.experts.len() {
+            continue;
+        }
+        let mut named: Vec<String> = lacking
+            .iter()
+            .take(NAMED)
+            .map(|(expert, lacks)| format!("expert {expert} lacks {lacks}"))
+            .collect();
+        if lacking.len() > NAMED {
+            named.push(format!("{} more lack some", lacking.len() - NAMED));
+        }
+        let chosen: u64 = usage.experts.iter().map(|expert| expert.tokens).sum();
+        // Twice what would do if all experts were chosen alike: they are not.
+        let wanted = 2 * ENOUGH_TOKENS * usage.experts.len() as u64;
+        return Err(CompressError::FewTokens {
+            file: calibration.to_owned(),
+            layer,
+            tokens: usage.tokens,
+            experts: usage.experts.len(),
+            starved: lacking.len(),
+            named: named.join(", "),
+            expected: (wanted * usage.tokens).div_ceil(chosen.max(1)),
+        });
+    }
+    Ok(())
+}
 
 /// The whole result.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

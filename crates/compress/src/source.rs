@@ -172,6 +172,8 @@ fn hash(folder: &ModelFolder) -> Result<Checksum> {
     for name in folder.source.names() {
         sums.extend_from_slice(name.as_bytes());
         sums.extend_from_slice(&files::checksum(&folder.source.raw(&name)?).to_le_bytes());
+        // Memory is that of a layer, also here.
+        folder.source.release();
     }
     Ok(Checksum(files::checksum(&sums)))
 }

@@ -183,12 +183,11 @@ pub fn code_expert(
             source,
         })
     };
-    Ok(CodedExpert {
-        gate: matrix("gate", &weights.gate)?,
-        up: matrix("up", &weights.up)?,
-        down: matrix("down", &weights.down)?,
-        prefixes: Vec::new(),
-    })
+    Ok(CodedExpert::new(
+        matrix("gate", &weights.gate)?,
+        matrix("up", &weights.up)?,
+        matrix("down", &weights.down)?,
+    ))
 }
 
 /// Measures what each prefix loses on the rows that were routed here.
@@ -244,6 +243,7 @@ fn run_stored(
     let store = CodedLayer {
         layer: layer.layer,
         experts,
+        constants: &[],
     };
     let view = store.expert(layer.layer, ExpertId(0), bits);
     let view = view.expect("nothing is read from a file").expect("put in above");

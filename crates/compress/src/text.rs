@@ -16,6 +16,11 @@ use crate::{CompressError, Result};
 pub const QUALITY_TOKENS: usize = 16_384;
 /// Shorter pieces of documents teach nothing about attention.
 const SHORTEST_WINDOW: usize = 16;
+/// Tokens of a section: whole short documents, or a piece of a long one. What is fitted on one section is judged on
+/// others.
+const SECTION_TOKENS: usize = 1024;
+/// One section in so many is held out.
+const HELD_OUT_ONE_IN: u64 = 8;
 /// No text of ours comes near this.
 const LIMIT_BYTES: u64 = 1 << 30;
 
@@ -24,6 +29,8 @@ const LIMIT_BYTES: u64 = 1 << 30;
 pub struct Texts {
     /// Pieces of documents, seen one by one.
     pub calibration: Vec<Vec<u32>>,
+    /// For each of them whether it judges what the others were fitted to: whole sections of the text, spread over it.
+    pub held_out: Vec<bool>,
     /// One text, scored by sliding windows.
     pub quality: Vec<u32>,
     /// What the quality text is, for tables.
@@ -98,23 +105,28 @@ pub fn draw(
         .min(context)
         .max(SHORTEST_WINDOW.min(context));
     let mut stream = seeds.stream("calibration");
-    let mut windows: Vec<Vec<u32>> = Vec::new();
+    let mut windows: Vec<(bool, Vec<u32>)> = Vec::new();
+    let mut sections = Sections::default();
     for document in &documents {
         let tokens = tokenizer.encode_bare(document)?;
         // The first cut is drawn too: two seeds differ even where every token is used.
         let first = stream.random_range(1..=window).min(tokens.len());
         let (head, rest) = tokens.split_at(first);
-        windows.extend([head].into_iter().chain(rest.chunks(window)).map(<[u32]>::to_vec));
+        sections.begin_document();
+        for piece in [head].into_iter().chain(rest.chunks(window)) {
+            windows.push((sections.is_held_out(piece.len()), piece.to_vec()));
+        }
     }
-    windows.retain(|w| w.len() >= SHORTEST_WINDOW.min(window));
+    windows.retain(|(_, w)| w.len() >= SHORTEST_WINDOW.min(window));
     spread(&mut windows, stream.random());
     let wanted = recipe.calibration_tokens.get();
     let mut total = 0;
-    let mut drawn = Vec::new();
-    for mut piece in windows {
+    let (mut drawn, mut held_out) = (Vec::new(), Vec::new());
+    for (is_held_out, mut piece) in windows {
         piece.truncate(wanted - total);
         total += piece.len();
         drawn.push(piece);
+        held_out.push(is_held_out);
         if total == wanted {
             break;
         }
@@ -125,19 +137,59 @@ pub fn draw(
             "calibration text has {total} usable tokens, {wanted} were asked for"
         ));
     }
+    if held_out.iter().all(|held| *held) || !held_out.contains(&true) {
+        // Too few sections: windows then, of which the first fits.
+        held_out = (1u64..).take(drawn.len()).map(|i| i % HELD_OUT_ONE_IN == 0).collect();
+    }
     Ok(Texts {
         calibration: drawn,
+        held_out,
         quality,
         quality_name,
         warnings,
     })
 }
 
+/// Which section a piece of text belongs to, and whether that one is held out.
+#[derive(Default)]
+struct Sections {
+    section: u64,
+    /// Tokens of the section, and those of them that are of the document in hand.
+    tokens: usize,
+    own_tokens: usize,
+}
+
+impl Sections {
+    fn begin_document(&mut self) {
+        self.own_tokens = 0;
+        if self.tokens >= SECTION_TOKENS {
+            self.begin_section();
+        }
+    }
+
+    fn begin_section(&mut self) {
+        self.section += 1;
+        (self.tokens, self.own_tokens) = (0, 0);
+    }
+
+    /// Of the next piece of the document.
+    fn is_held_out(&mut self, tokens: usize) -> bool {
+        if self.own_tokens >= SECTION_TOKENS {
+            self.begin_section();
+        }
+        self.tokens += tokens;
+        self.own_tokens += tokens;
+        (self.section + 1).wrapping_mul(GOLDEN) < u64::MAX / HELD_OUT_ONE_IN
+    }
+}
+
+/// 2^64 / φ, odd: no two multiples are equal, and they are spread evenly.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// Orders windows so that every prefix is spread evenly over the text (multiples of the golden ratio, modulo 1, from a
 /// drawn start): kinds of text that lie together come in their proportion. A plain shuffle of the few dozen windows that
 /// calibrate left kinds out: KL of `ref-qwen2moe` by seed .03, .03 and .096.
 fn spread<T>(windows: &mut Vec<T>, start: u64) {
-    const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15; // 2^64 / φ, odd: no two keys are equal
     let keys = (0u64..).map(|i| i.wrapping_mul(GOLDEN).wrapping_add(start));
     let mut keyed: Vec<(u64, T)> = keys.zip(windows.drain(..)).collect();
     keyed.sort_by_key(|(key, _)| *key);
@@ -200,6 +252,23 @@ mod tests {
             windows.sort_unstable();
             assert!(windows.into_iter().eq(0..1000));
         }
+    }
+
+    #[test]
+    fn sections_hold_whole_short_documents_and_an_eighth_is_held_out() {
+        let mut sections = Sections::default();
+        let (mut held, mut all) = (0, 0);
+        for document in 0..2000usize {
+            sections.begin_document();
+            let section = sections.section;
+            let pieces = if document % 10 == 0 { 40 } else { 2 };
+            for _ in 0..pieces {
+                held += usize::from(sections.is_held_out(100));
+                all += 1;
+            }
+            assert!(pieces > 2 || sections.section == section);
+        }
+        assert!((all / 9..all / 7).contains(&held), "{held} of {all}");
     }
 
     #[test]

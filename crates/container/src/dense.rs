@@ -45,10 +45,8 @@ pub fn code_matrix(
 pub fn plain_matrix(rows: usize, cols: usize, bits: u32) -> std::result::Result<Matrix, QuantError> {
     let bits = Bits::try_from(bits)?;
     let code = Code::Plain(bits);
-    Ok(Matrix {
-        format: plain_format(rows, cols, bits)?,
-        zero_points: vec![code.default_zero_point(bits)],
-    })
+    let zero_points = vec![code.default_zero_point(bits)];
+    Ok(Matrix::new(plain_format(rows, cols, bits)?, zero_points))
 }
 
 /// The widths that a dense matrix is coded at: 8 and 4.

@@ -8,18 +8,21 @@ use cotk_quant::code::{Bits, Code};
 use cotk_quant::coded::CodedMatrix;
 use cotk_quant::decode::decode;
 use cotk_quant::encode::encode;
-use cotk_quant::layout::MatrixFormat;
+use cotk_quant::layout::{MatrixFormat, WHOLE_ROW};
 use cotk_run::seeds::Seeds;
 use cotk_run::units::{ExpertId, LayerId};
 use tempfile::TempDir;
 
 use crate::ContainerError;
+use crate::decision::{Alternative, Channels, Decision, HealStep, Healed, MatrixDecision, Threshold};
 use crate::dense::{DenseTensor, PLANES, code_matrix, write_dense};
+use crate::layout::Part;
+use crate::low_rank::{Factors, Role};
 use crate::manifest::{
     Checksum, DENSE, DroppedMeaning, EXPERTS, Layer, MANIFEST, Manifest, Matrix, Origin, Prefix, SourceModel, Why, seal,
 };
 use crate::reader::Container;
-use crate::writer::{CodedExpert, ContainerWriter, Head, NewExpert};
+use crate::writer::{CodedExpert, Constant, ContainerWriter, Head, NewExpert, NewLayer, NewState, constant_values};
 
 const HIDDEN: usize = 8;
 
@@ -33,25 +36,90 @@ fn matrix(rows: usize, cols: usize, code: Code, purpose: &str) -> CodedMatrix {
 }
 
 fn expert(name: &str, inner: usize, gate: Code, up: Code, down: Code) -> NewExpert {
-    let coded = CodedExpert {
-        gate: matrix(inner, HIDDEN, gate, &format!("{name} gate")),
-        up: matrix(inner, HIDDEN, up, &format!("{name} up")),
-        down: matrix(HIDDEN, inner, down, &format!("{name} down")),
-        prefixes: vec![],
+    NewExpert::new(
+        why(),
+        measured(CodedExpert::new(
+            matrix(inner, HIDDEN, gate, &format!("{name} gate")),
+            matrix(inner, HIDDEN, up, &format!("{name} up")),
+            matrix(HIDDEN, inner, down, &format!("{name} down")),
+        )),
+    )
+}
+
+fn measured(coded: CodedExpert) -> CodedExpert {
+    let prefix = |bits| Prefix {
+        bits,
+        delta: Some(0.25),
+        rho: None,
+        tokens: 3,
     };
-    let formats = [coded.gate.format, coded.up.format, coded.down.format];
-    let prefixes = crate::layout::prefixes(formats)
-        .into_iter()
-        .map(|bits| Prefix {
-            bits,
-            delta: Some(0.25),
-            rho: None,
-            tokens: 3,
-        })
-        .collect();
-    NewExpert {
-        why: why(),
-        kept: Some(CodedExpert { prefixes, ..coded }),
+    let prefixes = crate::layout::prefixes(coded.formats()).into_iter().map(prefix);
+    CodedExpert {
+        prefixes: prefixes.collect(),
+        ..coded
+    }
+}
+
+fn factors(role: Role, rows: usize, cols: usize) -> Factors {
+    let draw = |count: usize, step: f32| -> Vec<f32> { (0..count).map(|i| (i as f32 * step).sin()).collect() };
+    Factors::encode(role, &draw(rows * 5, 0.7), &draw(5 * cols, 0.3), (rows, 5, cols)).unwrap()
+}
+
+/// Gate with a correction, up as a product, down as codes.
+fn low_rank(name: &str, inner: usize) -> NewExpert {
+    let eight = Code::Plain(Bits::B8);
+    let mut coded = CodedExpert::new(
+        matrix(inner, HIDDEN, Code::Nested44, &format!("{name} gate")),
+        matrix(inner, HIDDEN, eight, &format!("{name} up")),
+        matrix(HIDDEN, inner, Code::Nested44, &format!("{name} down")),
+    );
+    coded.up.planes.clear();
+    coded.factors = [
+        Some(factors(Role::Correction, inner, HIDDEN)),
+        Some(factors(Role::Product, inner, HIDDEN)),
+        None,
+    ];
+    NewExpert::new(why(), measured(coded))
+}
+
+fn constant() -> NewExpert {
+    let values: Vec<f32> = (0..HIDDEN).map(|i| i as f32 / 3.0 - 1.0).collect();
+    NewExpert::new(why(), NewState::Constant(Constant::new(&values).unwrap()))
+}
+
+/// With everything that a decision can say.
+fn decision() -> Decision {
+    let format = MatrixFormat::try_new(17, HIDDEN, Code::Plain(Bits::B2), WHOLE_ROW).unwrap();
+    let other = Alternative {
+        format,
+        rank: 16,
+        bytes: 77,
+        error: 0.5,
+    };
+    let healed = Healed {
+        step: HealStep::Ridge,
+        before: 0.25,
+        after: 0.125,
+        kept: true,
+    };
+    let matrix = MatrixDecision {
+        error: 0.25,
+        sensitivity: Some(1.5),
+        lambda: Some(0.75),
+        narrower: Some(other),
+        wider: None,
+    };
+    Decision {
+        chosen_by: Some("joint".to_owned()),
+        starved: Some(60),
+        dropped_alone: Some(0.5),
+        matrices: Some([matrix; 3]),
+        channels: Some(Channels {
+            of: 24,
+            error: Some(0.125),
+        }),
+        scale: Some(1.25),
+        healed: vec![healed],
     }
 }
 
@@ -64,7 +132,7 @@ fn why() -> Why {
 }
 
 fn dropped() -> NewExpert {
-    NewExpert { why: why(), kept: None }
+    NewExpert::new(why(), NewState::Dropped)
 }
 
 fn layers() -> Vec<(LayerId, Vec<NewExpert>)> {
@@ -80,7 +148,11 @@ fn layers() -> Vec<(LayerId, Vec<NewExpert>)> {
         ),
         (
             LayerId(2),
-            vec![expert("c", 8, nested, four, Code::Nested44), dropped(), dropped()],
+            vec![
+                expert("c", 8, nested, four, Code::Nested44).decided(decision()),
+                constant(),
+                low_rank("d", 9),
+            ],
         ),
     ]
 }
@@ -117,9 +189,25 @@ fn write_all(folder: &Path) -> Manifest {
     finish(folder, ContainerWriter::resume(folder, vec![]).unwrap(), layers())
 }
 
+fn append(writer: &mut ContainerWriter, layer: LayerId, experts: Vec<NewExpert>) -> Layer {
+    let threshold = Threshold {
+        mode: "big-little".to_owned(),
+        value: 0.5,
+        low_bit_fraction: 0.25,
+    };
+    let new = NewLayer {
+        layer,
+        gain: 1.0,
+        healed: decision().healed,
+        thresholds: vec![threshold],
+        experts,
+    };
+    writer.append(new).unwrap()
+}
+
 fn finish(folder: &Path, mut writer: ContainerWriter, rest: Vec<(LayerId, Vec<NewExpert>)>) -> Manifest {
     for (layer, experts) in rest {
-        writer.append_layer(layer, 1.0, experts).unwrap();
+        append(&mut writer, layer, experts);
     }
     let tensor = DenseTensor {
         name: "norm".to_owned(),
@@ -159,6 +247,7 @@ fn use_all(folder: &Path) -> Result<(), ContainerError> {
             for bits in [2, 4, 8] {
                 container.expert(layer, expert, bits)?;
             }
+            container.constant(layer, expert)?;
         }
     }
     // As `cotk-model` uses them.
@@ -188,15 +277,15 @@ fn every_prefix_reads_back_what_was_coded() {
         for (id, new) in (0..).map(ExpertId).zip(experts) {
             for bits in [2, 4, 8] {
                 let view = container.expert(layer, id, bits).unwrap();
-                let Some(coded) = &new.kept else {
+                let NewState::Kept(coded) = &new.state else {
                     assert!(view.is_none());
                     continue;
                 };
-                let view = view.unwrap();
-                for (read, written) in [(view.gate, &coded.gate), (view.up, &coded.up), (view.down, &coded.down)] {
-                    let width = crate::layout::prefix_at(&written.format, bits);
-                    assert_eq!(read.bits(), width);
-                    assert_eq!(decode(&read), decode(&written.prefix(width).unwrap()));
+                let (read, written) = (view.unwrap(), coded.view(bits));
+                for (part, format) in [Part::Gate, Part::Up, Part::Down].into_iter().zip(coded.formats()) {
+                    assert_eq!(read.part(part).bits(), crate::layout::prefix_at(&format, bits).get());
+                    assert_eq!(read.part(part).rank(), written.part(part).rank());
+                    assert_eq!(read.weights(part), written.weights(part));
                 }
             }
         }
@@ -225,7 +314,7 @@ fn interrupted_anywhere_and_resumed_the_bytes_are_the_same() {
             let mut rest = layers();
             let remembered: Vec<Layer> = rest
                 .drain(..done)
-                .map(|(layer, experts)| writer.append_layer(layer, 1.0, experts).unwrap())
+                .map(|(layer, experts)| append(&mut writer, layer, experts))
                 .collect();
             drop(writer);
             // A layer that was begun and not finished.
@@ -248,7 +337,7 @@ fn a_partial_file_that_lost_bytes_is_not_continued() {
     let folder = tempfile::tempdir().unwrap();
     let mut writer = ContainerWriter::resume(folder.path(), vec![]).unwrap();
     let (layer, experts) = layers().swap_remove(0);
-    let entry = writer.append_layer(layer, 1.0, experts).unwrap();
+    let entry = append(&mut writer, layer, experts);
     drop(writer);
     let path = folder.path().join(EXPERTS);
     let bytes = fs_err::read(&path).unwrap();
@@ -346,7 +435,7 @@ fn numbers(text: &str) -> Vec<(usize, usize)> {
 }
 
 /// Keys whose value is a report, not a claim about bytes.
-const REPORTED: [&str; 12] = [
+const REPORTED: [&str; 16] = [
     "seed",
     "gain",
     "tokens",
@@ -359,6 +448,10 @@ const REPORTED: [&str; 12] = [
     "expert_weights",
     "zero_points",
     "bytes",
+    "before",
+    "after",
+    "value",
+    "low_bit_fraction",
 ];
 
 #[test]
@@ -366,6 +459,9 @@ fn a_sealed_manifest_with_numbers_that_lie_is_refused() {
     let folder = tiny();
     let path = folder.path().join(MANIFEST);
     let text = fs_err::read_to_string(&path).unwrap();
+    // A decision only tells.
+    let told = text.find("\"decision\": {").unwrap();
+    let told = told..told + text[told..].find("]\n          }").unwrap();
     let mut refused = 0;
     for (from, to) in numbers(&text) {
         for lie in [
@@ -388,7 +484,9 @@ fn a_sealed_manifest_with_numbers_that_lie_is_refused() {
             match use_all(folder.path()) {
                 Err(_) => refused += 1,
                 Ok(()) => assert!(
-                    line.trim().is_empty() || REPORTED.iter().any(|key| line.contains(&format!("\"{key}\""))),
+                    line.trim().is_empty()
+                        || told.contains(&from)
+                        || REPORTED.iter().any(|key| line.contains(&format!("\"{key}\""))),
                     "{line}{lie} was believed"
                 ),
             }
@@ -403,7 +501,8 @@ fn other_versions_and_formats_are_refused_by_name() {
     let path = folder.path().join(MANIFEST);
     let text = fs_err::read_to_string(&path).unwrap();
     for (from, to, expected) in [
-        ("\"version\": 0", "\"version\": 1", "format version is 1, expected 0"),
+        ("\"version\": 1", "\"version\": 0", "format version is 0, expected 1"),
+        ("\"version\": 1", "\"version\": 2", "format version is 2, expected 1"),
         ("cotk-container", "gguf", "format is `gguf`, expected `cotk-container`"),
     ] {
         let mut other = text.replacen(from, to, 1).into_bytes();
@@ -437,11 +536,99 @@ fn matrices_that_do_not_fit_are_not_written() {
     let mut writer = ContainerWriter::resume(folder.path(), vec![]).unwrap();
     let code = Code::Nested224;
     let mut wrong = expert("a", 24, code, code, code);
-    wrong.kept.as_mut().unwrap().down = matrix(HIDDEN, 25, code, "other");
-    assert!(matches!(
-        writer.append_layer(LayerId(0), 1.0, vec![wrong]),
-        Err(ContainerError::Unwritable { .. })
-    ));
+    kept(&mut wrong).down = matrix(HIDDEN, 25, code, "other");
+    let mut factor = low_rank("b", 9);
+    kept(&mut factor).factors[0] = Some(factors(Role::Correction, 10, HIDDEN));
+    let mut bare = low_rank("c", 9);
+    kept(&mut bare).factors[1] = None;
+    let mut moved = low_rank("d", 9);
+    let right = &mut kept(&mut moved).factors[0].as_mut().unwrap().right;
+    right.zero_points[0] += 1.0;
+    for wrong in [wrong, factor, bare, moved] {
+        assert!(matches!(
+            writer.append_layer(LayerId(0), 1.0, vec![wrong]),
+            Err(ContainerError::Unwritable { .. })
+        ));
+    }
+}
+
+fn kept(new: &mut NewExpert) -> &mut CodedExpert {
+    match &mut new.state {
+        NewState::Kept(coded) => coded,
+        _ => panic!("kept"),
+    }
+}
+
+#[test]
+fn factors_add_their_product_at_every_prefix() {
+    let folder = tiny();
+    let container = Container::open(folder.path()).unwrap();
+    let dense = |factors: &Factors| {
+        let [left, right] = [&factors.left, &factors.right].map(|f| decode(&f.prefix(Bits::B8).unwrap()));
+        let rank = factors.low_rank().rank();
+        assert_eq!(rank, 16, "5 is filled up");
+        move |row: usize, col: usize| -> f32 { (0..rank).map(|r| left[row * rank + r] * right[r * HIDDEN + col]).sum() }
+    };
+    let mut written = low_rank("d", 9);
+    let coded = kept(&mut written);
+    let (correction, product) = (coded.factors[0].as_ref().unwrap(), coded.factors[1].as_ref().unwrap());
+    let (correction, product) = (dense(correction), dense(product));
+    for bits in [4, 8] {
+        let view = container.expert(LayerId(2), ExpertId(2), bits).unwrap().unwrap();
+        let codes = decode(&coded.gate.prefix(Bits::try_from(bits).unwrap()).unwrap());
+        let (gate, up) = (view.weights(Part::Gate), view.weights(Part::Up));
+        for row in 0..9 {
+            for col in 0..HIDDEN {
+                let at = row * HIDDEN + col;
+                assert!((gate[at] - codes[at] - correction(row, col)).abs() < 1e-5);
+                assert!((up[at] - product(row, col)).abs() < 1e-5);
+            }
+        }
+    }
+    assert_eq!(
+        container.manifest().layers[1].experts[2].state.bytes(),
+        coded.record_bytes()
+    );
+}
+
+#[test]
+fn a_constant_reads_back_and_is_routable() {
+    let folder = tiny();
+    let container = Container::open(folder.path()).unwrap();
+    let layer = &container.manifest().layers[1];
+    assert_eq!((layer.kept(), layer.routable()), (2, 3));
+    let read = container.constant(LayerId(2), ExpertId(1)).unwrap().unwrap();
+    let NewState::Constant(written) = constant().state else {
+        panic!("a constant")
+    };
+    assert_eq!(read, written.bytes());
+    assert!((constant_values(read)[5] - 2.0 / 3.0).abs() < 1e-3);
+    for (layer, expert) in [(0, 0), (0, 1), (1, 1), (2, 0)] {
+        assert!(container.constant(LayerId(layer), ExpertId(expert)).unwrap().is_none());
+    }
+    for value in [f32::NAN, f32::INFINITY, 1e6] {
+        assert!(Constant::new(&[0.0, value]).is_err());
+    }
+}
+
+#[test]
+fn where_dropped_means_novice_every_expert_answers() {
+    let head = || Head {
+        dropped: DroppedMeaning::Novice,
+        ..head()
+    };
+    let written = |experts: Vec<NewExpert>| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = ContainerWriter::resume(folder.path(), vec![]).unwrap();
+        writer.append_layer(LayerId(0), 1.0, experts).unwrap();
+        write_dense(&folder.path().join(DENSE), &[], |_| Ok::<_, ContainerError>(vec![])).unwrap();
+        writer.finish(head(), &[DENSE])
+    };
+    let code = Code::Nested224;
+    assert!(written(vec![expert("a", 8, code, code, code), constant()]).is_ok());
+    assert!(written(vec![expert("a", 8, code, code, code), dropped()]).is_err());
+    let short = NewState::Constant(Constant::new(&[1.0; HIDDEN - 1]).unwrap());
+    assert!(written(vec![expert("a", 8, code, code, code), NewExpert::new(why(), short)]).is_err());
 }
 
 #[test]

@@ -1,9 +1,12 @@
-//! Where sections and planes lie inside a record, from the three formats alone: writer, gate and reader agree because
-//! they all ask here. Law: pieces of a section are in order, aligned to 64, and end where the section ends.
+//! Where sections, planes and factors lie inside a record, from the three shapes alone: writer, gate and reader agree
+//! because they all ask here. Law: pieces of a section are in order, aligned to 64, and end where the section ends.
 
 use cotk_quant::code::Bits;
 use cotk_quant::layout::{MatrixFormat, Placement};
+use half::f16;
 
+use crate::low_rank::{LowRank, Role};
+use crate::manifest::{Matrix, Record};
 use crate::record::HEADER_BYTES;
 
 /// Every section and every piece in it starts at a multiple of this: a cache line, a zmm.
@@ -20,10 +23,59 @@ pub enum Part {
     Down,
 }
 
-/// One plane of one matrix, or of gate and up tile by tile in turn.
+impl Part {
+    /// This one of a record.
+    pub(crate) fn of(self, record: &Record) -> &Matrix {
+        match self {
+            Self::Gate => &record.gate,
+            Self::Up => &record.up,
+            Self::Down => &record.down,
+        }
+    }
+}
+
+/// What decides where the bytes of one matrix lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    pub format: MatrixFormat,
+    pub rank: Option<LowRank>,
+}
+
+impl Shape {
+    /// Whether `format` has codes, or only says what the factors multiply to.
+    pub(crate) fn has_codes(&self) -> bool {
+        self.rank.is_none_or(|factors| factors.role == Role::Correction)
+    }
+
+    /// Planes of codes.
+    fn planes(&self) -> usize {
+        if self.has_codes() {
+            self.format.code().planes()
+        } else {
+            0
+        }
+    }
+}
+
+impl From<MatrixFormat> for Shape {
+    fn from(format: MatrixFormat) -> Self {
+        Self { format, rank: None }
+    }
+}
+
+/// What a piece holds of its matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Holds {
+    Codes,
+    Right,
+    Left,
+}
+
+/// One plane of one matrix, or of gate and up tile by tile in turn; or a factor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Piece {
     pub(crate) part: Part,
+    pub(crate) holds: Holds,
     pub(crate) placement: Placement,
     /// From the start of the record.
     pub(crate) offset: u64,
@@ -49,35 +101,47 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// Section i: plane i of gate, up and down, of those that have one. Gate and up tiles alternate where their
-    /// formats are equal.
-    pub(crate) fn of(gate: MatrixFormat, up: MatrixFormat, down: MatrixFormat) -> Self {
-        let parts = [(Part::Gate, gate), (Part::Up, up), (Part::Down, down)];
-        let planes = parts.iter().map(|(_, f)| f.code().planes()).max().unwrap_or(0);
+    /// Section i: plane i of gate, up and down, of those that have one; behind the lowest planes the factors of gate, up
+    /// and down, the right one first. Gate and up tiles alternate where their formats are equal.
+    pub(crate) fn of(shapes: [Shape; 3]) -> Self {
+        let [gate, up, _] = &shapes;
+        let is_pair = gate.format == up.format && gate.has_codes() && up.has_codes();
+        let parts = [Part::Gate, Part::Up, Part::Down].into_iter().zip(&shapes);
+        let planes = shapes.iter().map(Shape::planes).max().unwrap_or(0).max(1);
         let mut end = HEADER_BYTES as u64;
         let mut sections = Vec::with_capacity(planes);
         for plane in 0..planes {
             let offset = end;
             let mut pieces = Vec::with_capacity(3);
             let mut last_bytes = 0;
-            for (part, format) in parts.iter().filter(|(_, f)| plane < f.code().planes()) {
-                let placement = match part {
-                    Part::Gate if gate == up => Placement::PairFirst,
-                    Part::Up if gate == up => Placement::PairSecond,
-                    _ => Placement::Alone,
-                };
-                let bytes = format.placed_bytes(placement, plane) as u64;
+            let mut place = |part, holds, placement, bytes: usize| {
                 // The second of a pair lies over the first.
                 if placement != Placement::PairSecond {
                     end = (end + last_bytes).next_multiple_of(LINE);
-                    last_bytes = bytes;
+                    last_bytes = bytes as u64;
                 }
                 pieces.push(Piece {
-                    part: *part,
+                    part,
+                    holds,
                     placement,
                     offset: end,
-                    bytes,
+                    bytes: bytes as u64,
                 });
+            };
+            for (part, shape) in parts.clone().filter(|(_, shape)| plane < shape.planes()) {
+                let placement = match part {
+                    Part::Gate if is_pair => Placement::PairFirst,
+                    Part::Up if is_pair => Placement::PairSecond,
+                    _ => Placement::Alone,
+                };
+                let bytes = shape.format.placed_bytes(placement, plane);
+                place(part, Holds::Codes, placement, bytes);
+            }
+            for (part, shape) in parts.clone().filter(|_| plane == 0) {
+                if let Some(LowRank { left, right, .. }) = shape.rank {
+                    place(part, Holds::Right, Placement::Alone, right.plane_bytes(0));
+                    place(part, Holds::Left, Placement::Alone, left.plane_bytes(0));
+                }
             }
             end += last_bytes;
             sections.push(SectionLayout {
@@ -92,14 +156,25 @@ impl Layout {
     }
 }
 
+/// Offset and bytes of the one section of a constant's record.
+pub(crate) fn constant_section(hidden: usize) -> (u64, u64) {
+    (HEADER_BYTES as u64, (hidden * size_of::<f16>()) as u64)
+}
+
+/// Bytes of a constant's record, and what aligning it costs at most.
+pub fn aligned_constant_bytes(hidden: usize) -> u64 {
+    let (from, length) = constant_section(hidden);
+    align_record(1, from + length) + from + length
+}
+
 /// Where a record of this size starts after the one that ends at `previous_end`.
 pub(crate) fn align_record(previous_end: u64, record_bytes: u64) -> u64 {
     previous_end.next_multiple_of(if record_bytes >= PAGED_BYTES { PAGE } else { LINE })
 }
 
-/// Bytes of a record of these formats, and what aligning it costs at most: sums of these bound `experts.bin`.
-pub fn aligned_record_bytes(gate: MatrixFormat, up: MatrixFormat, down: MatrixFormat) -> u64 {
-    let bytes = Layout::of(gate, up, down).bytes;
+/// Bytes of a record of these shapes, and what aligning it costs at most: sums of these bound `experts.bin`.
+pub fn aligned_record_bytes(gate: impl Into<Shape>, up: impl Into<Shape>, down: impl Into<Shape>) -> u64 {
+    let bytes = Layout::of([gate.into(), up.into(), down.into()]).bytes;
     align_record(1, bytes) + bytes
 }
 
@@ -132,30 +207,55 @@ mod tests {
         MatrixFormat::try_new(rows, cols, code, 32).unwrap()
     }
 
-    #[test]
-    fn pieces_are_in_order_aligned_and_fill_their_section() {
+    /// Every code for gate, up and down, with and without factors.
+    fn shapes() -> Vec<[Shape; 3]> {
+        let mut all = Vec::new();
         for gate in Code::ALL {
             for up in Code::ALL {
                 for down in Code::ALL {
-                    let layout = Layout::of(format(33, 70, gate), format(33, 70, up), format(70, 33, down));
-                    let mut end = HEADER_BYTES as u64;
-                    for section in &layout.sections {
-                        assert_eq!(section.offset, end.next_multiple_of(LINE));
-                        end = section.offset;
-                        for piece in &section.pieces {
-                            assert_eq!(piece.offset % LINE, 0);
-                            if piece.placement == Placement::PairSecond {
-                                assert_eq!(piece.offset + piece.bytes, end);
-                            } else {
-                                assert_eq!(piece.offset, end.next_multiple_of(LINE));
-                            }
-                            end = piece.offset + piece.bytes;
+                    let plain = [(33, 70, gate), (33, 70, up), (70, 33, down)];
+                    let plain = plain.map(|(rows, cols, code)| Shape::from(format(rows, cols, code)));
+                    all.push(plain);
+                    let factors = |role, shape: Shape| {
+                        let rank = LowRank::try_new(role, shape.format.rows(), shape.format.cols(), 16).unwrap();
+                        Shape {
+                            rank: Some(rank),
+                            ..shape
                         }
-                        assert_eq!(section.offset + section.bytes, end);
-                    }
-                    assert_eq!(layout.bytes, end);
+                    };
+                    let [gate, up, down] = plain;
+                    all.push([factors(Role::Correction, gate), up, factors(Role::Correction, down)]);
+                    all.push([gate, factors(Role::Product, up), down]);
+                    all.push(plain.map(|shape| factors(Role::Product, shape)));
                 }
             }
+        }
+        all
+    }
+
+    #[test]
+    fn pieces_are_in_order_aligned_and_fill_their_section() {
+        for shapes in shapes() {
+            let layout = Layout::of(shapes);
+            let mut end = HEADER_BYTES as u64;
+            for section in &layout.sections {
+                assert_eq!(section.offset, end.next_multiple_of(LINE));
+                end = section.offset;
+                for piece in &section.pieces {
+                    assert_eq!(piece.offset % LINE, 0);
+                    if piece.placement == Placement::PairSecond {
+                        assert_eq!(piece.offset + piece.bytes, end);
+                    } else {
+                        assert_eq!(piece.offset, end.next_multiple_of(LINE));
+                    }
+                    end = piece.offset + piece.bytes;
+                }
+                assert_eq!(section.offset + section.bytes, end);
+            }
+            assert_eq!(layout.bytes, end);
+            let factors = layout.sections[0].pieces.iter().filter(|p| p.holds != Holds::Codes);
+            let expected = shapes.iter().filter(|s| s.rank.is_some()).count();
+            assert_eq!(factors.count(), 2 * expected, "all factors stand in section 0");
         }
     }
 

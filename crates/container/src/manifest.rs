@@ -13,13 +13,16 @@ use cotk_run::files;
 use cotk_run::units::{ExpertId, LayerId};
 use serde::{Deserialize, Serialize};
 
-use crate::layout::{self, Layout};
+use crate::decision::{Decision, Healed, Threshold};
+use crate::layout::{self, Layout, Shape};
+use crate::low_rank::LowRank;
+use crate::record::Kind;
 use crate::{ContainerError, Result};
 
 /// What stands under `format`.
 pub const FORMAT: &str = "cotk-container";
 /// What stands under `version`; others are refused by name.
-pub const VERSION: u64 = 0;
+pub const VERSION: u64 = 1;
 /// File names inside a container.
 pub const MANIFEST: &str = "manifest.json";
 /// Everything that is not a routed expert.
@@ -130,6 +133,8 @@ pub enum DroppedMeaning {
     Removed,
     /// Its router row is kept, its selection forbidden: softmax over all, top-k of the kept.
     Masked,
+    /// Nobody is absent: whoever was dropped is routed to as before and answers with a constant.
+    Novice,
 }
 
 /// One MoE layer.
@@ -139,17 +144,26 @@ pub struct Layer {
     pub layer: LayerId,
     /// What every kept down projection was multiplied by before it was coded, so that the layer's output keeps its size.
     pub gain: f32,
+    /// Steps of healing that were tried on the layer as a whole, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub healed: Vec<Healed>,
+    /// Where routing modes switch; each mode at most once.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub thresholds: Vec<Threshold>,
     /// All experts of the source model, in its numbering.
     pub experts: Vec<Expert>,
 }
 
 impl Layer {
-    /// How many experts are kept.
+    /// How many experts are kept with weights.
     pub fn kept(&self) -> usize {
-        self.experts
-            .iter()
-            .filter(|e| matches!(e.state, State::Kept(_)))
-            .count()
+        let kept = self.experts.iter().filter(|e| matches!(e.state, State::Kept(_)));
+        kept.count()
+    }
+
+    /// How many experts can be routed to: those with weights, and constants.
+    pub fn routable(&self) -> usize {
+        self.experts.iter().filter(|e| e.state.is_routable()).count()
     }
 }
 
@@ -161,10 +175,13 @@ pub struct Expert {
     pub state: State,
     /// Why: the numbers that decided.
     pub why: Why,
+    /// Why, further: what was measured of it and of what it could have been.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decision: Option<Box<Decision>>,
 }
 
 /// The statistics that decided about an expert.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Why {
     /// Calibration tokens that the source model's router sent here.
@@ -175,12 +192,75 @@ pub struct Why {
     pub gate_share: f64,
 }
 
-/// Kept with a record, or dropped.
+/// What stands in an expert's place.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
+    /// Its weights.
     Kept(Box<Record>),
+    /// A vector that it answers with (a novice): routing is as if it were kept.
+    Constant(Box<ConstantRecord>),
+    /// Nothing; what that means to routing is [`Manifest::dropped`].
     Dropped,
+}
+
+impl State {
+    /// Whether routing may choose it.
+    pub fn is_routable(&self) -> bool {
+        match self {
+            Self::Kept(_) | Self::Constant(_) => true,
+            Self::Dropped => false,
+        }
+    }
+
+    /// Where its record lies; `None`: it has none.
+    pub(crate) fn place(&self) -> Option<Placed<'_>> {
+        match self {
+            Self::Kept(record) => Some(Placed {
+                kind: Kind::Coded,
+                offset: record.offset,
+                bytes: record.bytes,
+                header: record.header,
+                sections: &record.sections,
+            }),
+            Self::Constant(record) => Some(Placed {
+                kind: Kind::Constant,
+                offset: record.offset,
+                bytes: record.bytes,
+                header: record.header,
+                sections: std::slice::from_ref(&record.section),
+            }),
+            Self::Dropped => None,
+        }
+    }
+
+    /// Bytes of its record, 0 without one.
+    pub fn bytes(&self) -> u64 {
+        self.place().map_or(0, |placed| placed.bytes)
+    }
+}
+
+/// A record of either kind in `experts.bin`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Placed<'a> {
+    pub(crate) kind: Kind,
+    pub(crate) offset: u64,
+    pub(crate) bytes: u64,
+    pub(crate) header: Checksum,
+    pub(crate) sections: &'a [Section],
+}
+
+/// The record of an expert that answers with a constant: one section of `hidden` f16, little endian.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConstantRecord {
+    /// From the start of `experts.bin`.
+    pub offset: u64,
+    /// Header and section.
+    pub bytes: u64,
+    /// The header's own checksum.
+    pub header: Checksum,
+    pub section: Section,
 }
 
 /// One expert's record in `experts.bin`.
@@ -208,7 +288,7 @@ impl Record {
     }
 
     pub(crate) fn layout(&self) -> Layout {
-        Layout::of(self.gate.format, self.up.format, self.down.format)
+        Layout::of([&self.gate, &self.up, &self.down].map(Matrix::shape))
     }
 }
 
@@ -229,9 +309,42 @@ pub struct Matrix {
     pub format: MatrixFormat,
     /// Narrowest prefix first.
     pub zero_points: Vec<f32>,
+    /// Factors beside the codes, or in their place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rank: Option<LowRank>,
 }
 
 impl Matrix {
+    /// Codes alone.
+    pub fn new(format: MatrixFormat, zero_points: Vec<f32>) -> Self {
+        Self {
+            format,
+            zero_points,
+            rank: None,
+        }
+    }
+
+    /// Width between its factors; 0 without any.
+    pub fn rank(&self) -> usize {
+        self.rank.map_or(0, |factors| factors.rank())
+    }
+
+    /// Bytes of codes, scales, zero points and factors.
+    pub fn bytes(&self) -> u64 {
+        let codes = match self.shape().has_codes() {
+            true => self.format.total_bytes() + 4 * self.zero_points.len(),
+            false => 0,
+        };
+        codes as u64 + self.rank.map_or(0, |factors| factors.bytes())
+    }
+
+    pub(crate) fn shape(&self) -> Shape {
+        Shape {
+            format: self.format,
+            rank: self.rank,
+        }
+    }
+
     /// The whole of a plain matrix that lies alone in `plane`.
     ///
     /// # Errors
@@ -310,17 +423,18 @@ impl Manifest {
         text
     }
 
-    /// Bytes of all records.
+    /// Bytes of all records, constants too.
     pub fn record_bytes(&self) -> u64 {
-        self.records().map(|(_, _, record)| record.bytes).sum()
+        let experts = self.layers.iter().flat_map(|layer| &layer.experts);
+        experts.map(|expert| expert.state.bytes()).sum()
     }
 
-    /// Every record in file order.
+    /// Every record of weights in file order.
     pub fn records(&self) -> impl Iterator<Item = (LayerId, ExpertId, &Record)> {
         self.layers.iter().flat_map(|layer| {
             layer.experts.iter().filter_map(|expert| match &expert.state {
                 State::Kept(record) => Some((layer.layer, expert.expert, record.as_ref())),
-                State::Dropped => None,
+                State::Constant(_) | State::Dropped => None,
             })
         })
     }
@@ -372,6 +486,9 @@ impl Manifest {
                     "a plain code".into(),
                 );
             }
+            if matrix.rank.is_some() {
+                return wrong(format!("dense.{name}.rank"), "factors".into(), "codes alone".into());
+            }
             if matrix.zero_points.len() != 1 || !matrix.zero_points[0].is_finite() {
                 let found = format!("{:?}", matrix.zero_points);
                 return wrong(format!("dense.{name}.zero_points"), found, "1 finite number".into());
@@ -406,21 +523,41 @@ impl Manifest {
                 let key = format!("{}: experts", layer.layer);
                 return wrong(key, layer.experts.len().to_string(), format!("1 to {EXPERTS_LIMIT}"));
             }
+            for (index, threshold) in layer.thresholds.iter().enumerate() {
+                let Threshold {
+                    mode, low_bit_fraction, ..
+                } = threshold;
+                let is_new = layer.thresholds[..index].iter().all(|other| other.mode != *mode);
+                let is_name =
+                    (1..=64).contains(&mode.len()) && mode.bytes().all(|b| b.is_ascii_lowercase() || b == b'-');
+                if !(is_new && is_name && (0.0..=1.0).contains(low_bit_fraction)) {
+                    let expected = "each mode once, with a share of 0 to 1".to_owned();
+                    return wrong(
+                        format!("{}: thresholds", layer.layer),
+                        format!("{threshold:?}"),
+                        expected,
+                    );
+                }
+            }
             for (index, expert) in layer.experts.iter().enumerate() {
                 let at = format!("{}, {}", layer.layer, expert.expert);
                 if expert.expert.index() != index {
                     return wrong(at, expert.expert.to_string(), format!("expert {index}"));
                 }
-                if let State::Kept(record) = &expert.state {
-                    end = self
-                        .check_record(record, end)
-                        .map_err(|(key, found, expected)| ContainerError::Value {
-                            file: file.to_owned(),
-                            key: format!("{at}: {key}"),
-                            found,
-                            expected,
-                        })?;
-                }
+                let checked = match &expert.state {
+                    State::Kept(record) => self.check_record(record, end),
+                    State::Constant(record) => self.check_constant(record, end),
+                    State::Dropped if self.dropped == DroppedMeaning::Novice => {
+                        return wrong(at, "dropped".into(), "a constant: `dropped` is novice".into());
+                    }
+                    State::Dropped => Ok(end),
+                };
+                end = checked.map_err(|(key, found, expected)| ContainerError::Value {
+                    file: file.to_owned(),
+                    key: format!("{at}: {key}"),
+                    found,
+                    expected,
+                })?;
             }
         }
         let experts_bytes = self.files[EXPERTS].bytes;
@@ -462,6 +599,13 @@ impl Manifest {
                 );
             }
         }
+        for (name, matrix) in parts {
+            if let Some(factors) = &matrix.rank {
+                factors
+                    .check(matrix.format)
+                    .map_err(|(found, expected)| (format!("{name}.rank"), found, expected))?;
+            }
+        }
         let inner = record.gate.format.rows();
         let shapes = [(inner, self.hidden), (inner, self.hidden), (self.hidden, inner)];
         for ((name, matrix), expected) in parts.into_iter().zip(shapes) {
@@ -490,6 +634,24 @@ impl Manifest {
             return fail("prefixes", format!("{found:?}"), format!("{expected:?}"));
         }
         Ok(offset + layout.bytes)
+    }
+
+    /// As [`check_record`](Self::check_record).
+    fn check_constant(&self, record: &ConstantRecord, previous_end: u64) -> Result<u64, (String, String, String)> {
+        let (from, length) = layout::constant_section(self.hidden);
+        let bytes = from + length;
+        let offset = layout::align_record(previous_end, bytes);
+        for (key, found, expected) in [
+            ("offset", record.offset, offset),
+            ("bytes", record.bytes, bytes),
+            ("section.offset", record.section.offset, from),
+            ("section.bytes", record.section.bytes, length),
+        ] {
+            if found != expected {
+                return Err((key.to_owned(), found.to_string(), expected.to_string()));
+            }
+        }
+        Ok(offset + bytes)
     }
 }
 

@@ -5,14 +5,16 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use cotk_quant::coded::{CodedView, Prefix};
+use cotk_quant::coded::CodedView;
 use cotk_run::files;
 use cotk_run::units::{ExpertId, LayerId};
 use memmap2::Mmap;
 
-use crate::layout::{Layout, Part, prefix_at};
-use crate::manifest::{EXPERTS, Layer, MANIFEST, MANIFEST_LIMIT_BYTES, Manifest, Record, State};
+use crate::layout::{Holds, Layout, Part, prefix_at};
+use crate::low_rank;
+use crate::manifest::{EXPERTS, Layer, MANIFEST, MANIFEST_LIMIT_BYTES, Manifest, Placed, Record, State};
 use crate::record::{HEADER_BYTES, Header, SECTIONS_LIMIT};
+use crate::view::{ExpertView, MatrixView};
 use crate::{ContainerError, Result};
 
 /// An open container. Cheap to share: all methods take `&self`.
@@ -32,43 +34,12 @@ pub struct Container {
 struct Slot {
     layer: LayerId,
     expert: ExpertId,
-    layout: Layout,
+    /// `None`: a constant, one section and nothing to look for in it.
+    layout: Option<Layout>,
     /// Positions of the record in the manifest's lists.
     at: (usize, usize),
     /// Bit i: section i was checked.
     checked: AtomicU8,
-}
-
-/// One expert at one width, borrowed from the mapped file.
-#[derive(Debug, Clone, Copy)]
-pub struct ExpertView<'a> {
-    /// `[inner, hidden]`.
-    pub gate: Prefix<'a>,
-    /// `[inner, hidden]`.
-    pub up: Prefix<'a>,
-    /// `[hidden, inner]`.
-    pub down: Prefix<'a>,
-}
-
-impl<'a> ExpertView<'a> {
-    /// One matrix.
-    pub fn part(&self, part: Part) -> Prefix<'a> {
-        match part {
-            Part::Gate => self.gate,
-            Part::Up => self.up,
-            Part::Down => self.down,
-        }
-    }
-
-    /// One matrix decoded, row major: what every kernel computes with, up to rounding.
-    pub fn weights(&self, part: Part) -> Vec<f32> {
-        cotk_quant::decode::decode(&self.part(part))
-    }
-
-    /// Rows of gate and up.
-    pub fn inner(&self) -> usize {
-        self.gate.format().rows()
-    }
 }
 
 /// Whether a folder claims to be a container.
@@ -107,16 +78,19 @@ impl Container {
         let mut index = HashMap::new();
         for (l, layer) in manifest.layers.iter().enumerate() {
             for (e, expert) in layer.experts.iter().enumerate() {
-                if let State::Kept(record) = &expert.state {
-                    index.insert((layer.layer, expert.expert), slots.len());
-                    slots.push(Slot {
-                        layer: layer.layer,
-                        expert: expert.expert,
-                        layout: record.layout(),
-                        at: (l, e),
-                        checked: AtomicU8::new(0),
-                    });
-                }
+                let layout = match &expert.state {
+                    State::Kept(record) => Some(record.layout()),
+                    State::Constant(_) => None,
+                    State::Dropped => continue,
+                };
+                index.insert((layer.layer, expert.expert), slots.len());
+                slots.push(Slot {
+                    layer: layer.layer,
+                    expert: expert.expert,
+                    layout,
+                    at: (l, e),
+                    checked: AtomicU8::new(0),
+                });
             }
         }
         let container = Self {
@@ -147,14 +121,15 @@ impl Container {
         self.manifest.layers.iter().find(|l| l.layer == layer)
     }
 
-    /// An expert's widest width; `None`: dropped, or no such expert.
+    /// An expert's widest width; `None`: dropped, a constant, or no such expert.
     pub fn stored_bits(&self, layer: LayerId, expert: ExpertId) -> Option<u32> {
         let slot = &self.slots[*self.index.get(&(layer, expert))?];
-        self.record(slot).prefixes.last().map(|prefix| prefix.bits)
+        let (record, _) = self.weights(slot)?;
+        record.prefixes.last().map(|prefix| prefix.bits)
     }
 
-    /// One expert, each matrix at its widest prefix of at most `bits` (its narrowest if none is). `None`: dropped, or
-    /// no such expert.
+    /// One expert, each matrix at its widest prefix of at most `bits` (its narrowest if none is). `None`: dropped, a
+    /// constant, or no such expert.
     ///
     /// # Errors
     /// [`ContainerError::Section`] when a section that this width needs is damaged; again at every call.
@@ -162,17 +137,15 @@ impl Container {
         let Some(slot) = self.index.get(&(layer, expert)).map(|&i| &self.slots[i]) else {
             return Ok(None);
         };
-        let record = self.record(slot);
-        let [gate, up, down] = [
-            (Part::Gate, &record.gate),
-            (Part::Up, &record.up),
-            (Part::Down, &record.down),
-        ]
-        .map(|(part, matrix)| {
+        let Some((record, layout)) = self.weights(slot) else {
+            return Ok(None);
+        };
+        let [gate, up, down] = [Part::Gate, Part::Up, Part::Down].map(|part| {
+            let matrix = part.of(record);
             let width = prefix_at(&matrix.format, bits);
             let planes = matrix.format.code().prefixes().iter().position(|&b| b == width);
             let count = planes.expect("chosen from this code's prefixes") + 1;
-            self.prefix(slot, part, count)
+            self.matrix(slot, (record, layout), part, count)
         });
         Ok(Some(ExpertView {
             gate: gate?,
@@ -181,13 +154,30 @@ impl Container {
         }))
     }
 
+    /// What an expert answers with whatever it is asked: `hidden` f16, little endian. `None`: it is no constant.
+    ///
+    /// # Errors
+    /// [`ContainerError::Section`] when it is damaged; again at every call.
+    pub fn constant(&self, layer: LayerId, expert: ExpertId) -> Result<Option<&[u8]>> {
+        let Some(slot) = self.index.get(&(layer, expert)).map(|&i| &self.slots[i]) else {
+            return Ok(None);
+        };
+        if slot.layout.is_some() {
+            return Ok(None);
+        }
+        self.check_section(slot, 0)?;
+        let record = self.placed(slot);
+        let section = record.sections[0];
+        Ok(Some(self.bytes(record.offset + section.offset, section.bytes)))
+    }
+
     /// Checks every byte of the container. Reads all of it.
     ///
     /// # Errors
     /// The first damage.
     pub fn verify(&self) -> Result<()> {
         for slot in &self.slots {
-            for section in 0..slot.layout.sections.len() {
+            for section in 0..self.placed(slot).sections.len() {
                 self.check_section(slot, section)?;
             }
         }
@@ -195,33 +185,61 @@ impl Container {
         check_file(&self.folder.join(EXPERTS), self.manifest.files[EXPERTS].xxh3.0)
     }
 
-    /// The first `count` planes of one matrix, their sections checked.
-    fn prefix(&self, slot: &Slot, part: Part, count: usize) -> Result<Prefix<'_>> {
-        let record = self.record(slot);
-        let matrix = match part {
-            Part::Gate => &record.gate,
-            Part::Up => &record.up,
-            Part::Down => &record.down,
+    /// The first `count` planes of one matrix and its factors, their sections checked.
+    fn matrix(
+        &self,
+        slot: &Slot,
+        (record, layout): (&Record, &Layout),
+        part: Part,
+        count: usize,
+    ) -> Result<MatrixView<'_>> {
+        let matrix = part.of(record);
+        let lies = |section: usize, holds: Holds| {
+            let pieces = &layout.sections[section].pieces;
+            let piece = pieces.iter().find(|p| (p.part, p.holds) == (part, holds));
+            let piece = piece.expect("the gate counted planes and factors");
+            (self.bytes(record.offset + piece.offset, piece.bytes), piece.placement)
         };
-        let mut planes: [&[u8]; SECTIONS_LIMIT] = [&[]; SECTIONS_LIMIT];
-        let mut placement = Default::default();
-        for (plane, into) in planes.iter_mut().enumerate().take(count) {
-            self.check_section(slot, plane)?;
-            let pieces = &slot.layout.sections[plane].pieces;
-            let piece = pieces.iter().find(|p| p.part == part).expect("the gate counted planes");
-            *into = self.bytes(record.offset + piece.offset, piece.bytes);
-            placement = piece.placement;
+        // Factors, and at least one plane of a matrix without them.
+        self.check_section(slot, 0)?;
+        let factors = matrix.rank.map(|rank| {
+            let factor = |holds, format| low_rank::factor(format, lies(0, holds).0);
+            (factor(Holds::Left, rank.left), factor(Holds::Right, rank.right))
+        });
+        if let (Some((left, right)), false) = (factors, matrix.shape().has_codes()) {
+            return Ok(MatrixView::Product { left, right });
         }
-        let width = matrix.format.code().prefixes()[count - 1];
-        let view = CodedView::try_new(matrix.format, &planes[..count], &matrix.zero_points, placement)
-            .expect("lengths and zero points passed the manifest's gate");
-        Ok(view.prefix(width).expect("its planes were just given"))
+        let codes = {
+            let mut planes: [&[u8]; SECTIONS_LIMIT] = [&[]; SECTIONS_LIMIT];
+            let mut placement = Default::default();
+            for (plane, into) in planes.iter_mut().enumerate().take(count) {
+                self.check_section(slot, plane)?;
+                (*into, placement) = lies(plane, Holds::Codes);
+            }
+            let width = matrix.format.code().prefixes()[count - 1];
+            let view = CodedView::try_new(matrix.format, &planes[..count], &matrix.zero_points, placement)
+                .expect("lengths and zero points passed the manifest's gate");
+            view.prefix(width).expect("its planes were just given")
+        };
+        Ok(match factors {
+            None => MatrixView::Codes(codes),
+            Some((left, right)) => MatrixView::Corrected { codes, left, right },
+        })
     }
 
-    fn record(&self, slot: &Slot) -> &Record {
-        match &self.manifest.layers[slot.at.0].experts[slot.at.1].state {
-            State::Kept(record) => record,
-            State::Dropped => unreachable!("only kept experts have slots"),
+    fn state(&self, slot: &Slot) -> &State {
+        &self.manifest.layers[slot.at.0].experts[slot.at.1].state
+    }
+
+    fn placed(&self, slot: &Slot) -> Placed<'_> {
+        self.state(slot).place().expect("only experts with records have slots")
+    }
+
+    /// `None`: a constant.
+    fn weights<'a>(&'a self, slot: &'a Slot) -> Option<(&'a Record, &'a Layout)> {
+        match (self.state(slot), &slot.layout) {
+            (State::Kept(record), Some(layout)) => Some((record, layout)),
+            _ => None,
         }
     }
 
@@ -232,7 +250,7 @@ impl Container {
     }
 
     fn check_header(&self, slot: &Slot) -> Result<()> {
-        let record = self.record(slot);
+        let record = self.placed(slot);
         let fail = |what, found, expected| ContainerError::Header {
             file: self.folder.join(EXPERTS),
             layer: slot.layer,
@@ -247,10 +265,11 @@ impl Container {
             .expect("that many bytes");
         let header = Header::decode(bytes).map_err(|(what, found, expected)| fail(what, found, expected))?;
         let expected = Header {
+            kind: record.kind,
             layer: slot.layer,
             expert: slot.expert,
             bytes: record.bytes,
-            sections: record.sections.clone(),
+            sections: record.sections.to_vec(),
         };
         if header != expected {
             return Err(fail("content", format!("{header:?}"), format!("{expected:?}")));
@@ -269,7 +288,7 @@ impl Container {
         if slot.checked.load(Ordering::Acquire) & bit != 0 {
             return Ok(());
         }
-        let record = self.record(slot);
+        let record = self.placed(slot);
         let entry = record.sections[section];
         let found = files::checksum(self.bytes(record.offset + entry.offset, entry.bytes));
         if found != entry.xxh3.0 {

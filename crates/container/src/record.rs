@@ -13,15 +13,34 @@ use crate::manifest::{Checksum, Section};
 pub const HEADER_BYTES: usize = 256;
 /// Sections that fit a header.
 pub const SECTIONS_LIMIT: usize = 4;
-const MAGIC: [u8; 8] = *b"cotkexp0";
-/// The only kind so far: three coded matrices.
-const KIND_CODED: u32 = 0;
+const MAGIC: [u8; 8] = *b"cotkexp1";
+/// What a record holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Three matrices, in codes and factors.
+    Coded,
+    /// A vector that the expert answers with.
+    Constant,
+}
+
+impl Kind {
+    const ALL: [Self; 2] = [Self::Coded, Self::Constant];
+
+    fn number(self) -> u32 {
+        match self {
+            Self::Coded => 0,
+            Self::Constant => 1,
+        }
+    }
+}
+
 const SECTIONS_AT: usize = 32;
 const OWN_AT: usize = HEADER_BYTES - 8;
 
 /// A decoded header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
+    pub kind: Kind,
     pub layer: LayerId,
     pub expert: ExpertId,
     /// Header and sections.
@@ -44,7 +63,7 @@ impl Header {
         bytes[..8].copy_from_slice(&MAGIC);
         bytes[8..12].copy_from_slice(&self.layer.0.to_le_bytes());
         bytes[12..16].copy_from_slice(&self.expert.0.to_le_bytes());
-        bytes[16..20].copy_from_slice(&KIND_CODED.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.kind.number().to_le_bytes());
         #[expect(clippy::cast_possible_truncation, reason = "at most four")]
         bytes[20..24].copy_from_slice(&(self.sections.len() as u32).to_le_bytes());
         bytes[24..32].copy_from_slice(&self.bytes.to_le_bytes());
@@ -73,10 +92,10 @@ impl Header {
         if own != computed {
             return Err(("checksum", format!("{computed:016x}"), format!("{own:016x}")));
         }
-        let kind = u32_at(bytes, 16);
-        if kind != KIND_CODED {
-            return Err(("kind", kind.to_string(), KIND_CODED.to_string()));
-        }
+        let number = u32_at(bytes, 16);
+        let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.number() == number) else {
+            return Err(("kind", number.to_string(), "0 or 1".to_owned()));
+        };
         let count = u32_at(bytes, 20) as usize;
         if count > SECTIONS_LIMIT {
             return Err(("section count", count.to_string(), format!("at most {SECTIONS_LIMIT}")));
@@ -90,6 +109,7 @@ impl Header {
             })
             .collect();
         Ok(Self {
+            kind,
             layer: LayerId(u32_at(bytes, 8)),
             expert: ExpertId(u32_at(bytes, 12)),
             bytes: u64_at(bytes, 24),
@@ -119,13 +139,14 @@ mod tests {
             bytes,
             xxh3: Checksum(hash),
         });
-        (any::<(u32, u32, u64)>(), vec(section, 0..=SECTIONS_LIMIT)).prop_map(|((layer, expert, bytes), sections)| {
-            Header {
-                layer: LayerId(layer),
-                expert: ExpertId(expert),
-                bytes,
-                sections,
-            }
+        let kind = proptest::sample::select(Kind::ALL.to_vec());
+        let head = (any::<(u32, u32, u64)>(), kind);
+        (head, vec(section, 0..=SECTIONS_LIMIT)).prop_map(|(((layer, expert, bytes), kind), sections)| Header {
+            kind,
+            layer: LayerId(layer),
+            expert: ExpertId(expert),
+            bytes,
+            sections,
         })
     }
 

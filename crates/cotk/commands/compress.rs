@@ -15,7 +15,8 @@ use cotk_run::recipe;
 use cotk_run::units::{Bytes, significant};
 use serde_json::{Value, json};
 
-use crate::commands::compress_compare;
+use crate::commands::compress_compare::{self, Rows};
+use crate::commands::compress_contest;
 use crate::context::{Context, Outcome};
 use crate::fault::{self, FAILED, Fault, OUT_OF_REACH, Report as FaultReport, WRONG_USE};
 use crate::model_faults;
@@ -26,7 +27,7 @@ use crate::table::Table;
 /// Compress a mixture-of-experts model: drop experts, code the rest, measure what it cost
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  cotk compress --moe ../shared/models/ref-qwen2moe -o out --calibration ../shared/models/text/calibration.txt\n  cotk compress --moe data/tiny-qwen2moe -o out --calibration data/tiny-qwen2moe/train.txt --set compress.drop_ratio=0.25 --dense-bits 8\n  cotk compress --moe data/tiny-qwen2moe -o out --calibration data/tiny-qwen2moe/train.txt --recipe moe-prune --set compress.prune.ratio=0.5\n  cotk compress --moe data/tiny-qwen2moe -o table --calibration data/tiny-qwen2moe/train.txt --eval-text data/tiny-qwen2moe/heldout.txt --compare reap,swap:equal,swap:unequal --ratios 0.25,0.5\n\nKilled at any moment, the same command goes on where it was."
+    after_help = "Examples:\n  cotk compress --moe ../shared/models/ref-qwen2moe -o out --calibration ../shared/models/text/calibration.txt\n  cotk compress --moe data/tiny-qwen2moe -o out --calibration data/tiny-qwen2moe/train.txt --set compress.drop_ratio=0.25 --dense-bits 8\n  cotk compress --moe data/tiny-qwen2moe -o out --calibration data/tiny-qwen2moe/train.txt --recipe moe-prune --set compress.prune.ratio=0.5\n  cotk compress --moe data/tiny-qwen2moe -o table --calibration data/tiny-qwen2moe/train.txt --eval-text data/tiny-qwen2moe/heldout.txt --compare reap,swap:equal,swap:unequal --ratios 0.25,0.5\n  cotk compress --moe ../shared/models/ref-qwen2moe -o out --calibration ../shared/models/text/calibration.txt --recipe moe-joint --budget-bits-per-weight 2.5\n  cotk compress --moe ../shared/models/ref-qwen2moe -o table --calibration ../shared/models/text/calibration.txt --eval-text ../shared/models/text/test.txt --second-text ../shared/models/text/wikitext2-test.txt --compare rtn,gptq-uniform,mc,mop,joint,joint:healed --budgets 4.5,3.5,2.5,2.25\n\nKilled at any moment, the same command goes on where it was."
 )]
 pub struct Args {
     /// Hugging Face folder with config.json, safetensors and tokenizer.json
@@ -35,9 +36,10 @@ pub struct Args {
     /// Folder to make; must not exist
     #[arg(long, short, value_name = "OUT", required = true)]
     pub output: PathBuf,
-    /// File, or name of a recipe that comes with cotk
-    #[arg(long, value_name = "F", default_value = "moe-int4")]
-    pub recipe: String,
+    /// File, or name of a recipe that comes with cotk: moe-int4, moe-joint, moe-gptq-uniform, moe-prune (default: moe-int4;
+    /// where budgets are compared, moe-joint)
+    #[arg(long, value_name = "F")]
+    pub recipe: Option<String>,
     /// Text that shows how experts are used (UTF-8, documents separated by <|endoftext|>)
     #[arg(long, value_name = "F", required = true)]
     pub calibration: PathBuf,
@@ -49,8 +51,19 @@ pub struct Args {
     pub compare: compress_compare::Args,
     /// Most bytes of the weights: dense.safetensors and experts.bin together (`weight_bytes_after`). Tokenizer, config and
     /// manifest come on top (`bytes_after` counts all files)
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", conflicts_with = "budget_bits_per_weight")]
     pub budget_bytes: Option<u64>,
+    /// Most bits of codes and scales of the routed experts, over the number of their weights in MODEL
+    /// (budget.bits_per_expert_weight)
+    #[arg(long, value_name = "BITS")]
+    pub budget_bits_per_weight: Option<f64>,
+    /// Longest predicted time of the experts of one token, on --profile (budget.target_ms)
+    #[arg(long, value_name = "MS")]
+    pub target_ms: Option<f64>,
+    /// Smallest output whose KL divergence from MODEL, on held-out calibration text, is not above this
+    /// (budget.max_kl_nats)
+    #[arg(long, value_name = "NATS")]
+    pub max_kl: Option<f64>,
     /// Bits of attention, shared experts, embedding and head: 16 as stored, 8 or 4 coded (compress.dense_bits)
     #[arg(long, value_name = "N")]
     pub dense_bits: Option<u32>,
@@ -65,18 +78,24 @@ pub struct Args {
 /// # Errors
 /// An input that cannot be right, a budget that cannot be met, a full disk, Ctrl-C.
 pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
-    let mut sets = compress_compare::sets(&args.compare)?;
+    let rows = compress_compare::rows(&args.compare)?;
+    let recipe_of = args.recipe.clone().unwrap_or_else(|| match rows {
+        Some(Rows::Budgets(_)) => "moe-joint".to_owned(),
+        _ => "moe-int4".to_owned(),
+    });
+    let mut sets = compress_compare::sets(&args.compare, rows.as_ref())?;
     sets.extend_from_slice(&args.set);
     sets.extend(args.dense_bits.map(|bits| format!("compress.dense_bits={bits}")));
+    sets.extend(budgets(args, rows.as_ref())?);
     let request = Request {
         model: args.moe.clone(),
         out: args.output.clone(),
-        recipe_name: recipe_name(&args.recipe),
-        recipe: Recipe::load(&args.recipe, &sets, cx.seed, args.budget_bytes)?,
+        recipe_name: recipe_name(&recipe_of),
+        recipe: Recipe::load(&recipe_of, &sets, cx.seed, args.budget_bytes)?,
         calibration: args.calibration.clone(),
         eval_text: args.eval_text.first().cloned(),
     };
-    if args.compare.compare.is_none() && args.eval_text.len() > 1 {
+    if rows.is_none() && args.eval_text.len() > 1 {
         return Err(Fault::usage(
             format!("{} texts to judge by, expected one", args.eval_text.len()),
             "join them in one file, or add --compare",
@@ -103,8 +122,10 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         warnings.extend(plan.warnings.clone());
         return Ok(Outcome::new(json!({ "plan": plan }), plan_table(&plan)).warn(warnings));
     }
-    if args.compare.compare.is_some() {
-        return compress_compare::run(args, request, &with, warnings);
+    match rows {
+        Some(Rows::Masks(rows)) => return compress_compare::run(args, rows, request, &with, warnings),
+        Some(Rows::Budgets(entrants)) => return compress_contest::run(args, entrants, request, &with, warnings),
+        None => {}
     }
     let report = compress(&request, &with)?;
     warnings.extend(report.warnings.clone());
@@ -117,6 +138,37 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         fields.remove("warnings");
     }
     Ok(Outcome::new(result, table(&report)).warn(warnings))
+}
+
+/// What the command line says of `[budget]`.
+fn budgets(args: &Args, rows: Option<&Rows>) -> Result<Vec<String>, Fault> {
+    let given = [
+        (
+            "--budget-bits-per-weight",
+            "budget.bits_per_expert_weight",
+            args.budget_bits_per_weight,
+        ),
+        ("--target-ms", "budget.target_ms", args.target_ms),
+        ("--max-kl", "budget.max_kl_nats", args.max_kl),
+    ];
+    let given: Vec<_> = given
+        .into_iter()
+        .filter_map(|(flag, key, value)| Some((flag, key, value?)))
+        .collect();
+    if let Some((flag, _, wrong)) = given.iter().find(|(.., value)| !(value.is_finite() && *value > 0.0)) {
+        return Err(Fault::usage(
+            format!("{flag} {wrong}: expected a number above 0"),
+            "as in --budget-bits-per-weight 2.5 --max-kl 0.02",
+        ));
+    }
+    let is_capped = args.budget_bytes.is_some() || !given.is_empty();
+    if is_capped && matches!(rows, Some(Rows::Budgets(_))) {
+        return Err(Fault::usage(
+            "a budget beside --compare, whose rows have those of --budgets".to_owned(),
+            "leave --budget-bytes, --budget-bits-per-weight, --target-ms and --max-kl out",
+        ));
+    }
+    Ok(given.iter().map(|(_, key, value)| format!("{key}={value}")).collect())
 }
 
 /// Hash over the texts that the figures depend on.
@@ -303,6 +355,20 @@ pub(crate) fn failure(error: &CompressError) -> FaultReport {
             help: Some("raise the budget, add narrower codes to compress.codes, or raise compress.drop_ratio".into()),
             ..facts("budget", OUT_OF_REACH)
         },
+        CompressError::TargetKl { target, least, .. } => FaultReport {
+            key: Some("budget.max_kl_nats".into()),
+            found: Some(format!("{target} nats")),
+            expected: Some(format!("at least {least} nats")),
+            help: Some("raise the target or the budget, or add wider codes to compress.codes".into()),
+            ..facts("budget", OUT_OF_REACH)
+        },
+        CompressError::TargetTime { budget, least } => FaultReport {
+            key: Some("budget.target_ms".into()),
+            found: Some(format!("{budget} ms")),
+            expected: Some(format!("at least {least} ms")),
+            help: Some("raise the target, or add narrower codes to compress.codes".into()),
+            ..facts("budget", OUT_OF_REACH)
+        },
         CompressError::Contradiction { keys, found, help } => FaultReport {
             key: Some(keys[1].into()),
             found: Some(found.clone()),
@@ -328,6 +394,24 @@ pub(crate) fn failure(error: &CompressError) -> FaultReport {
             file: Some(file.display().to_string()),
             help: Some("remove the .partial folder beside the output and begin anew".into()),
             ..facts("survey", FAILED)
+        },
+        CompressError::Algebra(_) | CompressError::Statistics(_) => FaultReport {
+            help: Some("give more calibration text".into()),
+            ..facts("statistics", FAILED)
+        },
+        CompressError::FewTokens {
+            file, named, expected, ..
+        } => FaultReport {
+            file: Some(file.display().to_string()),
+            found: Some(named.clone()),
+            expected: Some(format!("about {expected} tokens")),
+            help: Some("give more calibration text, or raise compress.calibration_tokens".into()),
+            ..facts("few-tokens", WRONG_USE)
+        },
+        CompressError::Plot { file, .. } => FaultReport {
+            file: Some(file.display().to_string()),
+            help: Some("this is a bug of cotk: please report it".into()),
+            ..facts("plot", FAILED)
         },
         CompressError::Allocation(_) => FaultReport {
             help: Some("this is a bug of cotk: please report it with the recipe".into()),

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cotk_kernels::cpu::noise::NoiseExpert;
 use cotk_model::export::gguf::GgufOptions;
-use cotk_model::export::hf::HfType;
+use cotk_model::export::hf::{HfOptions, HfType};
 use cotk_model::export::{ExportError, Exported, Made, Projected, gguf, hf};
 use cotk_run::units::{Bytes, ExpertId, LayerId, significant};
 use cotk_runtime::open::{Folder, open_folder};
@@ -44,8 +44,8 @@ pub struct Args {
     /// All other matrices, where they have no codes: code them on the way, in 8 bits (Q8_0) or 4 (Q4_0) (default: F16)
     #[arg(long, value_name = "N", requires = "gguf", conflicts_with = "synthetic")]
     pub dense_bits: Option<u32>,
-    /// Round what GGUF cannot carry to what it can, and print the loss
-    #[arg(long, requires = "gguf")]
+    /// Round what the format cannot carry to what it can, and print the loss
+    #[arg(long)]
     pub project: bool,
     /// Element type of a Hugging Face folder
     #[arg(long, value_enum, default_value_t = TypeArg::F32, conflicts_with = "gguf")]
@@ -143,7 +143,12 @@ fn from_folder<'a>(model: &Path, args: &'a Args, cx: &Context) -> Result<(&'a Pa
                 TypeArg::F16 => HfType::F16,
                 TypeArg::Bf16 => HfType::BF16,
             };
-            let written = hf::export(&files, container, out, (args.bits, kind), &cx.ui, &cx.cancel)?;
+            let options = HfOptions {
+                bits: args.bits,
+                kind,
+                project: args.project,
+            };
+            let written = hf::export(&files, container, out, &options, &cx.ui, &cx.cancel)?;
             Ok((out, "hf", written))
         }
         (None, None) => unreachable!("clap asks for one of them, and for --synthetic beside --container"),

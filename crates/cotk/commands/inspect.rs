@@ -4,15 +4,18 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use cotk_compress::report::ENOUGH_TOKENS;
-use cotk_container::manifest::{DENSE, EXPERTS, State, Why};
+use cotk_container::low_rank::Role;
+use cotk_container::manifest::{DENSE, EXPERTS, Matrix, State, Why};
 use cotk_container::reader::Container;
 use cotk_model::checkpoint::TensorSource;
 use cotk_model::inventory;
 use cotk_model::spec::{LayerKind, ModelSpec};
+use cotk_quant::layout::MatrixFormat;
 use cotk_run::units::{Bytes, ExpertId, LayerId, significant};
 use cotk_runtime::open::{Folder, open_folder};
 use serde_json::{Value, json};
 
+use super::inspect_expert::{self, Place};
 use crate::context::{Context, Outcome};
 use crate::fault::Fault;
 use crate::table::Table;
@@ -20,7 +23,7 @@ use crate::table::Table;
 /// Say what a model is: layers, experts, bits, bytes
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  cotk inspect ../shared/models/ref-qwen2moe\n  cotk inspect out --experts --json\n\nWhy experts were dropped, and what that costs, stands in OUT/report.md."
+    after_help = "Examples:\n  cotk inspect ../shared/models/ref-qwen2moe\n  cotk inspect out --experts --json\n  cotk inspect out --expert 2.17\n\n--expert says why: what was measured of it, and what its neighbouring choices would have cost."
 )]
 pub struct Args {
     /// Hugging Face folder, or output of `cotk compress`
@@ -28,6 +31,9 @@ pub struct Args {
     /// List every expert
     #[arg(long)]
     pub experts: bool,
+    /// Explain every decision about one expert of a container: layer and expert, as 2.17
+    #[arg(long, value_name = "LAYER.EXPERT", conflicts_with = "experts")]
+    pub expert: Option<Place>,
 }
 
 /// One expert as stored.
@@ -36,7 +42,9 @@ struct Expert {
     bytes: u64,
     /// Bits per weight of gate, up and down.
     bits: [u32; 3],
-    /// `kept` or `dropped`.
+    /// Width between the factors of gate, up and down.
+    rank: [usize; 3],
+    /// `kept`, `constant` or `dropped`.
     kind: &'static str,
     params: u64,
     /// The use that decided, of a container.
@@ -48,6 +56,9 @@ struct Expert {
 pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
     let Folder { files, container } = open_folder(&args.model)?;
     let spec = &files.spec;
+    if let Some(place) = args.expert {
+        return inspect_expert::explain(&args.model, container.as_deref(), place);
+    }
     inventory::check(spec, files.source.as_ref(), container.is_none()).map_err(cotk_model::ModelError::from)?;
 
     let mut per_layer = Vec::new();
@@ -63,6 +74,7 @@ pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
                         id: expert,
                         bytes,
                         bits,
+                        rank: [0; 3],
                         kind: "kept",
                         params: inventory::expert_params(spec),
                         why: None,
@@ -75,7 +87,8 @@ pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
     }
 
     let all = || per_layer.iter().flat_map(|(_, _, experts)| experts);
-    let kept = |experts: &[Expert]| experts.iter().filter(|e| e.kind == "kept").count();
+    // Whoever answers takes a slot.
+    let kept = |experts: &[Expert]| experts.iter().filter(|e| e.kind != "dropped").count();
     let params_total = inventory::dense_params(spec) + all().map(|e| e.params).sum::<u64>();
     let params_active = inventory::dense_params(spec)
         + per_layer
@@ -183,6 +196,21 @@ fn active(spec: &ModelSpec, experts: &[Expert], kept: usize) -> u64 {
     largest * spec.routing.top_k.min(kept) as u64
 }
 
+/// Weights that are stored: of a matrix, or of the factors in its place.
+fn params(matrix: &Matrix) -> u64 {
+    let of = |format: MatrixFormat| (format.rows() * format.cols()) as u64;
+    match matrix.rank {
+        None => of(matrix.format),
+        Some(factors) => {
+            let whole = match factors.role {
+                Role::Correction => of(matrix.format),
+                Role::Product => 0,
+            };
+            whole + of(factors.left) + of(factors.right)
+        }
+    }
+}
+
 fn coded(container: &Container, layer: LayerId) -> Vec<Expert> {
     let Some(layer) = container.layer(layer) else {
         return Vec::new();
@@ -191,10 +219,20 @@ fn coded(container: &Container, layer: LayerId) -> Vec<Expert> {
         .experts
         .iter()
         .map(|expert| match &expert.state {
+            State::Constant(record) => Expert {
+                id: expert.expert,
+                bytes: record.bytes,
+                bits: [0; 3],
+                rank: [0; 3],
+                kind: "constant",
+                params: 0,
+                why: Some(expert.why),
+            },
             State::Dropped => Expert {
                 id: expert.expert,
                 bytes: 0,
                 bits: [0; 3],
+                rank: [0; 3],
                 kind: "dropped",
                 params: 0,
                 why: Some(expert.why),
@@ -203,12 +241,9 @@ fn coded(container: &Container, layer: LayerId) -> Vec<Expert> {
                 id: expert.expert,
                 bytes: record.bytes,
                 bits: record.formats().map(|format| format.code().full().get()),
+                rank: [&record.gate, &record.up, &record.down].map(|matrix| matrix.rank()),
                 kind: "kept",
-                params: record
-                    .formats()
-                    .iter()
-                    .map(|format| (format.rows() * format.cols()) as u64)
-                    .sum(),
+                params: [&record.gate, &record.up, &record.down].map(params).iter().sum(),
                 why: Some(expert.why),
             },
         })
@@ -220,6 +255,7 @@ fn layer_json(id: LayerId, kind: LayerKind, experts: &[Expert], is_listed: bool)
         "layer": id,
         "kind": kind_name(kind),
         "experts_kept": experts.iter().filter(|e| e.kind == "kept").count(),
+        "experts_constant": experts.iter().filter(|e| e.kind == "constant").count(),
     });
     if is_listed {
         layer["experts"] = experts
@@ -229,7 +265,9 @@ fn layer_json(id: LayerId, kind: LayerKind, experts: &[Expert], is_listed: bool)
                     "id": e.id,
                     "bytes": e.bytes,
                     "bits": { "gate": e.bits[0], "up": e.bits[1], "down": e.bits[2] },
-                    "rank": null,
+                    "rank": (e.rank != [0; 3]).then(|| json!({
+                        "gate": e.rank[0], "up": e.rank[1], "down": e.rank[2],
+                    })),
                     "kind": e.kind,
                     "tokens": e.why.map(|why| why.tokens),
                     "share": e.why.map(|why| why.share),
@@ -258,6 +296,7 @@ fn layers_table(per_layer: &[(LayerId, LayerKind, Vec<Expert>)], is_listed: bool
             "gate bits",
             "up bits",
             "down bits",
+            "ranks",
             "bytes",
             "tokens",
             "share, %",
@@ -275,6 +314,10 @@ fn layers_table(per_layer: &[(LayerId, LayerKind, Vec<Expert>)], is_listed: bool
                     gate,
                     up,
                     down,
+                    match e.rank {
+                        [0, 0, 0] => String::new(),
+                        [gate, up, down] => format!("{gate} {up} {down}"),
+                    },
                     e.bytes.to_string(),
                     e.why.map_or_else(String::new, |why| why.tokens.to_string()),
                     e.why.map_or_else(String::new, |why| percent(why.share)),
@@ -291,14 +334,19 @@ fn layers_table(per_layer: &[(LayerId, LayerKind, Vec<Expert>)], is_listed: bool
     }
     let mut table = Table::new(&["layer", "kind", "experts kept", "bytes of experts"]);
     for (id, kind, experts) in per_layer {
+        let constants = experts.iter().filter(|e| e.kind == "constant").count();
         let bytes: u64 = experts.iter().map(|e| e.bytes).sum();
         table.row([
             id.0.to_string(),
             kind_name(*kind).to_owned(),
             format!(
-                "{} of {}",
+                "{} of {}{}",
                 experts.iter().filter(|e| e.kind == "kept").count(),
-                experts.len()
+                experts.len(),
+                match constants {
+                    0 => String::new(),
+                    count => format!(", {count} constant"),
+                }
             ),
             Bytes(bytes).to_string(),
         ]);

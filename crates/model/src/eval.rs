@@ -298,6 +298,11 @@ impl Target {
     pub fn kl_nats(&self) -> Option<f64> {
         self.truth.map(|truth| truth.kl)
     }
+
+    /// Whether the reference's most likely token is the model's, too; false without a reference.
+    pub fn is_same_top1(&self) -> bool {
+        self.truth.is_some_and(|truth| truth.is_same_top1)
+    }
 }
 
 #[derive(Debug, Clone, Copy)]

@@ -31,6 +31,8 @@ pub struct PlainMoe {
     shape: MoeShape,
     /// Per entry of `shape.layers`, per original expert; `None` where it was dropped.
     experts: Vec<Vec<Option<Mlp>>>,
+    /// What experts answer with that are not there but can be chosen; as `experts`, or empty.
+    constants: Vec<Vec<Option<Vec<f32>>>>,
     alive: Vec<Vec<bool>>,
     absent: Absent,
 }
@@ -75,8 +77,32 @@ impl PlainMoe {
                 .collect(),
             shape,
             experts,
+            constants: Vec::new(),
             absent,
         }
+    }
+
+    /// The same with constants `[hidden]` in the place of some experts that are absent, which are then chosen like any other.
+    ///
+    /// # Panics
+    /// When the counts do not fit the shape.
+    #[must_use]
+    pub fn with_constants(mut self, constants: Vec<Vec<Option<Vec<f32>>>>) -> Self {
+        assert_eq!(constants.len(), self.experts.len(), "one list per layer");
+        for (alive, constants) in self.alive.iter_mut().zip(&constants) {
+            assert_eq!(alive.len(), constants.len(), "one entry per original expert");
+            for (alive, constant) in alive.iter_mut().zip(constants) {
+                assert!(constant.as_ref().is_none_or(|values| values.len() == self.shape.hidden));
+                *alive |= constant.is_some();
+            }
+        }
+        self.constants = constants;
+        self
+    }
+
+    /// What an expert that is not there answers with.
+    fn constant(&self, layer: usize, expert: usize) -> Option<&[f32]> {
+        self.constants.get(layer)?.get(expert)?.as_deref()
     }
 }
 
@@ -148,12 +174,18 @@ impl PlainMoe {
             let tile = Tile::new(&mut rows, width.max(1));
             let run = |group: usize| {
                 let pairs = groups[group];
-                let mlp = self.experts[at][routed.experts[pairs[0]].index()].as_ref();
+                let expert = routed.experts[pairs[0]].index();
                 let mut inputs = Vec::with_capacity(pairs.len() * width);
                 for pair in pairs {
                     inputs.extend_from_slice(&hidden[pair / slots * width..][..width]);
                 }
-                let outputs = mlp.expect("routing chooses the living").apply(&inputs);
+                let outputs = match &self.experts[at][expert] {
+                    Some(mlp) => mlp.apply(&inputs),
+                    None => {
+                        let constant = self.constant(at, expert);
+                        constant.expect("routing chooses the living").repeat(pairs.len())
+                    }
+                };
                 // SAFETY: groups have rows of their own.
                 let mut tile = unsafe { tile.part(begins[group], 0, pairs.len(), width) };
                 for (row, output) in outputs.chunks_exact(width).enumerate() {
@@ -181,16 +213,18 @@ impl PlainMoe {
                 *out += gate * value;
             }
         }
-        let uses = routed
-            .experts
-            .iter()
-            .zip(&routed.gates)
-            .map(|(&expert, &gate)| ExpertUse {
+        let uses = routed.experts.iter().zip(&routed.gates).map(|(&expert, &gate)| {
+            let (bits, precision) = match self.experts[at][expert.index()] {
+                Some(_) => (32, Precision::Full),
+                None => (0, Precision::Constant),
+            };
+            ExpertUse {
                 expert,
                 gate,
-                bits: 32,
-                precision: Precision::Full,
-            });
+                bits,
+                precision,
+            }
+        });
         record.slots = slots;
         record.uses.clear();
         record.uses.extend(uses);

@@ -80,16 +80,35 @@ struct RawFormat {
     rows: usize,
     cols: usize,
     code: Code,
-    group: usize,
+    group: RawGroup,
     #[serde(default, skip_serializing_if = "ScaleForm::is_f16")]
     scales: ScaleForm,
+}
+
+/// Weights of a group, or `row`. (One form for each, so that what is read and written again is the same.)
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum RawGroup {
+    Size(usize),
+    Name(GroupName),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum GroupName {
+    Row,
 }
 
 impl TryFrom<RawFormat> for MatrixFormat {
     type Error = QuantError;
 
     fn try_from(raw: RawFormat) -> Result<Self, QuantError> {
-        Self::try_with_scales(raw.rows, raw.cols, raw.code, raw.group, raw.scales)
+        let group = match raw.group {
+            RawGroup::Name(GroupName::Row) => WHOLE_ROW,
+            RawGroup::Size(found) if found < WHOLE_ROW => found,
+            RawGroup::Size(found) => return Err(QuantError::Group { found }),
+        };
+        Self::try_with_scales(raw.rows, raw.cols, raw.code, group, raw.scales)
     }
 }
 
@@ -99,7 +118,10 @@ impl From<MatrixFormat> for RawFormat {
             rows: f.rows,
             cols: f.cols,
             code: f.code,
-            group: f.group,
+            group: match f.group {
+                WHOLE_ROW => RawGroup::Name(GroupName::Row),
+                size => RawGroup::Size(size),
+            },
             scales: f.scales,
         }
     }

@@ -1,6 +1,7 @@
 //! What a step of a model runs, in the terms of the shared hardware model. Predicts nothing itself: the answer is a
 //! `cotk_latency::predict::Model`'s. Law: compress, serve and plan ask with the same numbers.
 
+use cotk_container::low_rank::{LowRank, Role};
 use cotk_container::manifest::{Manifest, Record, State};
 use cotk_latency::moe::{Home, LayerStep, MoeStep, RoutedExpert};
 use cotk_latency::work::{AttentionKey, DenseKey, ExpertKey, GlueKey, Heat, Key};
@@ -123,18 +124,53 @@ pub fn container_experts(
     };
     let kept = layer.experts.iter().filter_map(|e| match &e.state {
         State::Kept(record) => Some((record.as_ref(), e.why.tokens)),
-        State::Dropped => None,
+        State::Constant(_) | State::Dropped => None,
     });
-    let tokens: u64 = kept.clone().map(|(_, tokens)| tokens).sum();
-    let calls = spec.routing.top_k.min(layer.kept());
-    let expert = |(record, used): (&Record, u64)| RoutedExpert {
-        key: record_key(manifest, spec, record, mode, threads),
+    // A constant takes its share of the calls, and no time to speak of.
+    let routable = layer.experts.iter().filter(|e| e.state.is_routable());
+    let tokens: u64 = routable.map(|e| e.why.tokens).sum();
+    let calls = spec.routing.top_k.min(layer.routable());
+    let expert = |(record, used): (&Record, u64)| {
         // Traffic of dropped experts goes to the kept ones, in proportion; each is thought used once more.
         #[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^53")]
-        share: (calls as f64 * (used + 1) as f64 / (tokens + layer.kept() as u64) as f64).min(1.0),
-        home: Home::Memory,
+        let share = (calls as f64 * (used + 1) as f64 / (tokens + layer.routable() as u64) as f64).min(1.0);
+        let of = move |key| RoutedExpert {
+            key,
+            share,
+            home: Home::Memory,
+        };
+        let key = record_key(manifest, spec, record, mode, threads);
+        let (whole, factors) = match factor_key(&key, record) {
+            // In factors alone.
+            Some((factors, true)) => (None, Some(factors)),
+            // What corrects an expert is an expert of its own, of that rank.
+            Some((factors, false)) => (Some(key), Some(factors)),
+            None => (Some(key), None),
+        };
+        whole.into_iter().chain(factors).map(of)
     };
-    kept.map(expert).collect()
+    kept.flat_map(expert).collect()
+}
+
+/// The factors of an expert as an expert of their mean rank, and whether there is nothing else.
+fn factor_key(key: &ExpertKey, record: &Record) -> Option<(ExpertKey, bool)> {
+    let factors = [&record.gate, &record.up, &record.down].map(|matrix| matrix.rank);
+    let first = factors.iter().flatten().next()?;
+    let rank = factors
+        .iter()
+        .flatten()
+        .map(LowRank::rank)
+        .sum::<usize>()
+        .div_ceil(factors.len());
+    let is_product = |factors: &Option<LowRank>| factors.is_some_and(|f| f.role == Role::Product);
+    let factor = ExpertKey {
+        rank: small(rank),
+        bits: first.left.code().full().get(),
+        planes: 1,
+        group: small(first.left.group()),
+        ..*key
+    };
+    Some((factor, factors.iter().all(is_product)))
 }
 
 fn record_key(manifest: &Manifest, spec: &ModelSpec, record: &Record, mode: Mode, threads: u32) -> ExpertKey {

@@ -1,12 +1,15 @@
-//! [`Resident`] under the laws of every runtime, on random containers: whatever codes, drops and semantics.
+//! [`Resident`] under the laws of every runtime, on random containers: whatever codes, factors, drops, constants
+//! and semantics.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use cotk_container::layout::{prefix_at, prefixes};
+use cotk_container::layout::prefixes;
+use cotk_container::low_rank::{Factors, Role};
 use cotk_container::manifest::{Checksum, DENSE, DroppedMeaning, Origin, Prefix, SourceModel, Why};
 use cotk_container::reader::Container;
-use cotk_container::writer::{CodedExpert, ContainerWriter, Head, NewExpert};
+use cotk_container::view::{ExpertView, MatrixView};
+use cotk_container::writer::{CodedExpert, Constant, ContainerWriter, Head, NewExpert, NewState};
 use cotk_model::families::parse_config;
 use cotk_model::laws::{Subject, check};
 use cotk_model::layers::Mlp;
@@ -16,7 +19,6 @@ use cotk_model::reference::{Absent, PlainMoe};
 use cotk_model::spec::ModelSpec;
 use cotk_quant::code::{Bits, Code};
 use cotk_quant::coded::CodedMatrix;
-use cotk_quant::decode::decode;
 use cotk_quant::encode::encode;
 use cotk_quant::layout::MatrixFormat;
 use cotk_run::seeds::Seeds;
@@ -50,44 +52,84 @@ fn matrix(rows: usize, cols: usize, code: Code, purpose: &str) -> CodedMatrix {
     encode(&weights, MatrixFormat::try_new(rows, cols, code, 32).unwrap()).unwrap()
 }
 
-/// Inner sizes differ between experts.
-fn experts(layer: LayerId, code: Code, dropped: &[u32]) -> Vec<Option<CodedExpert>> {
-    (0..EXPERTS as u32)
-        .map(|e| {
-            let inner = 24 + 9 * e as usize;
-            let name = |part: &str| format!("{layer} {e} {part}");
-            let (gate, up, down) = (
-                matrix(inner, HIDDEN, code, &name("gate")),
-                matrix(inner, HIDDEN, code, &name("up")),
-                matrix(HIDDEN, inner, code, &name("down")),
-            );
-            let widths = prefixes([gate.format, up.format, down.format]);
-            let prefix = |bits| Prefix {
-                bits,
-                delta: None,
-                rho: None,
-                tokens: 0,
-            };
-            (!dropped.contains(&e)).then(|| CodedExpert {
-                gate,
-                up,
-                down,
-                prefixes: widths.into_iter().map(prefix).collect(),
-            })
-        })
-        .collect()
+/// A container's experts and what routing may do with them.
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    code: Code,
+    dropped: &'static [u32],
+    constants: &'static [u32],
+    meaning: DroppedMeaning,
+    norm_topk: bool,
+    /// Odd experts: a correction of gate and down, up in two factors.
+    has_factors: bool,
 }
 
-fn write(folder: &Path, code: Code, dropped: &[u32], meaning: DroppedMeaning, norm_topk: bool) {
-    let mut writer = ContainerWriter::resume(folder, vec![]).unwrap();
-    let why = Why {
-        tokens: 0,
-        share: 0.0,
-        gate_share: 0.0,
+impl Case {
+    /// All experts, in codes alone.
+    fn whole(code: Code) -> Self {
+        Self {
+            code,
+            dropped: &[],
+            constants: &[],
+            meaning: DroppedMeaning::Masked,
+            norm_topk: false,
+            has_factors: false,
+        }
+    }
+}
+
+fn factors(role: Role, rows: usize, cols: usize, purpose: &str) -> Factors {
+    let mut stream = Seeds::new(11).stream(purpose);
+    let rank = 24;
+    let mut draw = |count: usize| -> Vec<f32> { (0..count).map(|_| stream.random_range(-0.2..0.2)).collect() };
+    Factors::encode(role, &draw(rows * rank), &draw(rank * cols), (rows, rank, cols)).unwrap()
+}
+
+/// Inner sizes differ between experts.
+fn experts(layer: LayerId, case: &Case) -> Vec<NewState> {
+    let expert = |e: u32| {
+        let inner = 24 + 9 * e as usize;
+        let name = |part: &str| format!("{layer} {e} {part}");
+        if case.dropped.contains(&e) {
+            return NewState::Dropped;
+        }
+        if case.constants.contains(&e) {
+            let mut stream = Seeds::new(11).stream(&name("constant"));
+            let values: Vec<f32> = (0..HIDDEN).map(|_| stream.random_range(-0.5..0.5)).collect();
+            return NewState::Constant(Constant::new(&values).unwrap());
+        }
+        let has_factors = case.has_factors && e % 2 == 1;
+        let up = if has_factors { Code::Plain(Bits::B8) } else { case.code };
+        let mut coded = CodedExpert::new(
+            matrix(inner, HIDDEN, case.code, &name("gate")),
+            matrix(inner, HIDDEN, up, &name("up")),
+            matrix(HIDDEN, inner, case.code, &name("down")),
+        );
+        if has_factors {
+            coded.up.planes.clear();
+            coded.factors = [
+                Some(factors(Role::Correction, inner, HIDDEN, &name("gate factors"))),
+                Some(factors(Role::Product, inner, HIDDEN, &name("up factors"))),
+                Some(factors(Role::Correction, HIDDEN, inner, &name("down factors"))),
+            ];
+        }
+        let prefix = |bits| Prefix {
+            bits,
+            delta: None,
+            rho: None,
+            tokens: 0,
+        };
+        coded.prefixes = prefixes(coded.formats()).into_iter().map(prefix).collect();
+        coded.into()
     };
+    (0..EXPERTS as u32).map(expert).collect()
+}
+
+fn write(folder: &Path, case: &Case) {
+    let mut writer = ContainerWriter::resume(folder, vec![]).unwrap();
     for layer in [0, 2].map(LayerId) {
-        let experts = experts(layer, code, dropped);
-        let new = experts.into_iter().map(|kept| NewExpert { why, kept }).collect();
+        let states = experts(layer, case).into_iter();
+        let new = states.map(|state| NewExpert::new(Why::default(), state)).collect();
         writer.append_layer(layer, 1.0, new).unwrap();
     }
     cotk_container::dense::write_dense(&folder.join(DENSE), &[], |_| {
@@ -101,78 +143,94 @@ fn write(folder: &Path, code: Code, dropped: &[u32], meaning: DroppedMeaning, no
             expert_bytes: 0,
             expert_weights: 0,
         },
-        config: config(norm_topk),
+        config: config(case.norm_topk),
         recipe: Origin {
             hash: Checksum(0),
             seed: 0,
             calibration: Checksum(0),
             calibration_tokens: 0,
         },
-        little_bits: (code.planes() > 1).then_some(4),
-        dropped: meaning,
+        little_bits: (case.code.planes() > 1).then_some(4),
+        dropped: case.meaning,
         hidden: HIDDEN,
         dense: Default::default(),
     };
     writer.finish(head, &[DENSE]).unwrap();
 }
 
-fn reference(code: Code, dropped: &[u32], meaning: DroppedMeaning, norm_topk: bool) -> PlainMoe {
+fn reference(case: &Case) -> PlainMoe {
     let layers = [0, 2].map(LayerId).to_vec();
-    let linear = |m: &CodedMatrix| {
-        let width = prefix_at(&m.format, 8);
-        Linear::new(decode(&m.prefix(width).unwrap()), m.format.rows(), m.format.cols())
+    let linear = |m: MatrixView<'_>| Linear::new(m.weights(), m.rows(), m.cols());
+    let plain = |state: &NewState| match state {
+        NewState::Kept(coded) => {
+            let ExpertView { gate, up, down } = coded.view(8);
+            Some(Mlp {
+                gate: linear(gate),
+                up: linear(up),
+                down: linear(down),
+            })
+        }
+        NewState::Constant(_) | NewState::Dropped => None,
     };
-    let plain = layers
-        .iter()
-        .map(|&layer| {
-            experts(layer, code, dropped)
-                .iter()
-                .map(|coded| {
-                    coded.as_ref().map(|c| Mlp {
-                        gate: linear(&c.gate),
-                        up: linear(&c.up),
-                        down: linear(&c.down),
-                    })
-                })
-                .collect()
-        })
-        .collect();
-    let absent = match meaning {
-        DroppedMeaning::Masked => Absent::Masked,
+    let constant = |state: &NewState| match state {
+        NewState::Constant(constant) => Some(constant.values()),
+        NewState::Kept(_) | NewState::Dropped => None,
+    };
+    let states: Vec<Vec<NewState>> = layers.iter().map(|&layer| experts(layer, case)).collect();
+    let absent = match case.meaning {
+        DroppedMeaning::Masked | DroppedMeaning::Novice => Absent::Masked,
         DroppedMeaning::Removed => Absent::Removed,
     };
     let shape = MoeShape {
         hidden: HIDDEN,
-        rule: spec(norm_topk).routing,
+        rule: spec(case.norm_topk).routing,
         layers,
     };
-    PlainMoe::from_experts(shape, plain, absent)
+    let plain = states.iter().map(|layer| layer.iter().map(plain).collect()).collect();
+    let constants = states
+        .iter()
+        .map(|layer| layer.iter().map(constant).collect())
+        .collect();
+    PlainMoe::from_experts(shape, plain, absent).with_constants(constants)
 }
 
 #[test]
 fn resident_obeys_the_laws_of_every_runtime() {
+    use DroppedMeaning::{Masked, Novice, Removed};
     for code in [Code::Nested224, Code::Nested44, Code::Plain(Bits::B4)] {
-        for (dropped, meaning, norm_topk) in [
-            (&[][..], DroppedMeaning::Masked, false),
-            (&[1, 4][..], DroppedMeaning::Masked, true),
-            (&[0, 2, 3][..], DroppedMeaning::Removed, false),
-            (&[0, 1, 2, 3][..], DroppedMeaning::Masked, false),
-        ] {
+        let lists: [(&[u32], &[u32], DroppedMeaning, bool, bool); 8] = [
+            (&[], &[], Masked, false, false),
+            (&[1, 4], &[], Masked, true, false),
+            (&[0, 2, 3], &[], Removed, false, false),
+            (&[0, 1, 2, 3], &[], Masked, false, false),
+            (&[], &[0, 3], Novice, false, false),
+            (&[2], &[4], Masked, true, true),
+            (&[1], &[0, 3], Removed, false, false),
+            (&[], &[2], Novice, true, true),
+        ];
+        for (dropped, constants, meaning, norm_topk, has_factors) in lists {
+            let case = Case {
+                code,
+                dropped,
+                constants,
+                meaning,
+                norm_topk,
+                has_factors,
+            };
             let folder = tempfile::tempdir().unwrap();
-            write(folder.path(), code, dropped, meaning, norm_topk);
+            write(folder.path(), &case);
             let container = Arc::new(Container::open(folder.path()).unwrap());
             let runtime = Resident::new(container, &spec(norm_topk)).unwrap();
-            let reference = reference(code, dropped, meaning, norm_topk);
             let subject = Subject {
                 runtime: &runtime,
-                reference: &reference,
+                reference: &reference(&case),
                 // 8-bit activations, quantized twice: 1/254 of the largest of 32 each time.
                 exact_error: 0.03,
                 split_error: 0.0,
                 seed: 5,
             };
             if let Err(broken) = check(&subject) {
-                panic!("{code}, dropped {dropped:?}, {meaning:?}:\n{broken}");
+                panic!("{case:?}:\n{broken}");
             }
         }
     }
@@ -181,7 +239,7 @@ fn resident_obeys_the_laws_of_every_runtime() {
 #[test]
 fn a_model_of_another_shape_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    write(folder.path(), Code::Nested44, &[], DroppedMeaning::Masked, false);
+    write(folder.path(), &Case::whole(Code::Nested44));
     let container = Arc::new(Container::open(folder.path()).unwrap());
     let wrong = [
         ModelSpec {
@@ -209,7 +267,7 @@ fn a_model_of_another_shape_is_refused() {
 #[test]
 fn a_damaged_expert_fails_its_own_tokens_only_and_by_name() {
     let folder = tempfile::tempdir().unwrap();
-    write(folder.path(), Code::Nested224, &[], DroppedMeaning::Masked, false);
+    write(folder.path(), &Case::whole(Code::Nested224));
     let manifest = Container::open(folder.path()).unwrap().manifest().clone();
     let (_, _, record) = manifest.records().nth(1).unwrap();
     let path = folder.path().join("experts.bin");

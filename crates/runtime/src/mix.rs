@@ -3,14 +3,16 @@
 
 use std::cell::RefCell;
 
-use cotk_container::ContainerError;
-use cotk_container::reader::ExpertView;
+use cotk_container::view::{ExpertView, MatrixView};
+use cotk_container::{ContainerError, QuantError};
 use cotk_kernels::KernelError;
 use cotk_kernels::cpu::activations::Activations;
 use cotk_kernels::cpu::dispatch::Isa;
 use cotk_kernels::cpu::expert::{self, Expert, ExpertScratch};
 use cotk_kernels::cpu::experts::{self, ExpertsScratch, Slots};
 use cotk_kernels::cpu::gemm::Threads;
+use cotk_kernels::cpu::rows::{self, RowKind, Rows};
+use cotk_kernels::cpu::weights::Matrix;
 use cotk_model::moe::{ExpertUse, MoeRecord, Precision, Routed, RuntimeError};
 use cotk_run::units::{ExpertId, LayerId};
 
@@ -52,6 +54,8 @@ struct MixScratch {
     asked: Vec<(ExpertId, u32)>,
     /// Pairs that run, by expert.
     order: Vec<usize>,
+    /// Pairs whose expert answers with a constant, ascending.
+    constants: Vec<usize>,
     /// How each pair was read.
     read: Vec<(u8, Precision)>,
     /// Empty between calls: its memory is what is kept.
@@ -69,7 +73,8 @@ fn emptied<A, B>(mut list: Vec<A>) -> Vec<B> {
 }
 
 impl Mix<'_> {
-    /// `out[t] = Σ gate · expert(hidden[t])` over the routed experts, in slot order; both `[tokens, hidden]`.
+    /// `out[t] = Σ gate · expert(hidden[t])` over the routed experts, in slot order, then over constants; both
+    /// `[tokens, hidden]`.
     ///
     /// # Errors
     /// [`RuntimeError::Expert`] with the container's reason.
@@ -124,18 +129,23 @@ impl Mix<'_> {
         let MixScratch {
             asked,
             order,
+            constants,
             read,
             groups: kept,
         } = scratch;
 
         // (expert, bits asked) of each pair; equal ones share a job.
         asked.clear();
+        constants.clear();
         for (pair, (&expert, &gate)) in experts.iter().zip(gates).enumerate() {
             let place = Place {
                 layer: self.layer,
                 expert,
             };
             let stored = self.store.stored_bits(self.layer, expert).unwrap_or(0);
+            if stored == 0 {
+                constants.push(pair);
+            }
             let token_gates = &gates[pair / slots * slots..][..slots];
             let decided = self.mode.width(&Choice {
                 place,
@@ -171,7 +181,7 @@ impl Mix<'_> {
                 .expert(self.layer, id, bits)
                 .map_err(|e: ContainerError| fail(e.into()))?
                 .ok_or_else(|| fail("was dropped, but routing chose it".into()))?;
-            let kernel = Expert::try_new(view.gate, view.up, view.down).map_err(|e| fail(e.into()))?;
+            let kernel = kernel_of(&view).map_err(|e| fail(e.into()))?;
             for &pair in group {
                 read[pair] = width_of(&view);
             }
@@ -179,6 +189,22 @@ impl Mix<'_> {
         }
         run_groups(self.cpu, &groups, hidden, slots, gates, out);
         *kept = emptied(groups);
+        // Behind the experts that run, in slot order: the same whatever else stands in the batch.
+        for &pair in &*constants {
+            let expert = experts[pair];
+            let fail = |source| RuntimeError::Expert {
+                layer: self.layer,
+                expert,
+                source,
+            };
+            let constant = (self.store.constant(self.layer, expert))
+                .map_err(|e: ContainerError| fail(e.into()))?
+                .ok_or_else(|| fail("was dropped, but routing chose it".into()))?;
+            let rows = Rows::new(RowKind::F16, constant, width);
+            let out = &mut out[pair / slots * width..][..width];
+            rows::mix(self.cpu.0, rows, &gates[pair..=pair], &[1.0], out);
+            read[pair] = (0, Precision::Constant);
+        }
         let read = experts.iter().zip(gates).zip(&*read);
         uses.extend(read.map(|((&expert, &gate), &(bits, precision))| ExpertUse {
             expert,
@@ -220,10 +246,20 @@ pub fn run_groups(
 /// Widest of the three matrices; full if each is read as stored.
 fn width_of(view: &ExpertView<'_>) -> (u8, Precision) {
     let parts = [view.gate, view.up, view.down];
-    let bits = parts.iter().map(|p| p.bits().get()).max().unwrap_or(0);
-    let is_full = parts.iter().all(|p| p.bits() == p.format().code().full());
+    let bits = parts.iter().map(MatrixView::bits).max().unwrap_or(0);
+    let is_full = parts.iter().all(MatrixView::is_full);
     let precision = if is_full { Precision::Full } else { Precision::Prefix };
     (u8::try_from(bits).expect("at most 8"), precision)
+}
+
+/// A container's expert as the kernels take it.
+fn kernel_of<'a>(view: &ExpertView<'a>) -> Result<Expert<'a>, QuantError> {
+    let matrix = |view: &MatrixView<'a>| match *view {
+        MatrixView::Codes(codes) => Ok(codes.into()),
+        MatrixView::Corrected { codes, left, right } => Matrix::corrected(codes, left, right),
+        MatrixView::Product { left, right } => Matrix::product(left, right),
+    };
+    Expert::try_new(matrix(&view.gate)?, matrix(&view.up)?, matrix(&view.down)?)
 }
 
 /// One expert for rows `[rows, hidden]`, alone and without a gate: `[rows, hidden]`.
@@ -231,7 +267,7 @@ fn width_of(view: &ExpertView<'_>) -> (u8, Precision) {
 /// # Panics
 /// Matrices that do not fit each other: those of one record always do.
 pub fn run_expert(cpu: Cpu, view: &ExpertView<'_>, rows: &[f32]) -> Vec<f32> {
-    let kernel = Expert::try_new(view.gate, view.up, view.down).expect("matrices of one expert");
+    let kernel = kernel_of(view).expect("matrices of one expert");
     let acts = Activations::of(cpu.0, rows, kernel.hidden());
     let mut out = vec![0.0; rows.len()];
     expert::forward(

@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use cotk_container::manifest::State;
 use cotk_container::reader::Container;
 use cotk_model::moe::{Mode, MoeRecord, MoeRuntime, MoeShape, RouterScores, RuntimeError, with_routed};
 use cotk_model::spec::ModelSpec;
@@ -55,7 +54,7 @@ impl Resident {
         let living = manifest
             .layers
             .iter()
-            .map(|l| l.experts.iter().map(|e| matches!(e.state, State::Kept(_))).collect())
+            .map(|l| l.experts.iter().map(|e| e.state.is_routable()).collect())
             .collect();
         let little = manifest.little_bits.map(|bits| Little { bits });
         let modes = if little.is_some() {

@@ -130,7 +130,7 @@ impl Source {
                 let bits = dense::dense_bits(DENSE_BITS).expect("a width of dense matrices");
                 let format = dense::plain_format(rows, cols, bits).expect("models' matrices are far below the limit");
                 let zero_points = noise::zero_points(format);
-                codes.insert(name.clone(), Matrix { format, zero_points });
+                codes.insert(name.clone(), Matrix::new(format, zero_points));
             }
             shapes.insert(name, shape);
         }

@@ -108,24 +108,26 @@ fn expert(spec: &ModelSpec, bits: u32, seed: u64, layer: usize, expert: usize) -
         })?;
         Ok::<_, Error>(noise::matrix(plain.format, noise::matrix_seed(first, number)))
     };
-    Ok(NewExpert {
-        why: Why {
-            tokens: 0,
-            share: 0.0,
-            gate_share: 0.0,
-        },
-        kept: Some(CodedExpert {
-            gate: matrix(inner, hidden, 0)?,
-            up: matrix(inner, hidden, 1)?,
-            down: matrix(hidden, inner, 2)?,
-            prefixes: vec![Prefix {
-                bits,
-                delta: None,
-                rho: None,
-                tokens: 0,
-            }],
-        }),
-    })
+    let prefix = Prefix {
+        bits,
+        delta: None,
+        rho: None,
+        tokens: 0,
+    };
+    let coded = CodedExpert {
+        prefixes: vec![prefix],
+        ..CodedExpert::new(
+            matrix(inner, hidden, 0)?,
+            matrix(inner, hidden, 1)?,
+            matrix(hidden, inner, 2)?,
+        )
+    };
+    let why = Why {
+        tokens: 0,
+        share: 0.0,
+        gate_share: 0.0,
+    };
+    Ok(NewExpert::new(why, coded))
 }
 
 fn dense(source: &Source, path: &Path) -> Result<()> {

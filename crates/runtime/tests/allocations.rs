@@ -10,9 +10,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use cotk_container::ContainerError;
 use cotk_container::dense::write_dense;
+use cotk_container::low_rank::{Factors, Role};
 use cotk_container::manifest::{Checksum, DENSE, DroppedMeaning, Origin, Prefix, SourceModel, Why};
 use cotk_container::reader::Container;
-use cotk_container::writer::{CodedExpert, ContainerWriter, Head, NewExpert};
+use cotk_container::writer::{CodedExpert, Constant, ContainerWriter, Head, NewExpert, NewState};
 use cotk_kernels::cpu::team::Team;
 use cotk_model::checkpoint::TensorSource;
 use cotk_model::checkpoint::coded::CodingSource;
@@ -64,14 +65,9 @@ fn matrix(rows: usize, cols: usize, salt: usize) -> CodedMatrix {
     encode(&weights, format).unwrap()
 }
 
-/// A container with all experts of a model, and nothing else of it.
+/// A container with all experts of a model, some as constants or with corrections, and nothing else of it.
 fn container(folder: &Path, spec: &ModelSpec) -> Arc<Container> {
     let mut writer = ContainerWriter::resume(folder, Vec::new()).unwrap();
-    let why = Why {
-        tokens: 1,
-        share: 0.0,
-        gate_share: 0.0,
-    };
     for layer in spec.moe_layers() {
         let expert = |e: usize| {
             let (hidden, inner) = (spec.hidden, spec.moe_intermediate);
@@ -81,13 +77,25 @@ fn container(folder: &Path, spec: &ModelSpec) -> Arc<Container> {
                 rho: None,
                 tokens: 0,
             };
-            let kept = CodedExpert {
-                gate: matrix(inner, hidden, e),
-                up: matrix(inner, hidden, e + 100),
-                down: matrix(hidden, inner, e + 200),
-                prefixes: [2, 4, 8].map(prefix).to_vec(),
-            };
-            NewExpert { why, kept: Some(kept) }
+            // Constants and corrections among them: neither may allocate.
+            if e % 5 == 4 {
+                let constant = Constant::new(&vec![0.01; hidden]).unwrap();
+                return NewExpert::new(Why::default(), NewState::Constant(constant));
+            }
+            let mut kept = CodedExpert::new(
+                matrix(inner, hidden, e),
+                matrix(inner, hidden, e + 100),
+                matrix(hidden, inner, e + 200),
+            );
+            if e % 5 == 3 {
+                let (rank, shapes) = (16, [(inner, hidden), (inner, hidden), (hidden, inner)]);
+                kept.factors = shapes.map(|(rows, cols)| {
+                    let (left, right) = (vec![0.01; rows * rank], vec![0.02; rank * cols]);
+                    Some(Factors::encode(Role::Correction, &left, &right, (rows, rank, cols)).unwrap())
+                });
+            }
+            kept.prefixes = [2, 4, 8].map(prefix).to_vec();
+            NewExpert::new(Why::default(), kept)
         };
         let experts = (0..spec.routing.experts).map(expert).collect();
         writer.append_layer(layer, 1.0, experts).unwrap();

@@ -2,36 +2,29 @@
 //! code path, judged on the same windows before anything is coded. Law: rows differ by their masks alone; differences
 //! are paired window by window.
 
-use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
-use cotk_data::text::{MARKER, documents, split};
 use cotk_run::files;
-use cotk_run::seeds::Seeds;
-use rand::RngExt;
 use serde::{Deserialize, Serialize};
 
 use super::experts::Dropped;
 use super::gram::Semantics;
 use super::mask::Mask;
-use super::plan::{Pruned, Wish};
-use super::ratios::Spread;
+use super::plan::{Pruned, PrunedLayer, Wish};
 use super::recipe::{PAPER_FIELD, Prune};
-use super::search::Method;
-use super::walk::WindowScore;
+pub use super::rows::RowWish;
+pub use crate::contest::judge::TextFigure;
+use crate::contest::judge::{Bench, Judges, WindowScore, interval, kl, mean_scores, perplexity, uncompressed};
 use crate::decide::Measured;
+use crate::heal::HealOptions;
 use crate::partial::{Begun, Entry, Partial};
 use crate::pipeline::{Job, Request, Surroundings};
+use crate::shrink::judge::{MULTIPLE, Steps};
+use crate::shrink::plan::Way;
+use crate::shrink::slim::Slim;
 use crate::states::Stream;
 use crate::{CompressError, Result};
-
-/// Targets of a window and its first token.
-const WINDOW: usize = 512;
-/// Seeds of a method that draws.
-const SEEDS: u64 = 3;
-const RESAMPLES: usize = 1000;
-const TEXT_LIMIT_BYTES: u64 = 1 << 30;
 
 /// What is compared with what, on which texts.
 #[derive(Debug, Clone)]
@@ -39,7 +32,7 @@ pub struct Compare {
     /// Its `eval_text` is not read: `texts` judge.
     pub request: Request,
     pub rows: Vec<RowWish>,
-    /// Shares of experts to drop; each row at each.
+    /// Shares of the experts' weights to take away; each row at each.
     pub ratios: Vec<f64>,
     /// Make up the figure that decides; shown one by one too.
     pub texts: Vec<PathBuf>,
@@ -49,93 +42,6 @@ pub struct Compare {
     pub text_tokens: usize,
 }
 
-/// One way to choose.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RowWish {
-    pub method: Method,
-    pub spread: Spread,
-    /// Whether reception fields choose among three masks per layer.
-    pub has_field: bool,
-}
-
-impl RowWish {
-    /// `reap`, `swap:unequal`, `genetic:equal:field`.
-    ///
-    /// # Errors
-    /// What is not known, and what is.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        let mut parts = text.split(':');
-        let name = parts.next().unwrap_or_default();
-        let method = Method::named(name).ok_or_else(|| {
-            let names: Vec<&str> = Method::ALL.iter().map(|method| method.name()).collect();
-            format!("`{name}` is not a method: expected one of {}", names.join(", "))
-        })?;
-        let is_paper = method == Method::Paper;
-        let mut wish = Self {
-            method,
-            spread: if is_paper { Spread::Paper } else { Spread::Equal },
-            has_field: is_paper,
-        };
-        for part in parts {
-            match part {
-                "equal" => wish.spread = Spread::Equal,
-                "unequal" => wish.spread = Spread::Unequal,
-                "paper" => wish.spread = Spread::Paper,
-                "field" => wish.has_field = true,
-                "layers" => wish.has_field = false,
-                other => {
-                    return Err(format!(
-                        "`{other}` in `{text}`: expected equal, unequal, paper, field or layers"
-                    ));
-                }
-            }
-        }
-        Ok(wish)
-    }
-
-    /// All of one ratio by default.
-    pub fn usual() -> Vec<Self> {
-        [
-            "random",
-            "frequency",
-            "reap",
-            "reap-renormalised",
-            "energy",
-            "single",
-            "greedy",
-            "swap",
-            "genetic",
-            "genetic:equal:field",
-            "reap:unequal",
-            "energy:unequal",
-            "greedy:unequal",
-            "swap:unequal",
-            "genetic:unequal",
-            "paper",
-        ]
-        .iter()
-        .map(|text| Self::parse(text).expect("these are known"))
-        .collect()
-    }
-
-    /// In tables: `genetic unequal field`.
-    pub fn name(&self) -> String {
-        let field = if self.has_field { " field" } else { "" };
-        match (self.method, self.spread) {
-            (Method::Paper, Spread::Paper) => format!("paper{field}"),
-            (method, spread) => format!("{} {}{field}", method.name(), spread.name()),
-        }
-    }
-
-    fn seeds(&self) -> u64 {
-        match self.method {
-            Method::Random => SEEDS,
-            // Drawn too, but its swaps end in the same place; one seed a figure, in the recipe.
-            _ => 1,
-        }
-    }
-}
-
 /// One row, one ratio, one seed, as the journal keeps it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Judged {
@@ -143,17 +49,15 @@ pub struct Judged {
     pub ratio: f64,
     pub seed: u64,
     pub pruned: Pruned,
+    /// What becomes of each expert of each layer, where not all that stay are whole.
+    #[serde(default)]
+    pub plan: Option<Vec<Vec<Slim>>>,
+    /// What healing did to each layer.
+    #[serde(default)]
+    pub steps: Steps,
     pub search_seconds: f64,
     /// All windows of all texts, in order.
     pub scores: Vec<WindowScore>,
-}
-
-/// One figure of one text.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct TextFigure {
-    pub text: String,
-    pub kl_nats: f64,
-    pub perplexity: f64,
 }
 
 /// One line of the table: means over seeds.
@@ -165,9 +69,16 @@ pub struct Line {
     /// Over all of [`Compare::texts`].
     pub kl_nats: f64,
     pub kl_ci95: [f64; 2],
-    /// KL over that of `reap equal` at this ratio, paired by windows; absent where that is not a row.
+    /// KL over that of `reap equal` at this ratio, healed as this one is, paired by windows; absent where that is not a row.
     pub kl_ratio: Option<f64>,
     pub kl_ratio_ci95: Option<[f64; 2]>,
+    /// The same over MoE-I²'s own settings (`paper field`), healed as this one is.
+    pub kl_of_paper: Option<f64>,
+    pub kl_of_paper_ci95: Option<[f64; 2]>,
+    /// Share of the experts' weights that is gone.
+    pub gone: f64,
+    /// Layers whose healing was kept on held-out tokens, of those that were healed: down projections, scales.
+    pub healed: Option<[usize; 2]>,
     pub perplexity: f64,
     /// Mean over layers of the relative loss on the half of the tokens that chose.
     pub chosen_loss: f64,
@@ -202,16 +113,6 @@ pub struct Comparison {
     pub warnings: Vec<String>,
 }
 
-/// The windows that judge.
-struct Judges {
-    names: Vec<String>,
-    /// Windows of each text.
-    counts: Vec<usize>,
-    /// Texts that decide come first.
-    deciding: usize,
-    windows: Vec<Vec<u32>>,
-}
-
 /// Compares; the table also lies in OUT as `comparison.json`.
 ///
 /// # Errors
@@ -225,12 +126,12 @@ pub fn compare(compare: &Compare, with: &Surroundings<'_>) -> Result<Comparison>
         ..compare.request.clone()
     };
     let job = Job::open(&request, with)?;
-    let judges = job.judges(compare)?;
+    let judges = job.judges(&compare.bench())?;
     let identity = job.identity_with(&compare.identity()?)?;
     let mut partial = match Partial::begin(&request.out, &identity)? {
         Begun::Compared(comparison) => return Ok(*comparison),
         Begun::Working(partial) => *partial,
-        Begun::Finished(_) => return Err(CompressError::OutputExists { folder: request.out }),
+        Begun::Finished(_) | Begun::Stood(_) => return Err(CompressError::OutputExists { folder: request.out }),
     };
     let streams = job.streams(&partial);
     job.recover(&mut partial, &streams)?;
@@ -247,36 +148,20 @@ pub fn compare(compare: &Compare, with: &Surroundings<'_>) -> Result<Comparison>
 }
 
 impl Compare {
+    fn bench(&self) -> Bench<'_> {
+        Bench {
+            texts: &self.texts,
+            second_texts: &self.second_texts,
+            text_tokens: self.text_tokens,
+            calibration: &self.request.calibration,
+        }
+    }
+
     /// What makes two comparisons the same.
     fn identity(&self) -> Result<Vec<u8>> {
-        let mut bytes = serde_json::to_vec(&(&self.rows, &self.ratios, self.text_tokens)).expect("numbers and names");
-        for text in self.texts.iter().chain(&self.second_texts) {
-            bytes.extend(files::checksum_file(text)?.to_le_bytes());
-        }
-        bytes.push(u8::try_from(self.texts.len()).unwrap_or(u8::MAX));
+        let mut bytes = serde_json::to_vec(&(&self.rows, &self.ratios)).expect("numbers and names");
+        bytes.extend(self.bench().identity()?);
         Ok(bytes)
-    }
-}
-
-/// A text that judges beside the first, without the documents that the calibration has too, and how many those were.
-///
-/// # Errors
-/// [`CompressError::SameText`] where nothing else is in it.
-fn unshared(calibration: &Path, judge: &Path) -> Result<(String, usize)> {
-    let known = documents(calibration)?;
-    let known: HashSet<&str> = known.iter().map(|document| document.trim()).collect();
-    let text = files::read_text(judge, TEXT_LIMIT_BYTES)?;
-    let all = split(&text);
-    let own: Vec<&str> = (all.iter().map(String::as_str))
-        .filter(|document| !known.contains(document.trim()))
-        .collect();
-    match all.len() - own.len() {
-        0 => Ok((text, 0)),
-        _ if own.is_empty() => Err(CompressError::SameText {
-            calibration: calibration.to_owned(),
-            eval_text: judge.to_owned(),
-        }),
-        shared => Ok((own.join(MARKER), shared)),
     }
 }
 
@@ -284,51 +169,6 @@ impl Job<'_> {
     fn prune_recipe(&self) -> &Prune {
         let prune = self.request.recipe.compress.prune.as_ref();
         prune.expect("the command gives a comparison its section")
-    }
-
-    fn judges(&self, compare: &Compare) -> Result<Judges> {
-        let mut judges = Judges {
-            names: Vec::new(),
-            counts: Vec::new(),
-            deciding: compare.texts.len(),
-            windows: Vec::new(),
-        };
-        let window = WINDOW.min(self.source.files.spec.context);
-        for (i, path) in compare.texts.iter().chain(&compare.second_texts).enumerate() {
-            // What the first text shares with the calibration is left out there.
-            let text = if i == 0 {
-                files::read_text(path, TEXT_LIMIT_BYTES)?
-            } else {
-                let (text, shared) = unshared(&compare.request.calibration, path)?;
-                if shared > 0 {
-                    let warning = format!(
-                        "{shared} documents of {} also calibrate: they do not judge",
-                        path.display()
-                    );
-                    self.with.progress.note(&warning);
-                }
-                text
-            };
-            let tokens = self.source.files.tokenizer.encode(&text)?;
-            let all: Vec<&[u32]> = tokens.chunks(window).filter(|w| w.len() >= window.min(16)).collect();
-            if all.is_empty() {
-                return Err(CompressError::ShortText {
-                    file: path.clone(),
-                    purpose: "measuring",
-                    found: tokens.len(),
-                    expected: window.min(16),
-                });
-            }
-            let count = (compare.text_tokens / window).clamp(1, all.len());
-            let spread = (0..count).map(|i| all[(2 * i + 1) * all.len() / (2 * count)].to_vec());
-            judges.windows.extend(spread);
-            judges.counts.push(count);
-            judges.names.push(
-                path.file_stem()
-                    .map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
-            );
-        }
-        Ok(judges)
     }
 
     /// Every row at every ratio; what the journal has is not done again.
@@ -339,13 +179,25 @@ impl Job<'_> {
         judges: &Judges,
         compare: &Compare,
     ) -> Result<Vec<Judged>> {
-        let windows: Vec<&[u32]> = judges.windows.iter().map(Vec::as_slice).collect();
+        let windows = judges.slices();
         let lengths: Vec<usize> = windows.iter().map(|w| w.len()).collect();
         let hidden = self.source.files.spec.hidden;
         let stream = |name| Stream::new(&partial.states(), name, hidden, lengths.clone());
         let (teacher, student) = (stream("judge-teacher"), stream("judge-student"));
         self.embed(&teacher, &windows)?;
         self.walk_under(partial, measured, None, &teacher)?;
+        let shrinking = if compare.rows.iter().any(RowWish::needs_tokens) {
+            let whole = self.whole_stream(partial, &self.calibration_windows())?;
+            let is_smaller = compare.rows.iter().any(|row| row.way != Way::Whole);
+            let surveys = if is_smaller {
+                self.shrink_surveys(partial, measured, &whole)?
+            } else {
+                Vec::new()
+            };
+            Some((whole, surveys))
+        } else {
+            None
+        };
         let mut done: Vec<Judged> = partial.judged();
         for &ratio in &compare.ratios {
             for &wish in &compare.rows {
@@ -355,7 +207,7 @@ impl Job<'_> {
                         continue;
                     }
                     let clock = Instant::now();
-                    let pruned = match self.prune(partial, measured, &self.wish(wish, ratio, seed)) {
+                    let chosen = match self.pruned(partial, measured, wish, ratio, seed) {
                         // An exhaustive search where there are too many masks is said, not fatal to the others.
                         Err(error @ CompressError::TooManyMasks { .. }) if compare.rows.len() > 1 => {
                             self.with.progress.note(&format!("{} at {ratio}: {error}", wish.name()));
@@ -363,26 +215,42 @@ impl Job<'_> {
                         }
                         found => found?,
                     };
-                    let search_seconds = clock.elapsed().as_secs_f64();
-                    let masks =
-                        |pruned: &Pruned| -> Vec<Mask> { pruned.layers.iter().map(|l| l.mask.clone()).collect() };
-                    let known = done.iter().find(|row| masks(&row.pruned) == masks(&pruned));
-                    let scores = match known {
-                        Some(row) => row.scores.clone(),
-                        None => {
-                            self.embed(&student, &windows)?;
-                            self.walk_under(partial, measured, Some(&pruned), &student)?;
-                            self.score_windows(&windows, &teacher, &student)?
-                        }
-                    };
-                    let row = Judged {
+                    let mut row = Judged {
                         wish,
                         ratio,
                         seed,
-                        pruned,
-                        search_seconds,
-                        scores,
+                        pruned: chosen,
+                        plan: None,
+                        steps: Vec::new(),
+                        search_seconds: 0.0,
+                        scores: Vec::new(),
                     };
+                    if let (Some((whole, surveys)), true) = (&shrinking, wish.needs_tokens()) {
+                        let how = (wish.way, wish.spread, MULTIPLE);
+                        let much = (ratio, self.prune_recipe().end_tokens.get());
+                        let plan = self.shrink_plan(partial, measured, surveys, whole, how, &row.pruned, much)?;
+                        row.search_seconds = clock.elapsed().as_secs_f64();
+                        self.embed(&student, &windows)?;
+                        let healing = wish.is_healed.then(HealOptions::default);
+                        let built = (&row.pruned, plan.as_slice());
+                        row.steps = self.walk_slim(partial, measured, whole, built, healing.as_ref(), &student)?;
+                        row.plan = Some(plan);
+                        row.scores = self.score_windows(&windows, &teacher, &student)?;
+                    } else {
+                        row.search_seconds = clock.elapsed().as_secs_f64();
+                        let masks =
+                            |pruned: &Pruned| -> Vec<Mask> { pruned.layers.iter().map(|l| l.mask.clone()).collect() };
+                        let is_known =
+                            |known: &&Judged| known.plan.is_none() && masks(&known.pruned) == masks(&row.pruned);
+                        row.scores = match done.iter().find(is_known) {
+                            Some(known) => known.scores.clone(),
+                            None => {
+                                self.embed(&student, &windows)?;
+                                self.walk_under(partial, measured, Some(&row.pruned), &student)?;
+                                self.score_windows(&windows, &teacher, &student)?
+                            }
+                        };
+                    }
                     partial.finished(Entry::Judged(Box::new(row.clone())))?;
                     done.push(row);
                 }
@@ -391,16 +259,66 @@ impl Job<'_> {
         Ok(done)
     }
 
-    fn wish(&self, row: RowWish, ratio: f64, seed: u64) -> Wish {
-        let recipe = &self.request.recipe;
-        let prune = self.prune_recipe();
-        Wish {
+    /// Which experts a row drops: none, half of what goes, or all of it.
+    fn pruned(
+        &self,
+        partial: &mut Partial,
+        measured: &[Measured],
+        row: RowWish,
+        ratio: f64,
+        seed: u64,
+    ) -> Result<Pruned> {
+        let (recipe, prune) = (&self.request.recipe, self.prune_recipe());
+        let wish = Wish {
             method: row.method,
             spread: row.spread,
-            ratio,
+            ratio: match (row.way, row.has_both) {
+                (Way::Whole, _) => ratio,
+                (_, true) => 0.5 * ratio,
+                (_, false) => 0.0,
+            },
             field_masks: if row.has_field { PAPER_FIELD.get() } else { 1 },
             ..Wish::of(prune, recipe.compress.semantics(), recipe.seed + seed)
+        };
+        if wish.ratio > 0.0 {
+            return self.prune(partial, measured, &wish);
         }
+        let experts = self.source.files.spec.routing.experts;
+        let layer = |measured: &Measured| PrunedLayer {
+            layer: measured.layer,
+            mask: Mask::none(experts),
+            chosen_loss: 0.0,
+            loss: 0.0,
+            tried: 0,
+            kl_per_loss: None,
+        };
+        Ok(Pruned {
+            method: wish.method,
+            semantics: wish.semantics,
+            spread: wish.spread,
+            layers: measured.iter().map(layer).collect(),
+            field_runs: 0,
+        })
+    }
+
+    /// Share of the experts' weights that a row takes away.
+    #[expect(clippy::cast_precision_loss, reason = "weights are far below 2^53")]
+    fn gone(&self, row: &Judged) -> f64 {
+        let spec = &self.source.files.spec;
+        let whole = 3 * spec.hidden * spec.moe_intermediate;
+        let all = whole * spec.routing.experts * row.pruned.layers.len();
+        let left: usize = match &row.plan {
+            Some(plan) => (plan.iter().flatten())
+                .map(|slim| slim.weights(spec.hidden, spec.moe_intermediate))
+                .sum(),
+            None => row
+                .pruned
+                .layers
+                .iter()
+                .map(|layer| layer.mask.kept().len() * whole)
+                .sum(),
+        };
+        1.0 - left as f64 / all.max(1) as f64
     }
 
     /// A stream through all layers under masks.
@@ -437,7 +355,7 @@ impl Job<'_> {
     }
 
     fn table(&self, compare: &Compare, judges: &Judges, rows: &[Judged]) -> Comparison {
-        let deciding: usize = judges.counts[..judges.deciding].iter().sum();
+        let deciding = judges.deciding();
         let mut lines = Vec::new();
         for &ratio in &compare.ratios {
             let of = |wish: &RowWish| -> Vec<&Judged> {
@@ -445,27 +363,21 @@ impl Job<'_> {
                     .filter(|row| row.wish == *wish && row.ratio == ratio)
                     .collect()
             };
-            let reap = RowWish {
-                method: Method::Reap,
-                spread: Spread::Equal,
-                has_field: false,
+            let like = |text: &str, wish: &RowWish| RowWish {
+                is_healed: wish.is_healed,
+                ..RowWish::parse(text).expect("this row is known")
             };
-            let reference = of(&reap);
-            let reference = reference.first().map(|row| &row.scores[..deciding]);
+            let scores =
+                |wish: RowWish| -> Option<Vec<WindowScore>> { of(&wish).first().map(|row| row.scores.clone()) };
             for wish in &compare.rows {
                 let seeds = of(wish);
                 if !seeds.is_empty() {
-                    lines.push(self.line(wish, ratio, &seeds, judges, reference));
+                    let references = [scores(like("reap", wish)), scores(like("paper", wish))];
+                    lines.push(self.line(wish, ratio, &seeds, judges, &references));
                 }
             }
         }
-        let before = rows.first().map(|row| row.scores.clone()).unwrap_or_default();
-        let before = before.into_iter().map(|score| WindowScore {
-            kl: 0.0,
-            nll: score.teacher_nll,
-            ..score
-        });
-        let before: Vec<WindowScore> = before.collect();
+        let before = uncompressed(rows.first().map_or(&[], |row| &row.scores));
         Comparison {
             semantics: self.request.recipe.compress.semantics(),
             calibration_tokens: self.texts.calibration_tokens(),
@@ -473,7 +385,7 @@ impl Job<'_> {
             windows: deciding,
             perplexity_before: perplexity(&before[..deciding.min(before.len())]),
             bytes_before: self.source.origin.bytes,
-            texts_before: by_text(&before, judges),
+            texts_before: judges.by_text(&before),
             lines,
             seconds: 0.0,
             peak_rss_bytes: 0,
@@ -481,154 +393,64 @@ impl Job<'_> {
         }
     }
 
-    #[expect(clippy::cast_precision_loss, reason = "counts are small")]
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "counts are small, bytes far below 2^53"
+    )]
     fn line(
         &self,
         wish: &RowWish,
         ratio: f64,
         seeds: &[&Judged],
         judges: &Judges,
-        reference: Option<&[WindowScore]>,
+        references: &[Option<Vec<WindowScore>>; 2],
     ) -> Line {
-        let deciding: usize = judges.counts[..judges.deciding].iter().sum();
-        let scores = mean_scores(seeds);
+        let deciding = judges.deciding();
+        let scores = mean_scores(&seeds.iter().map(|row| row.scores.as_slice()).collect::<Vec<_>>());
         let own = &scores[..deciding];
-        let resampled = resample(own, reference);
+        let compared = references.each_ref().map(|reference| {
+            let reference = reference.as_deref()?;
+            let ratios = judges
+                .resample(&scores, Some(reference))
+                .into_iter()
+                .map(|(_, ratio)| ratio);
+            Some((kl(own) / kl(&reference[..deciding]), interval(ratios)))
+        });
+        let [reap, paper] = compared;
+        let resampled = judges.resample(&scores, None);
         let layers: Vec<_> = seeds.iter().flat_map(|row| &row.pruned.layers).collect();
         let mean = |of: &dyn Fn(&super::plan::PrunedLayer) -> f64| {
             layers.iter().map(|layer| of(layer)).sum::<f64>() / layers.len().max(1) as f64
         };
         let dropped: Vec<usize> = seeds[0].pruned.layers.iter().map(|layer| layer.mask.count()).collect();
-        let experts = self.source.files.spec.routing.experts * dropped.len();
-        let gone = dropped.iter().sum::<usize>() as u64;
-        let kl_nats = kl(own);
-        let kl_ratio = reference.map(|reference| kl_nats / kl(reference));
+        let gone = self.gone(seeds[0]);
+        let kept = |name: &str| {
+            let steps = seeds[0].steps.iter().flatten();
+            steps.filter(|step| step.name == name && step.is_kept).count()
+        };
         Line {
             ratio,
             name: wish.name(),
             seeds: seeds.len() as u64,
-            kl_nats,
+            kl_nats: kl(own),
             kl_ci95: interval(resampled.iter().map(|(kl, _)| *kl)),
-            kl_ratio_ci95: kl_ratio.map(|_| interval(resampled.iter().map(|(_, ratio)| *ratio))),
-            kl_ratio,
+            kl_ratio: reap.map(|(ratio, _)| ratio),
+            kl_ratio_ci95: reap.map(|(_, interval)| interval),
+            kl_of_paper: paper.map(|(ratio, _)| ratio),
+            kl_of_paper_ci95: paper.map(|(_, interval)| interval),
+            gone,
+            healed: wish.is_healed.then(|| [kept("down"), kept("scales")]),
             perplexity: perplexity(own),
             chosen_loss: mean(&|layer| layer.chosen_loss),
             loss: mean(&|layer| layer.loss),
-            bytes: self.source.origin.bytes - self.source.origin.expert_bytes * gone / experts.max(1) as u64,
+            bytes: self.source.origin.bytes - (self.source.origin.expert_bytes as f64 * gone).round() as u64,
             dropped,
             masks_tried: seeds[0].pruned.layers.iter().map(|layer| layer.tried).sum(),
             field_runs: seeds[0].pruned.field_runs,
             search_seconds: seeds.iter().map(|row| row.search_seconds).sum::<f64>() / seeds.len() as f64,
-            texts: by_text(&scores, judges),
+            texts: judges.by_text(&scores),
         }
-    }
-}
-
-/// Window by window, means over seeds.
-#[expect(clippy::cast_precision_loss, reason = "counts are small")]
-fn mean_scores(seeds: &[&Judged]) -> Vec<WindowScore> {
-    let mut scores = seeds[0].scores.clone();
-    let count = seeds.len() as f64;
-    for (at, score) in scores.iter_mut().enumerate() {
-        let mean = |of: &dyn Fn(&WindowScore) -> f64| seeds.iter().map(|row| of(&row.scores[at])).sum::<f64>() / count;
-        score.kl = mean(&|s| s.kl);
-        score.nll = mean(&|s| s.nll);
-    }
-    scores
-}
-
-#[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
-fn per_target(scores: &[WindowScore], of: impl Fn(&WindowScore) -> f64) -> f64 {
-    let targets: usize = scores.iter().map(|s| s.targets).sum();
-    scores.iter().map(of).sum::<f64>() / targets.max(1) as f64
-}
-
-fn kl(scores: &[WindowScore]) -> f64 {
-    per_target(scores, |s| s.kl)
-}
-
-fn perplexity(scores: &[WindowScore]) -> f64 {
-    per_target(scores, |s| s.nll).exp()
-}
-
-fn by_text(scores: &[WindowScore], judges: &Judges) -> Vec<TextFigure> {
-    let mut rest = scores;
-    let of = |(name, &count): (&String, &usize)| {
-        let (own, after) = rest.split_at(count.min(rest.len()));
-        rest = after;
-        TextFigure {
-            text: name.clone(),
-            kl_nats: kl(own),
-            perplexity: perplexity(own),
-        }
-    };
-    judges.names.iter().zip(&judges.counts).map(of).collect()
-}
-
-/// KL and its ratio to the reference's over windows drawn with replacement, the same windows for both.
-fn resample(own: &[WindowScore], reference: Option<&[WindowScore]>) -> Vec<(f64, f64)> {
-    let mut stream = Seeds::new(0).stream("bootstrap");
-    let draw = |_| {
-        let (mut targets, mut sum, mut base) = (0usize, 0.0, 0.0);
-        for _ in 0..own.len() {
-            let at = stream.random_range(0..own.len());
-            targets += own[at].targets;
-            sum += own[at].kl;
-            base += reference.map_or(0.0, |reference| reference[at].kl);
-        }
-        #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
-        let kl = sum / targets.max(1) as f64;
-        (kl, if base > 0.0 { sum / base } else { f64::NAN })
-    };
-    (0..RESAMPLES).map(draw).collect()
-}
-
-/// 95 %, by percentiles.
-fn interval(values: impl Iterator<Item = f64>) -> [f64; 2] {
-    let mut sorted: Vec<f64> = values.collect();
-    sorted.sort_by(f64::total_cmp);
-    [sorted[RESAMPLES / 40], sorted[RESAMPLES - 1 - RESAMPLES / 40]]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_are_spelled_as_they_are_named() {
-        for (text, name) in [
-            ("reap", "reap equal"),
-            ("swap:unequal", "swap unequal"),
-            ("genetic:equal:field", "genetic equal field"),
-            ("paper", "paper field"),
-            ("paper:layers", "paper"),
-        ] {
-            assert_eq!(RowWish::parse(text).unwrap().name(), name);
-        }
-        for (text, wanted) in [
-            ("reep", "expected one of"),
-            ("reap:even", "`even`"),
-            ("", "not a method"),
-        ] {
-            assert!(RowWish::parse(text).unwrap_err().contains(wanted), "{text}");
-        }
-        assert!(RowWish::usual().len() > 10);
-    }
-
-    #[test]
-    fn intervals_hold_the_mean_and_pairing_takes_common_spread_away() {
-        let score = |kl: f64| WindowScore {
-            targets: 10,
-            kl,
-            nll: 20.0,
-            teacher_nll: 19.0,
-        };
-        let reference: Vec<WindowScore> = (0..50).map(|i| score(1.0 + f64::from(i % 7))).collect();
-        let own: Vec<WindowScore> = reference.iter().map(|s| score(s.kl * 0.5)).collect();
-        let resampled = resample(&own, Some(&reference));
-        let [lo, hi] = interval(resampled.iter().map(|(kl, _)| *kl));
-        assert!(lo < kl(&own) && kl(&own) < hi && hi - lo > 0.01);
-        let [lo, hi] = interval(resampled.iter().map(|(_, ratio)| *ratio));
-        assert!((lo - 0.5).abs() < 1e-12 && (hi - 0.5).abs() < 1e-12);
     }
 }

@@ -183,7 +183,7 @@ fn a_table_has_every_row_and_searches_lose_less_than_chance() {
         "swap",
         "swap:unequal",
         "exhaustive",
-        "paper",
+        "paper:experts",
     ];
     for semantics in [Semantics::Masked, Semantics::Novice] {
         let set = format!("compress.prune.semantics={}", semantics.name());

@@ -7,11 +7,13 @@ pub mod mask;
 pub mod plan;
 pub mod ratios;
 pub mod recipe;
+pub mod rows;
 pub mod search;
 pub mod survey;
 pub mod walk;
 
 pub(crate) mod experts;
+pub(crate) mod probe;
 mod field;
 mod genetic;
 #[cfg(test)]

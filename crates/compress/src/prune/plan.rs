@@ -10,15 +10,15 @@ use serde::{Deserialize, Serialize};
 use super::experts::Dropped;
 use super::gram::{Measure, Semantics};
 use super::mask::Mask;
+use super::probe::PROBE_SHARES;
 use super::ratios::{self, Spread};
 use super::recipe::Prune;
 use super::search::{self, Found, Known, Method};
 use super::survey::{ExpertScores, Survey};
-use super::walk::mean_kl;
 use crate::decide::Measured;
 use crate::partial::{Entry, Partial};
 use crate::pipeline::Job;
-use crate::states::Stream;
+use crate::shrink::plan::Curve;
 use crate::{CompressError, Result};
 
 /// What the first pass keeps of a layer's survey in the journal; samples and constants lie in a file beside it.
@@ -49,11 +49,11 @@ pub struct Step {
 /// What each layer's loss costs at the end of the model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sensitivity {
-    /// Experts that the probe of each MoE layer dropped.
-    pub dropped: usize,
+    /// Experts that the probes of each MoE layer dropped, ascending.
+    pub dropped: Vec<usize>,
     pub semantics: Semantics,
-    /// KL of the whole model, nats, with that layer alone pruned.
-    pub kl_nats: Vec<f64>,
+    /// KL of the whole model, nats, with that layer alone pruned, by layer and probe.
+    pub kl_nats: Vec<Vec<f64>>,
 }
 
 /// One mask per MoE layer.
@@ -227,10 +227,10 @@ impl Job<'_> {
                     .zip(&sensitivity.kl_nats)
                     .zip(&mut kl_per_loss)
                     .map(|(((_, surveyed), kl), per_loss)| {
-                        let probed = surveyed.path[sensitivity.dropped - 1].loss;
-                        let factor = if probed > 0.0 { kl / probed } else { 0.0 };
-                        *per_loss = Some(factor);
-                        let costs = surveyed.path[..most].iter().map(|step| factor * step.loss);
+                        let probed = (sensitivity.dropped.iter()).map(|count| surveyed.path[count - 1].loss);
+                        let curve = Curve::new(probed.zip(kl.iter().copied()).collect());
+                        *per_loss = Some(curve.points.last().map_or(0.0, |(loss, kl)| kl / loss));
+                        let costs = surveyed.path[..most].iter().map(|step| curve.kl(step.loss));
                         std::iter::once(0.0).chain(costs).collect()
                     })
                     .collect();
@@ -288,8 +288,7 @@ impl Job<'_> {
         found.map_err(|too_many| CompressError::TooManyMasks { layer, too_many })
     }
 
-    /// KL at the end of the model with one layer pruned at a time: each layer is loaded once, the stream of the
-    /// uncompressed model forks in it, and the forks walk on beside each other.
+    /// KL at the end of the model with one layer pruned at a time, at several counts.
     fn sensitivity(
         &self,
         partial: &mut Partial,
@@ -297,56 +296,33 @@ impl Job<'_> {
         wish: &Wish,
     ) -> Result<Sensitivity> {
         let rule = self.source.files.spec.routing;
-        let share = total(wish.ratio, 1, rule.experts, rule.top_k, Spread::Unequal);
-        let dropped = share.clamp(1, most(rule.experts, rule.top_k, Spread::Unequal).max(1));
+        let most = most(rule.experts, rule.top_k, Spread::Unequal).max(1);
         let known = partial.entries.iter().find_map(|entry| match entry {
-            Entry::Sensitivity(known) if known.dropped == dropped && known.semantics == wish.semantics => Some(known),
+            Entry::Sensitivity(known) if known.semantics == wish.semantics => Some(known),
             _ => None,
         });
         if let Some(known) = known {
             return Ok(known.clone());
         }
-        self.with
-            .progress
-            .begin("measuring sensitivity", self.layers() as u64, "layers");
-        let windows = self.probe_windows(wish.end_tokens);
-        let lengths: Vec<usize> = windows.iter().map(|w| w.len()).collect();
-        let hidden = self.source.files.spec.hidden;
-        let stream = |name: &str| Stream::new(&partial.states(), name, hidden, lengths.clone());
-        let teacher = stream("probe-teacher");
-        self.embed(&teacher, &windows)?;
-        let mut forks: Vec<Stream> = Vec::new();
-        for index in 0..self.layers() {
-            let (layer, experts) = self.load_whole(index)?;
-            for fork in &forks {
-                self.step_under(&layer, experts.as_ref(), None, index, fork, fork)?;
-                fork.forget(index);
-            }
-            if experts.is_some() {
-                let (id, surveyed) = surveyed[forks.len()];
-                let survey = self.read_survey(partial, id, surveyed)?;
-                let path = surveyed.path[..dropped.min(surveyed.path.len())].iter();
+        let mut dropped = PROBE_SHARES
+            .map(|share| total(share, 1, rule.experts, rule.top_k, Spread::Unequal).clamp(1, most))
+            .to_vec();
+        dropped.dedup();
+        let kl_nats = self.forks(partial, wish.end_tokens, |at, _, experts, _, fork| {
+            let (id, surveyed) = surveyed[at];
+            let survey = self.read_survey(partial, id, surveyed)?;
+            for &count in &dropped {
+                let path = surveyed.path[..count.min(surveyed.path.len())].iter();
                 let mask = Mask::of(rule.experts, path.map(|step| step.expert.index()));
-                let fork = stream(&format!("probe-{}", id.0));
                 let dropped = Dropped {
                     mask: &mask,
                     semantics: wish.semantics,
                     constants: &survey.constants,
                 };
-                self.step_under(&layer, experts.as_ref(), Some(dropped), index, &teacher, &fork)?;
-                forks.push(fork);
+                fork(experts, Some(dropped))?;
             }
-            self.step_under(&layer, experts.as_ref(), None, index, &teacher, &teacher)?;
-            teacher.forget(index);
-            self.with.progress.advance(1);
-        }
-        let mut kl_nats = Vec::with_capacity(forks.len());
-        for fork in &forks {
-            kl_nats.push(mean_kl(&self.score_windows(&windows, &teacher, fork)?));
-            fork.forget(self.layers());
-        }
-        teacher.forget(self.layers());
-        self.with.progress.end();
+            Ok(())
+        })?;
         let found = Sensitivity {
             dropped,
             semantics: wish.semantics,

@@ -153,17 +153,55 @@ fn who_works(groups: &[Group<'_>], threads: Threads) -> Threads {
     let bytes = |matrix: &Matrix<'_>| match matrix {
         Matrix::Whole(weights) => weights.bytes(),
         Matrix::Product { left, right } => left.bytes() + right.bytes(),
+        Matrix::Corrected { whole, left, right } => whole.bytes() + left.bytes() + right.bytes(),
     };
     let work = |(expert, pairs): &Group<'_>| expert.matrices().map(bytes).iter().sum::<usize>() * pairs.len();
     let is_little = groups.iter().map(work).sum::<usize>() < ALONE_BYTES;
     if is_little { Threads::One } else { threads }
 }
 
-/// The factor that is multiplied last: of rows, and so of parts.
+/// What is multiplied last: of rows, and so of parts.
 fn last<'a>(matrix: &Matrix<'a>) -> Weights<'a> {
     match *matrix {
-        Matrix::Whole(weights) => weights,
+        Matrix::Whole(weights) | Matrix::Corrected { whole: weights, .. } => weights,
         Matrix::Product { left, .. } => left,
+    }
+}
+
+/// One matrix of a group, what it is multiplied by, and what is added to it.
+#[derive(Clone, Copy)]
+struct Side<'a> {
+    weights: Weights<'a>,
+    acts: PanelsView<'a>,
+    correction: Option<(Weights<'a>, PanelsView<'a>)>,
+}
+
+impl<'a> Side<'a> {
+    /// `between`: of this group, where the matrix has factors.
+    fn new(matrix: &Matrix<'a>, input: PanelsView<'a>, between: Option<&'a Factor>) -> Self {
+        let between = || between.expect("filled by the right factors").panels.view();
+        let (acts, correction) = match *matrix {
+            Matrix::Whole(_) => (input, None),
+            Matrix::Product { .. } => (between(), None),
+            Matrix::Corrected { left, .. } => (input, Some((left, between()))),
+        };
+        Self {
+            weights: last(matrix),
+            acts,
+            correction,
+        }
+    }
+
+    /// Adds what the correction gives for one row block.
+    #[inline]
+    fn correct(&self, isa: Isa, block: usize, panel: usize, out: &mut [BlockOut]) {
+        let Some((left, acts)) = &self.correction else { return };
+        let mut more = [[0.0; BLOCK_ROWS]; PANEL_TOKENS];
+        let more = &mut more[..out.len()];
+        left.block(isa, block, &acts.panel(panel), more);
+        for (out, more) in out.iter_mut().zip(more) {
+            out.iter_mut().zip(more).for_each(|(y, more)| *y += *more);
+        }
     }
 }
 
@@ -235,13 +273,8 @@ fn middle(
             let (plan, (expert, _)) = (&plans[i], &groups[i]);
             let input = inputs[plan.input].view();
             let [gate, up, _] = expert.matrices();
-            let sides = [(gate, &*between_gate), (up, &*between_up)].map(|(matrix, between)| {
-                let acts = match matrix {
-                    Matrix::Whole(_) => input,
-                    Matrix::Product { .. } => between[i].panels.view(),
-                };
-                (last(matrix), acts)
-            });
+            let sides = [(gate, &*between_gate), (up, &*between_up)]
+                .map(|(matrix, between)| Side::new(matrix, input, between.get(i)));
             let from = (part - plan.first_part) * plan.chunk;
             let mut buffers = Buffers::ZERO;
             for step in from..(from + plan.chunk).min(plan.middle.steps()) {
@@ -269,15 +302,15 @@ impl Buffers {
 /// 32 inner channels of one group: one quantized step of each of its tokens.
 fn middle_step(
     isa: Isa,
-    [(gate, gate_acts), (up, up_acts)]: &[(Weights<'_>, PanelsView<'_>); 2],
+    [gate, up]: &[Side<'_>; 2],
     plan: &Plan,
     step: usize,
     words: &Disjoint<'_, u32>,
     buffers: &mut Buffers,
 ) {
-    let blocks = gate.row_blocks();
+    let blocks = gate.weights.row_blocks();
     for i in 0..plan.middle.count() {
-        let panels = [gate_acts.panel(i), up_acts.panel(i)];
+        let panels = [gate.acts.panel(i), up.acts.panel(i)];
         let (tokens, width) = (panels[0].tokens, panels[0].width);
         for half in 0..STEP / BLOCK_ROWS {
             let (block, at) = (step * STEP / BLOCK_ROWS + half, half * BLOCK_ROWS);
@@ -286,11 +319,16 @@ fn middle_step(
             if block >= blocks {
                 first.fill([0.0; BLOCK_ROWS]);
                 second.fill([0.0; BLOCK_ROWS]);
-            } else if std::ptr::eq(gate_acts.words, up_acts.words) {
-                Weights::pair(isa, [gate, up], block, &panels[0], [&mut *first, &mut *second]);
+            } else if std::ptr::eq(gate.acts.words, up.acts.words) {
+                let both = [&gate.weights, &up.weights];
+                Weights::pair(isa, both, block, &panels[0], [&mut *first, &mut *second]);
+                gate.correct(isa, block, i, first);
+                up.correct(isa, block, i, second);
             } else {
-                gate.block(isa, block, &panels[0], first);
-                up.block(isa, block, &panels[1], second);
+                gate.weights.block(isa, block, &panels[0], first);
+                up.weights.block(isa, block, &panels[1], second);
+                gate.correct(isa, block, i, first);
+                up.correct(isa, block, i, second);
             }
             for (side, found) in [(&mut buffers.gate, &*first), (&mut buffers.up, &*second)] {
                 for (side, values) in side.iter_mut().zip(found).take(tokens) {
@@ -309,7 +347,7 @@ fn middle_step(
     }
 }
 
-/// Of matrices in two factors the right one: what it gives is quantized like any activation.
+/// Of two factors the right one: what it gives is quantized like any activation.
 fn right_factors<'p>(
     isa: Isa,
     groups: &[Group<'_>],
@@ -319,7 +357,7 @@ fn right_factors<'p>(
     threads: Threads,
 ) {
     for (i, (expert, pairs)) in groups.iter().enumerate() {
-        let Matrix::Product { right, .. } = *expert.matrices()[side] else {
+        let Some((_, right)) = expert.matrices()[side].factors() else {
             continue;
         };
         if between.len() <= i {
@@ -359,11 +397,10 @@ fn down(
     let between = &mut scratch.between[2];
     right_factors(isa, groups, 2, between, middle, threads);
     let width = groups[0].0.hidden();
-    // Of each expert as long a stream as any: the CPU's own prefetching begins anew with each.
     let block_bytes = groups
         .iter()
-        .map(|(expert, _)| last(expert.matrices()[2]).block_bytes());
-    let block_bytes = block_bytes.max().expect("there is a group");
+        .map(|(expert, _)| last(expert.matrices()[2]).block_bytes())
+        .sum();
     // Many tokens: few rows, so that what stands between products and sums stays near.
     let chunk = if pairs > 64 { 1 } else { chunk_blocks(block_bytes, 1) };
     let part_rows = chunk * BLOCK_ROWS;
@@ -379,18 +416,15 @@ fn down(
         let values = unsafe { rows_of.part(seat * pairs * part_rows..(seat + 1) * pairs * part_rows) };
         let values = &mut values[..pairs * rows.len()];
         for (i, (expert, of_group)) in groups.iter().enumerate() {
-            let matrix = expert.matrices()[2];
-            let acts = match matrix {
-                Matrix::Whole(_) => middle(i),
-                Matrix::Product { .. } => between[i].panels.view(),
-            };
-            let weights = last(matrix);
+            let side = Side::new(expert.matrices()[2], middle(i), between.get(i));
             let mut buffer = [[0.0; BLOCK_ROWS]; PANEL_TOKENS];
             for from in rows.clone().step_by(BLOCK_ROWS) {
                 let to = (from + BLOCK_ROWS).min(width);
                 for (p, of_panel) in of_group.chunks(PANEL_TOKENS).enumerate() {
-                    let panel = acts.panel(p);
-                    weights.block(isa, from / BLOCK_ROWS, &panel, &mut buffer[..panel.width]);
+                    let panel = side.acts.panel(p);
+                    let found = &mut buffer[..panel.width];
+                    side.weights.block(isa, from / BLOCK_ROWS, &panel, found);
+                    side.correct(isa, from / BLOCK_ROWS, p, found);
                     for (&pair, found) in of_panel.iter().zip(&buffer) {
                         let at = pair * rows.len() + from - rows.start;
                         values[at..at + to - from].copy_from_slice(&found[..to - from]);

@@ -155,27 +155,33 @@ proptest! {
         }
     }
 
-    /// Whole and in factors, codes and 16-bit weights, mixed as they come.
+    /// Whole, in factors and with factors on top, codes and 16-bit weights, mixed as they come.
     #[test]
     fn expert_equals_reference_on_every_path_and_thread_count(
         (inner, hidden, tokens) in (1usize..200, 1usize..200, 1usize..18), ranks in prop::array::uniform3(0usize..40),
-        codes in prop::array::uniform6(prop::option::weighted(0.8, any_code())), group in any_group(), seed in any::<u64>(),
+        corrected in prop::array::uniform3(any::<bool>()),
+        codes in prop::array::uniform9(prop::option::weighted(0.8, any_code())), group in any_group(), seed in any::<u64>(),
     ) {
         let mut rng = SmallRng::seed_from_u64(seed);
-        // Left and right factor; a rank of 0: the left one is the whole matrix.
+        // Left and right factor and what they correct; a rank of 0: the left one is the whole matrix.
         let shapes = [(inner, hidden), (inner, hidden), (hidden, inner)];
-        let made: Vec<(Made, Option<Made>)> = (0..3).map(|i| {
+        let made: Vec<(Made, Option<Made>, Option<Made>)> = (0..3).map(|i| {
             let ((rows, cols), rank) = (shapes[i], ranks[i].saturating_sub(10));
             if rank == 0 {
-                (Made::new(&mut rng, rows, cols, codes[2 * i], group), None)
+                (Made::new(&mut rng, rows, cols, codes[3 * i], group), None, None)
             } else {
-                let left = Made::new(&mut rng, rows, rank, codes[2 * i], group);
-                (left, Some(Made::new(&mut rng, rank, cols, codes[2 * i + 1], group)))
+                let left = Made::new(&mut rng, rows, rank, codes[3 * i], group);
+                let right = Made::new(&mut rng, rank, cols, codes[3 * i + 1], group);
+                let whole = corrected[i].then(|| Made::new(&mut rng, rows, cols, codes[3 * i + 2], group));
+                (left, Some(right), whole)
             }
         }).collect();
-        let matrices: Vec<Matrix<'_>> = made.iter().map(|(left, right)| match right {
-            None => Matrix::Whole(left.weights()),
-            Some(right) => Matrix::product(left.weights(), right.weights()).unwrap(),
+        let matrices: Vec<Matrix<'_>> = made.iter().map(|(left, right, whole)| match (right, whole) {
+            (None, _) => Matrix::Whole(left.weights()),
+            (Some(right), None) => Matrix::product(left.weights(), right.weights()).unwrap(),
+            (Some(right), Some(whole)) => {
+                Matrix::corrected(whole.weights(), left.weights(), right.weights()).unwrap()
+            }
         }).collect();
         let [gate, up, down] = matrices[..] else { unreachable!("three") };
         let x = random_tokens(&mut rng, tokens, hidden);
@@ -270,6 +276,7 @@ fn matrices_that_do_not_fit_are_no_expert() {
     let mut rng = SmallRng::seed_from_u64(1);
     let mut make = |rows, cols| random_matrix(&mut rng, rows, cols, Code::Plain(Bits::B4), (32, ScaleForm::F16));
     let (gate, up, down, wrong) = (make(8, 40), make(8, 40), make(40, 8), make(8, 39));
+    let (left, right) = (make(8, 16), make(16, 40));
     fn at(matrix: &CodedMatrix) -> Prefix<'_> {
         matrix.prefix(Bits::B4).unwrap()
     }
@@ -278,4 +285,7 @@ fn matrices_that_do_not_fit_are_no_expert() {
     assert!(Expert::try_new(at(&gate), at(&up), at(&gate)).is_err());
     assert!(Matrix::product(at(&gate), at(&down)).is_ok());
     assert!(Matrix::product(at(&gate), at(&gate)).is_err());
+    assert!(Matrix::corrected(at(&gate), at(&left), at(&right)).is_ok());
+    assert!(Matrix::corrected(at(&wrong), at(&left), at(&right)).is_err());
+    assert!(Matrix::corrected(at(&down), at(&left), at(&right)).is_err());
 }

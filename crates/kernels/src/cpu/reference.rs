@@ -37,10 +37,24 @@ fn half_dot(half: &HalfMatrix<'_>, row: usize, steps: &[StepCodes]) -> f32 {
     y
 }
 
-/// `out[t] = matrix · x[t]`: of two factors the right one first, what it gives quantized anew.
+/// `out[t] = matrix · x[t]`: of two factors the right one first, what it gives quantized anew; a correction is added
+/// to what the whole gives.
 pub fn map(matrix: &Matrix<'_>, acts: &Activations, out: &mut [f32]) {
     match matrix {
         Matrix::Whole(weights) => gemm(*weights, acts, out),
+        Matrix::Corrected { whole, left, right } => {
+            let mut correction = vec![0.0; out.len()];
+            map(
+                &Matrix::Product {
+                    left: *left,
+                    right: *right,
+                },
+                acts,
+                &mut correction,
+            );
+            gemm(*whole, acts, out);
+            out.iter_mut().zip(correction).for_each(|(y, more)| *y += more);
+        }
         Matrix::Product { left, right } => {
             let mut between = vec![0.0; acts.tokens() * right.rows()];
             gemm(*right, acts, &mut between);

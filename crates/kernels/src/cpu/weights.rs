@@ -107,6 +107,12 @@ pub enum Matrix<'a> {
         left: Weights<'a>,
         right: Weights<'a>,
     },
+    /// `whole + left · right`; what stands between the factors is quantized like any activation.
+    Corrected {
+        whole: Weights<'a>,
+        left: Weights<'a>,
+        right: Weights<'a>,
+    },
 }
 
 impl<'a> Matrix<'a> {
@@ -126,16 +132,46 @@ impl<'a> Matrix<'a> {
         Ok(Self::Product { left, right })
     }
 
+    /// Two factors on top of a whole matrix.
+    ///
+    /// # Errors
+    /// As [`product`](Self::product); factors of another shape than the whole.
+    pub fn corrected(
+        whole: impl Into<Weights<'a>>,
+        left: impl Into<Weights<'a>>,
+        right: impl Into<Weights<'a>>,
+    ) -> Result<Self, QuantError> {
+        let (whole, left, right) = (whole.into(), left.into(), right.into());
+        let product = Self::product(left, right)?;
+        for (what, found, expected) in [
+            ("rows of a correction", product.rows(), whole.rows()),
+            ("columns of a correction", product.cols(), whole.cols()),
+        ] {
+            if found != expected {
+                return Err(QuantError::Length { what, found, expected });
+            }
+        }
+        Ok(Self::Corrected { whole, left, right })
+    }
+
+    /// The factors, left and right.
+    pub(crate) fn factors(&self) -> Option<(Weights<'a>, Weights<'a>)> {
+        match *self {
+            Self::Whole(_) => None,
+            Self::Product { left, right } | Self::Corrected { left, right, .. } => Some((left, right)),
+        }
+    }
+
     pub fn rows(&self) -> usize {
         match self {
-            Self::Whole(weights) => weights.rows(),
+            Self::Whole(weights) | Self::Corrected { whole: weights, .. } => weights.rows(),
             Self::Product { left, .. } => left.rows(),
         }
     }
 
     pub fn cols(&self) -> usize {
         match self {
-            Self::Whole(weights) => weights.cols(),
+            Self::Whole(weights) | Self::Corrected { whole: weights, .. } => weights.cols(),
             Self::Product { right, .. } => right.cols(),
         }
     }
@@ -144,7 +180,7 @@ impl<'a> Matrix<'a> {
     pub fn rank(&self) -> usize {
         match self {
             Self::Whole(_) => 0,
-            Self::Product { left, .. } => left.cols(),
+            Self::Product { left, .. } | Self::Corrected { left, .. } => left.cols(),
         }
     }
 }

@@ -62,6 +62,10 @@ impl TensorSource for CodedSource {
         names
     }
 
+    fn release(&self) {
+        self.inner.release();
+    }
+
     fn info(&self, name: &str) -> Option<TensorInfo> {
         match self.matrices.get(name) {
             Some(matrix) => Some(TensorInfo {
@@ -145,6 +149,10 @@ impl TensorSource for CodingSource {
         let mut names = self.inner.names();
         names.retain(|name| !is_scales(name));
         names
+    }
+
+    fn release(&self) {
+        self.inner.release();
     }
 
     fn info(&self, name: &str) -> Option<TensorInfo> {

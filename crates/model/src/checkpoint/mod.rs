@@ -211,6 +211,10 @@ pub trait TensorSource: Send + Sync {
         Ok(self.raw(name)?.into_owned().into())
     }
 
+    /// Lets go of the memory that pages of mapped files take: they are read again when they are asked for. For passes
+    /// that see a checkpoint once, layer by layer, whatever its size.
+    fn release(&self) {}
+
     /// How a matrix is coded; `None` where its stored bytes are its weights. Of a coded matrix [`raw`](Self::raw) is the
     /// plane, and [`info`](Self::info) says U8 and the shape of its weights.
     fn codes(&self, _name: &str) -> Option<&Matrix> {

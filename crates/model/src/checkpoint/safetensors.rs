@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cotk_run::files;
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
@@ -159,6 +159,15 @@ impl TensorSource for Safetensors {
         match self.find(name) {
             Some((file, entry)) => Ok(SharedBytes::mapped(file.map.clone(), entry.range.clone())),
             None => Ok(self.raw(name)?.into_owned().into()),
+        }
+    }
+
+    fn release(&self) {
+        for file in &self.files {
+            // SAFETY: the map is of a file, shared and read-only: a page that is gone comes back from the file with the
+            // same bytes, so nobody who holds a reference into it can tell.
+            // Memory alone is lost if this fails.
+            let _ = unsafe { file.map.unchecked_advise(UncheckedAdvice::DontNeed) };
         }
     }
 }

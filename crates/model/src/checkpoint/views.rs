@@ -80,6 +80,10 @@ impl TensorSource for Views {
         names
     }
 
+    fn release(&self) {
+        self.inner.release();
+    }
+
     fn info(&self, name: &str) -> Option<TensorInfo> {
         let info = self.inner.info(self.stored(name))?;
         Some(match self.views.get(name) {

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use cotk_container::gguf::blocks::{coded_rows, decode, holds, weight_rows};
 use cotk_container::gguf::{GgufTensor, Sink, TensorType, Value, write};
-use cotk_container::reader::{Container, ExpertView};
+use cotk_container::reader::Container;
+use cotk_container::view::ExpertView;
 use cotk_run::cancel::Cancel;
 use cotk_run::progress::Progress;
 use cotk_run::units::{Bytes, LayerId};
@@ -88,7 +89,8 @@ pub fn export(
     progress: &dyn Progress,
     cancel: &Cancel,
 ) -> Result<Exported, ExportError> {
-    let subject = Subject::new(files, container, options.bits, GGUF)?;
+    let subject = Subject::new(files, container, options.bits, options.project, GGUF)?;
+    subject.check_sizes(GGUF)?;
     let vocabulary = vocabulary::metadata(files)?;
     put(&subject, vocabulary, out, options, progress, cancel)
 }
@@ -125,7 +127,7 @@ fn put(
     super::check_room(out, needed, GGUF)?;
 
     progress.begin("exporting", tensors.len() as u64, "tensors");
-    let mut projected = Vec::new();
+    let mut projected: Vec<Projected> = subject.projected_constants().collect();
     let bytes = write(out, &metadata, &tensors, |index, sink| {
         cancel.check()?;
         let planned = &planned[index];
@@ -356,24 +358,20 @@ fn stack(
     }
     // Widths of the experts' codes, narrowest first.
     let mut widths: Vec<u32> = Vec::new();
-    let mut is_held = true;
+    let (mut is_held, mut has_factors, mut is_padded) = (true, false, false);
     for &expert in subject.kept(layer) {
         let of = |view: &ExpertView<'_>| {
-            let prefix = view.part(part(matrix));
-            (prefix.format(), prefix.bits().get(), holds(TensorType::Q8_0, &prefix))
+            let view = view.part(part(matrix));
+            let is_whole = view.codes().is_some_and(|codes| holds(TensorType::Q8_0, &codes));
+            ([view.rows(), view.cols()], view.bits(), view.rank(), is_whole)
         };
-        let (format, bits, is_whole) = subject.coded(layer, expert, of)?.expect("kept experts have records");
-        if [format.rows(), format.cols()] != [rows, columns] {
-            return Err(ExportError::Refused {
-                format: GGUF,
-                what: format!("`{name}`"),
-                found: format!("{expert} of {} × {}", format.rows(), format.cols()),
-                expected: format!("experts of one size: {rows} × {columns}"),
-                others: 0,
-                help: "compress again without cutting channels, or serve it with `cotk serve`".to_owned(),
-            });
-        }
+        // Zeros stand for a constant, whatever the type.
+        let Some((shape, bits, rank, is_whole)) = subject.coded(layer, expert, of)? else {
+            continue;
+        };
+        is_padded |= shape != [rows, columns];
         widths.push(bits);
+        has_factors |= rank > 0;
         is_held &= is_whole;
         if matches!(subject.experts, Experts::Made(_)) {
             break; // one is like all
@@ -382,6 +380,8 @@ fn stack(
     widths.sort_unstable();
     widths.dedup();
     let widest = widths.last().copied().unwrap_or(8);
+    // Channels that were cut are zeros.
+    let filled = is_padded.then(|| "fewer channels, filled up with zeros: same values".to_owned());
     let wanted = options.bits.unwrap_or(widest);
     let kind = if wanted <= 4 {
         TensorType::Q4_0
@@ -396,6 +396,8 @@ fn stack(
             format!("{found} codes in rows of {columns}"),
             "rows of whole blocks of 32",
         ))
+    } else if has_factors {
+        Some((format!("{found} codes with low-rank factors"), "plain codes alone"))
     } else if !is_held {
         Some((
             format!("a {found} prefix of nested codes, half a cell off"),
@@ -410,7 +412,7 @@ fn stack(
     };
     let Some((found, expected)) = reason else {
         let note = (widest < 4).then(|| format!("{widest}-bit codes in Q4_0: same values, 4.5 bits each"));
-        return Ok(planned(kind, Way::Codes, note));
+        return Ok(planned(kind, Way::Codes, note.or(filled)));
     };
     if !options.project {
         return Err(ExportError::Refused {
@@ -553,6 +555,8 @@ fn put_stack(
 ) -> Result<f64, ExportError> {
     let kind = planned.tensor.kind;
     let columns = planned.tensor.shape[2];
+    let (block, block_bytes) = kind.block();
+    let row_bytes = columns / block * block_bytes;
     let mut sum = Loss::default();
     for experts in subject.kept(layer).chunks(EXPERTS_AT_ONCE) {
         let coded: Vec<Result<(Vec<u8>, Loss), ExportError>> = experts
@@ -560,11 +564,20 @@ fn put_stack(
             .map(|&expert| {
                 if planned.way == Way::Codes {
                     let rows = |view: &ExpertView<'_>| {
-                        let prefix = view.part(part(matrix));
-                        coded_rows(kind, &prefix, 0..prefix.format().rows())
+                        let codes = view.part(part(matrix)).codes().expect("planned by its codes");
+                        let format = codes.format();
+                        let blocks = coded_rows(kind, &codes, 0..format.rows());
+                        // A block of zeros is zeros.
+                        let mut whole = vec![0; row_bytes * planned.tensor.shape[1]];
+                        let width = blocks.len() / format.rows();
+                        for (into, row) in whole.chunks_exact_mut(row_bytes).zip(blocks.chunks_exact(width)) {
+                            into[..width].copy_from_slice(row);
+                        }
+                        whole
                     };
                     let rows = subject.coded(layer, expert, rows)?;
-                    return Ok((rows.expect("kept experts have records"), Loss::default()));
+                    let rows = rows.unwrap_or_else(|| vec![0; row_bytes * planned.tensor.shape[1]]);
+                    return Ok((rows, Loss::default()));
                 }
                 encoded(planned, &subject.expert(layer, expert, matrix)?, columns)
             })

@@ -82,7 +82,17 @@ impl HfType {
     }
 }
 
-/// Writes the folder `out`, which must not exist. `bits` is the prefix of a container's codes; absent: all of them.
+/// What is written.
+#[derive(Debug, Clone, Copy)]
+pub struct HfOptions {
+    /// The prefix of a container's codes; absent: all of them.
+    pub bits: Option<u32>,
+    pub kind: HfType,
+    /// Put experts of zeros in the place of constants.
+    pub project: bool,
+}
+
+/// Writes the folder `out`, which must not exist.
 ///
 /// # Errors
 /// [`ExportError::Refused`] for what the layout cannot carry, a folder that exists; what reading and writing meet;
@@ -91,11 +101,12 @@ pub fn export(
     model: &ModelFolder,
     container: Option<&Container>,
     out: &Path,
-    (bits, kind): (Option<u32>, HfType),
+    options: &HfOptions,
     progress: &dyn Progress,
     cancel: &Cancel,
 ) -> Result<Exported, ExportError> {
-    let subject = Subject::new(model, container, bits, HF)?;
+    let kind = options.kind;
+    let subject = Subject::new(model, container, options.bits, options.project, HF)?;
     if out.exists() {
         return Err(ExportError::Refused {
             format: HF,
@@ -106,7 +117,7 @@ pub fn export(
             help: "name another folder, or remove this one".to_owned(),
         });
     }
-    check_sizes(&subject)?;
+    subject.check_sizes(HF)?;
     let family = families::of(&subject.spec);
     let listed = inventory::tensors(&subject.spec);
     let tensors: Vec<DenseTensor> = listed
@@ -131,12 +142,17 @@ pub fn export(
         files::write_atomic(partial.join("config.json"), config.as_bytes())?;
         bytes += config.len() as u64 + needed;
         progress.begin("exporting", tensors.len() as u64, "tensors");
-        let mut projected = Vec::new();
+        let mut projected: Vec<Projected> = subject.projected_constants().collect();
         write_dense(&partial.join("model.safetensors"), &tensors, |tensor| {
             cancel.check()?;
+            let mut note = None;
             let weights = match by_name[&tensor.name] {
                 Tensor::Layer(layer, LayerTensor::Expert(expert, matrix)) => {
                     let source = subject.kept(layer)[expert.0 as usize];
+                    let inner = subject.inner(layer, source)?;
+                    if inner.is_some_and(|inner| inner < subject.spec.moe_intermediate) {
+                        note = Some("fewer channels, filled up with zeros: same values");
+                    }
                     subject.expert(layer, source, matrix)?
                 }
                 dense => subject.dense(dense, &tensor.shape)?,
@@ -149,10 +165,11 @@ pub fn export(
                 });
             }
             let loss = Loss::of(&weights, &held).relative();
-            if loss > 0.0 {
+            let rounded = (loss > 0.0).then(|| format!("rounded to {}", kind.name()));
+            if let Some(reason) = rounded.or(note.map(str::to_owned)) {
                 projected.push(Projected {
                     tensor: tensor.name.clone(),
-                    reason: format!("rounded to {}", kind.name()),
+                    reason,
                     loss,
                 });
             }
@@ -180,28 +197,6 @@ fn partial(out: &Path) -> PathBuf {
     let mut name = out.file_name().unwrap_or_default().to_owned();
     name.push(format!(".partial-{}", std::process::id()));
     out.with_file_name(name)
-}
-
-/// Every expert is as wide as the config says.
-fn check_sizes(subject: &Subject<'_>) -> Result<(), ExportError> {
-    for (layer, experts) in &subject.kept {
-        for &expert in experts {
-            let Some(inner) = subject.coded(*layer, expert, |view| view.inner())? else {
-                return Ok(());
-            };
-            if inner != subject.spec.moe_intermediate {
-                return Err(ExportError::Refused {
-                    format: HF,
-                    what: format!("{expert} of {layer}"),
-                    found: format!("{inner} channels"),
-                    expected: format!("{}, as all experts", subject.spec.moe_intermediate),
-                    others: 0,
-                    help: "compress again without cutting channels, or serve it with `cotk serve`".to_owned(),
-                });
-            }
-        }
-    }
-    Ok(())
 }
 
 fn copy_files(model: &ModelFolder, to: &Path) -> Result<u64, ExportError> {

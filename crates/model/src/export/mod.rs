@@ -2,11 +2,13 @@
 //! is refused, or projected onto what it can, with the loss measured. Law: what is not listed as projected keeps every
 //! value that our own runtime computes with.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use cotk_container::ContainerError;
 use cotk_container::manifest::{DroppedMeaning, State};
-use cotk_container::reader::{Container, ExpertView};
+use cotk_container::reader::Container;
+use cotk_container::view::{ExpertView, MatrixView};
 use cotk_kernels::cpu::noise::NoiseExpert;
 use cotk_kernels::cpu::weights::Weights;
 use cotk_run::units::{ExpertId, LayerId};
@@ -146,8 +148,10 @@ struct Subject<'a> {
     all: usize,
     /// The spec of what is left.
     spec: ModelSpec,
-    /// Of each MoE layer, in the numbering of the source.
+    /// Of each MoE layer, in the numbering of the source: who can be routed to.
     kept: Vec<(LayerId, Vec<ExpertId>)>,
+    /// Of them, those that answer with a constant: experts of zeros in the export.
+    constants: BTreeSet<(LayerId, ExpertId)>,
     /// The width that a container's experts are taken at; absent: all of it.
     bits: Option<u32>,
 }
@@ -157,6 +161,7 @@ impl<'a> Subject<'a> {
         files: &'a ModelFolder,
         container: Option<&'a Container>,
         bits: Option<u32>,
+        project: bool,
         format: &'static str,
     ) -> Result<Self, ExportError> {
         let refused = |what: &str, found: String, expected: &str, help: &str| {
@@ -178,11 +183,23 @@ impl<'a> Subject<'a> {
             }
             Some(container) => (container.manifest().layers.iter())
                 .map(|layer| {
-                    let kept = layer.experts.iter().filter(|e| matches!(e.state, State::Kept(_)));
+                    let kept = layer.experts.iter().filter(|e| e.state.is_routable());
                     (layer.layer, kept.map(|e| e.expert).collect())
                 })
                 .collect(),
         };
+        let layers = container.map_or(&[][..], |container| &container.manifest().layers);
+        let all_experts = layers.iter().flat_map(|l| l.experts.iter().map(|e| (l.layer, e)));
+        let constants = all_experts.filter(|(_, e)| matches!(e.state, State::Constant(_)));
+        let constants: BTreeSet<_> = constants.map(|(layer, e)| (layer, e.expert)).collect();
+        if let (Some((layer, expert)), false) = (constants.first(), project) {
+            return refused(
+                "constants in the place of experts",
+                format!("{} of them, the first is {expert} of {layer}", constants.len()),
+                "weights: no tensor answers the same whatever it is asked",
+                "--project puts experts of zeros in their place and prints the loss",
+            );
+        }
         let mut counts: Vec<usize> = kept.iter().map(|(_, experts)| experts.len()).collect();
         counts.dedup();
         let &[count] = counts.as_slice() else {
@@ -225,6 +242,7 @@ impl<'a> Subject<'a> {
             all,
             spec,
             kept,
+            constants,
             bits,
         })
     }
@@ -239,6 +257,7 @@ impl<'a> Subject<'a> {
             experts: Experts::Made(made),
             all,
             kept: layers.map(|layer| (layer, experts.clone())).collect(),
+            constants: BTreeSet::new(),
             spec: made.spec.clone(),
             bits: None,
         }
@@ -288,23 +307,78 @@ impl<'a> Subject<'a> {
                     Weights::Half(_) => unreachable!("made in plain codes"),
                 };
                 Ok(Some(read(&ExpertView {
-                    gate: prefix(0),
-                    up: prefix(1),
-                    down: prefix(2),
+                    gate: MatrixView::Codes(prefix(0)),
+                    up: MatrixView::Codes(prefix(1)),
+                    down: MatrixView::Codes(prefix(2)),
                 })))
             }
         }
     }
 
-    /// The weights of one matrix of one expert, as our runtime computes with them, `[rows, columns]`.
+    /// The weights of one matrix of one expert, as our runtime computes with them, `[rows, columns]` of the config: channels
+    /// that were cut are zeros, which changes nothing. A constant is all zeros.
     fn expert(&self, layer: LayerId, expert: ExpertId, matrix: Matrix) -> Result<Vec<f32>, ExportError> {
-        if let Some(weights) = self.coded(layer, expert, |view| view.weights(part(matrix)))? {
-            return Ok(weights);
+        let shape = matrix.shape(self.spec.hidden, self.spec.moe_intermediate);
+        if self.constants.contains(&(layer, expert)) {
+            return Ok(vec![0.0; shape[0] * shape[1]]);
+        }
+        let view = |view: &ExpertView<'_>| (view.part(part(matrix)).cols(), view.weights(part(matrix)));
+        if let Some((columns, weights)) = self.coded(layer, expert, view)? {
+            return Ok(padded(weights, columns, shape));
         }
         let name = families::of(&self.spec).tensor_name(Tensor::Layer(layer, LayerTensor::Expert(expert, matrix)));
-        let shape = matrix.shape(self.spec.hidden, self.spec.moe_intermediate);
         Ok(self.source.load_f32(&name, &shape)?)
     }
+
+    /// Inner channels of an expert; `None`: those of the config.
+    fn inner(&self, layer: LayerId, expert: ExpertId) -> Result<Option<usize>, ExportError> {
+        self.coded(layer, expert, |view| view.inner())
+    }
+
+    /// Refuses experts with more channels than the config says.
+    fn check_sizes(&self, format: &'static str) -> Result<(), ExportError> {
+        for (layer, experts) in &self.kept {
+            for &expert in experts {
+                let Some(inner) = self.inner(*layer, expert)? else {
+                    continue;
+                };
+                if inner > self.spec.moe_intermediate {
+                    return Err(ExportError::Refused {
+                        format,
+                        what: format!("{expert} of {layer}"),
+                        found: format!("{inner} channels"),
+                        expected: format!("{} at most, as the config says", self.spec.moe_intermediate),
+                        others: 0,
+                        help: "the container and its config disagree: compress again".to_owned(),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What became of constants, for the list of what was projected.
+    fn projected_constants(&self) -> impl Iterator<Item = Projected> {
+        self.constants.iter().map(|(layer, expert)| Projected {
+            tensor: format!("{expert} of {layer}"),
+            reason: "a constant (novice): an expert of zeros".to_owned(),
+            loss: 1.0,
+        })
+    }
+}
+
+/// Rows of `columns` in a matrix of another shape, zeros beside and below.
+fn padded(weights: Vec<f32>, columns: usize, [rows, width]: [usize; 2]) -> Vec<f32> {
+    if columns == width {
+        let mut whole = weights;
+        whole.resize(rows * width, 0.0);
+        return whole;
+    }
+    let mut whole = vec![0.0; rows * width];
+    for (into, row) in whole.chunks_exact_mut(width).zip(weights.chunks_exact(columns)) {
+        into[..columns].copy_from_slice(row);
+    }
+    whole
 }
 
 /// The same matrix in a record.

@@ -121,6 +121,14 @@ fn to_gguf(model: &ModelFolder, bits: Option<u32>, dense_bits: Option<u32>) -> R
     Ok((Gguf::open(&out, 1 << 30).unwrap(), written))
 }
 
+fn hf_options(kind: hf::HfType) -> hf::HfOptions {
+    hf::HfOptions {
+        bits: None,
+        kind,
+        project: false,
+    }
+}
+
 /// All tensors of a file as f32.
 fn values(file: &Gguf) -> HashMap<String, (Vec<usize>, Vec<f32>)> {
     let of = |t: &cotk_container::gguf::GgufTensor| {
@@ -388,7 +396,15 @@ fn a_folder_exported_and_opened_again_is_the_same_model() {
         let model = model(folder.path(), &config);
         let out = tempfile::tempdir().unwrap();
         let out = out.path().join("hf");
-        let written = hf::export(&model, None, &out, (None, hf::HfType::F32), &Silent, &Cancel::new()).unwrap();
+        let written = hf::export(
+            &model,
+            None,
+            &out,
+            &hf_options(hf::HfType::F32),
+            &Silent,
+            &Cancel::new(),
+        )
+        .unwrap();
         assert!(written.projected.is_empty());
         let again = ModelFolder::open(&out).unwrap();
         assert_eq!(again.spec, model.spec);
@@ -422,7 +438,7 @@ fn a_cancelled_export_leaves_nothing() {
             &model,
             None,
             &out.path().join("hf"),
-            (None, hf::HfType::F16),
+            &hf_options(hf::HfType::F16),
             &Silent,
             &cancel
         )

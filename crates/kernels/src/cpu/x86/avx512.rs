@@ -9,8 +9,6 @@ use std::arch::x86_64::{
     _mm512_setzero_si512, _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps,
 };
 
-use std::sync::atomic::{Ordering, compiler_fence};
-
 use super::super::activations::{StepCodes, quantize_step};
 use super::super::dispatch::BlockOut;
 use super::super::half_matrix::{HalfKind, HalfMatrix};
@@ -62,15 +60,9 @@ pub(in super::super) fn pair(
     }
 }
 
-/// Bytes that memory is asked for ahead of use, line by line, into the second-level cache; lines are asked for and read in
-/// ascending order, or the CPU's own prefetcher loses the stream. Experts of a layer (2048 × 1024, 8 a token, 4 bit) on a
-/// Zen 4 core, of what plain reading gets in the same seconds: 78 % at 5760 and 6912 bytes, 71 at 4608 and 9216, 64 at 256,
-/// 55 at 768 to 2304; at 4608 with gate and up in turn step by step and scales before codes, 58. A bare loop over one such
-/// stream reads all of it at 256 to 768, which these kernels do not: why is not known.
-const AHEAD: usize = 5760;
-
-/// Tokens up to which weights come from memory sooner than they are multiplied.
-const STREAMED: usize = 4;
+/// Bytes that memory is asked for ahead of use. On a Zen 4 core at 4 bit, of what plain reading gets in the same seconds:
+/// one matrix 73 % at 6912, 65 at 4608, 73 at 768; experts of a layer 59, 58 and 46.
+const AHEAD: usize = 6912;
 
 /// One block of `W` matrices of one format × `T` tokens.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")]
@@ -80,15 +72,10 @@ fn tokens<const W: usize, const T: usize, const A: usize, const B: usize, const 
     panel: &Panel<'_>,
     mut out: [&mut [BlockOut]; W],
 ) {
+    let mut walks: [Walk<A, B, C>; W] = all.map(|coded| Walk::new(coded, block));
     assert!(panel.width == T && panel.steps == all[0].steps, "the panel fits");
-    // Loops, not `map`: a closure with this function's features is not inlined into one that has none.
-    let mut walks = [const { Walk::<A, B, C>::NOTHING }; W];
-    let (mut cells, mut zero_points) = ([_mm512_setzero_ps(); W], [_mm512_setzero_ps(); W]);
-    for w in 0..W {
-        walks[w] = Walk::new(all[w], block);
-        cells[w] = _mm512_set1_ps(all[w].cell);
-        zero_points[w] = _mm512_set1_ps(all[w].zero_point);
-    }
+    let cells = all.map(|coded| _mm512_set1_ps(coded.cell));
+    let zero_points = all.map(|coded| _mm512_set1_ps(coded.zero_point));
     let mut sums = [[_mm512_setzero_ps(); T]; W];
     let mut scales = [_mm512_setzero_ps(); W];
     let mut acts = panel.start();
@@ -97,37 +84,27 @@ fn tokens<const W: usize, const T: usize, const A: usize, const B: usize, const 
     // words for each of the matrix's (assertion above). This function has the path's features.
     unsafe {
         for _ in 0..walks[0].whole_tiles() {
-            // Tile by tile: they lie one behind the other, and so they are read.
-            for w in 0..W {
-                let tile = walks[w].whole();
-                let new = [walks[w].scales(&tile, first, 0), walks[w].scales(&tile, first, 1)];
-                let both = [acts, acts.add(STEP_WORDS * T)];
-                let sums = &mut sums[w];
-                if T <= STREAMED {
-                    let dots = [
-                        dots::<T, A, B, C>(&tile, 0, both[0]),
-                        dots::<T, A, B, C>(&tile, 1, both[1]),
-                    ];
-                    for within in 0..2 {
-                        scale(new[within], cells[w], &mut scales[w]);
-                        add::<T>(dots[within], both[within], scales[w], zero_points[w], sums);
-                    }
-                } else {
-                    for within in 0..2 {
-                        let dots = dots::<T, A, B, C>(&tile, within, both[within]);
-                        scale(new[within], cells[w], &mut scales[w]);
-                        add::<T>(dots, both[within], scales[w], zero_points[w], sums);
-                    }
-                }
+            let tiles: [TileAt; W] = std::array::from_fn(|w| walks[w].whole());
+            for tile in &tiles {
+                prefetch::<A, B, C>(tile);
             }
-            acts = acts.add(2 * STEP_WORDS * T);
+            for within in 0..2 {
+                for w in 0..W {
+                    if let Some(at) = walks[w].scales(&tiles[w], first, within) {
+                        scales[w] = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256(at.cast())), cells[w]);
+                    }
+                    step::<T, A, B, C>(&tiles[w], within, acts, scales[w], zero_points[w], &mut sums[w]);
+                }
+                acts = acts.add(STEP_WORDS * T);
+            }
             first += 2;
         }
         for w in 0..W {
             if let Some(tile) = walks[w].half() {
-                let dots = dots::<T, A, B, C>(&tile, 0, acts);
-                scale(walks[w].scales(&tile, first, 0), cells[w], &mut scales[w]);
-                add::<T>(dots, acts, scales[w], zero_points[w], &mut sums[w]);
+                if let Some(at) = walks[w].scales(&tile, first, 0) {
+                    scales[w] = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256(at.cast())), cells[w]);
+                }
+                step::<T, A, B, C>(&tile, 0, acts, scales[w], zero_points[w], &mut sums[w]);
             }
         }
     }
@@ -139,39 +116,55 @@ fn tokens<const W: usize, const T: usize, const A: usize, const B: usize, const 
     }
 }
 
-/// The products of one step: whole codes are put together from their fields (two instructions each and one to join), then
+/// Asks for the lines of a tile that is [`AHEAD`] of this one, into the cache that weights pass through.
+///
+/// # Safety
+/// The caller has the path's features; any address may be asked for.
+#[inline(always)]
+unsafe fn prefetch<const A: usize, const B: usize, const C: usize>(tile: &TileAt) {
+    // Three bits are two fields of one plane; other fields have planes of their own. The lowest one has scales.
+    let lines = if B == 1 {
+        [2 * (A + B) + 1, 0, 0]
+    } else {
+        [2 * A + 1, 2 * B, 2 * C]
+    };
+    for (at, lines) in tile.codes.iter().zip(lines) {
+        for line in 0..lines {
+            // SAFETY: a hint, which no address makes fail.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD + 64 * line).cast()) };
+        }
+    }
+}
+
+/// Adds one step's products: whole codes are put together from their fields (two instructions each and one to join), then
 /// multiplied once. Multiplying each field by itself and shifting sums gives the same integers with up to three times the
 /// products.
 ///
 /// # Safety
 /// The caller has the path's features; the tile's step and the panel's step at `acts` are readable.
 #[inline(always)]
-unsafe fn dots<const T: usize, const A: usize, const B: usize, const C: usize>(
+unsafe fn step<const T: usize, const A: usize, const B: usize, const C: usize>(
     tile: &TileAt,
     within: usize,
     acts: *const u32,
-) -> [__m512i; T] {
-    let mut codes = tile.codes;
-    for (at, step_bytes) in codes.iter_mut().zip(tile.step_bytes) {
-        *at = at.wrapping_add(within * step_bytes);
-    }
+    scales: __m512,
+    zero_point: __m512,
+    sums: &mut [__m512; T],
+) {
+    let codes: [*const u8; 3] = std::array::from_fn(|f| tile.codes[f].wrapping_add(within * tile.step_bytes[f]));
     // SAFETY: the features are the caller's, and so is the readability of the step.
     unsafe {
         let mut dots = [_mm512_setzero_si512(); T];
         // `vpdpbusd` takes 4 to 5 cycles: one token alone needs two chains.
         let mut odd = _mm512_setzero_si512();
-        let mut lines = [_mm512_setzero_si512(); 3];
         macro_rules! depths {
             ($($depth:literal)*) => {$(
-                next_line::<T, A, $depth>(codes[0], &mut lines[0]);
-                let mut whole = field::<A, $depth>(lines[0], B + C);
+                let mut whole = field::<A, $depth>(codes[0], B + C);
                 if B > 0 {
-                    next_line::<T, B, $depth>(codes[1], &mut lines[1]);
-                    whole = _mm512_or_si512(whole, field::<B, $depth>(lines[1], C));
+                    whole = _mm512_or_si512(whole, field::<B, $depth>(codes[1], C));
                 }
                 if C > 0 {
-                    next_line::<T, C, $depth>(codes[2], &mut lines[2]);
-                    whole = _mm512_or_si512(whole, field::<C, $depth>(lines[2], 0));
+                    whole = _mm512_or_si512(whole, field::<C, $depth>(codes[2], 0));
                 }
                 for t in 0..T {
                     let four = _mm512_set1_epi32(acts.add($depth * T + t).cast::<i32>().read());
@@ -187,60 +180,6 @@ unsafe fn dots<const T: usize, const A: usize, const B: usize, const C: usize>(
         if T == 1 {
             dots[0] = _mm512_add_epi32(dots[0], odd);
         }
-        dots
-    }
-}
-
-/// Loads the line that a depth begins, if one does.
-///
-/// # Safety
-/// The caller has the path's features; `BITS` lines at `lines` are readable.
-#[inline(always)]
-unsafe fn next_line<const T: usize, const BITS: usize, const DEPTH: usize>(lines: *const u8, line: &mut __m512i) {
-    let per_line = 8 / BITS.max(1);
-    if DEPTH % per_line == 0 {
-        let at = lines.wrapping_add(DEPTH / per_line * 64);
-        // SAFETY: the features are the caller's; the load is of 64 readable bytes and needs no alignment.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD).cast());
-            *line = _mm512_loadu_si512(at.cast());
-        }
-        if T <= STREAMED {
-            // No instruction: the compiler, which would read scales and later lines first, keeps the order of `AHEAD`.
-            compiler_fence(Ordering::SeqCst);
-        }
-    }
-}
-
-/// The scales that begin with a step, if some do.
-///
-/// # Safety
-/// The caller has the path's features; 32 bytes at `at` are readable.
-#[inline(always)]
-unsafe fn scale(at: Option<*const u8>, cell: __m512, scales: &mut __m512) {
-    if let Some(at) = at {
-        // SAFETY: the features are the caller's, and so is the readability; the load needs no alignment.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD).cast());
-            *scales = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256(at.cast())), cell);
-        }
-    }
-}
-
-/// Adds the products of one step, scaled.
-///
-/// # Safety
-/// The caller has the path's features; the panel's step at `acts` is readable.
-#[inline(always)]
-unsafe fn add<const T: usize>(
-    dots: [__m512i; T],
-    acts: *const u32,
-    scales: __m512,
-    zero_point: __m512,
-    sums: &mut [__m512; T],
-) {
-    // SAFETY: the features are the caller's, and so is the readability of the step.
-    unsafe {
         for t in 0..T {
             let scale = _mm512_set1_ps(acts.add(DEPTHS * T + t).cast::<f32>().read());
             let sum = _mm512_set1_ps(acts.add((DEPTHS + 1) * T + t).cast::<f32>().read());
@@ -250,15 +189,16 @@ unsafe fn add<const T: usize>(
     }
 }
 
-/// One field of 16 rows × 4 columns out of its line, shifted to `place` in each byte.
+/// One field of 16 rows × 4 columns, shifted to `place` in each byte.
 ///
 /// # Safety
-/// The caller has the path's features.
+/// The caller has the path's features; `BITS` lines at `lines` are readable.
 #[inline(always)]
-unsafe fn field<const BITS: usize, const DEPTH: usize>(packed: __m512i, place: usize) -> __m512i {
+unsafe fn field<const BITS: usize, const DEPTH: usize>(lines: *const u8, place: usize) -> __m512i {
     let per_line = 8 / BITS.max(1);
-    // SAFETY: the features are the caller's.
+    // SAFETY: the features are the caller's; the load is of 64 readable bytes and needs no alignment.
     unsafe {
+        let packed = _mm512_loadu_si512(lines.add(DEPTH / per_line * 64).cast());
         if BITS == 8 {
             return packed;
         }

@@ -1,0 +1,360 @@
+//! What each matrix of each expert of a layer could become, and what it would lose: codes fitted to some tokens, errors
+//! measured on others. Law: rounding to nearest under diag(H) leaves out what is far above the lower hull of bytes and
+//! error; what stays, and what is asked for by name, is solved and measured as it would be built.
+
+use cotk_latency::work::{Key, Work};
+use cotk_model::layers::{Mlp, silu};
+use cotk_quant::decode::decode;
+use cotk_quant::encode::encode;
+use cotk_quant::gptq::{Factor, weighted_square};
+use cotk_quant::hessian::{Accumulator, Moment};
+use cotk_run::units::{ExpertId, LayerId};
+use cotk_runtime::cost::expert_key;
+use ndarray::{Array2, ArrayView2};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::code::{self, HessianNote, How, times};
+use super::recipe::Rounding;
+use super::rows::{LayerRows, Part, Picked};
+use crate::choice::{Form, Kind, LayerOffers, MatrixChoice, Offer};
+use crate::pipeline::Job;
+use crate::{CompressError, Result};
+
+/// Held-out rows that gate and up are judged by.
+const JUDGE_ROWS: usize = 512;
+/// Held-out rows that down is judged by.
+const JUDGE_DOWN_ROWS: usize = 2048;
+/// Below as many held-out rows, tokens that would have come judge too.
+const FEW_ROWS: usize = 32;
+/// Rows of a matrix that stand for it where forms are compared by rounding to nearest.
+const PROXY_ROWS: usize = 16;
+/// What rounding to nearest may lose above the hull for a form to be solved.
+const SLACK: f64 = 1.15;
+
+/// What the first pass keeps of a layer in the journal.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Offered {
+    pub offers: LayerOffers,
+    /// For gate, up and down: Σ over experts of the error of [`probe_form`] rounded to nearest, without a prior on traffic.
+    pub probed: [f64; 3],
+    pub notes: Vec<HessianNote>,
+    /// Forms that were solved, of all experts and matrices.
+    pub solved: usize,
+}
+
+/// What sensitivities are measured with: an error that is small, and large against the noise of 8-bit activations.
+pub(crate) fn probe_form() -> Form {
+    Form::plain(cotk_quant::code::Code::Plain(cotk_quant::code::Bits::B3), 32)
+}
+
+/// What to offer.
+#[derive(Debug, Clone)]
+pub(crate) struct Menu {
+    pub(crate) forms: Vec<Form>,
+    /// Offered wherever they lie.
+    pub(crate) always: Vec<Form>,
+    pub(crate) how: How,
+    pub(crate) prior: f64,
+}
+
+/// One expert while it is judged.
+struct Judge<'a> {
+    weights: &'a Mlp,
+    hidden: usize,
+    /// Weights of rows.
+    picked: Picked,
+    /// `gate·x` and `up·x`, `[rows, inner]`.
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    inputs: Vec<f32>,
+    /// `downᵀ·down`, `[inner, inner]`.
+    down_square: Array2<f64>,
+    /// Second moments of what down sees.
+    middle: Moment,
+    /// From a mean over tokens of `weight · ‖Δ‖²` to the unit of offers.
+    unit: f64,
+    /// Share of that that is traffic of this expert alone.
+    own: f64,
+}
+
+impl Job<'_> {
+    /// Solves and measures the menu for all experts of a layer.
+    pub(crate) fn layer_offers(&self, layer: LayerId, rows: &LayerRows, menu: &Menu) -> Result<Offered> {
+        let hidden = self.source.files.spec.hidden;
+        let pool = code::pool(rows, hidden)?;
+        let experts: Vec<ExpertId> = (0..).map(ExpertId).take(rows.usage.experts.len()).collect();
+        let of = |expert| self.expert_offers(layer, expert, rows, pool.as_ref(), menu);
+        let found: Vec<_> = experts.into_par_iter().map(of).collect::<Result<_>>()?;
+        let mut probed = [0.0; 3];
+        let (mut offers, mut notes) = (Vec::new(), Vec::new());
+        for (own, errors, note) in found {
+            offers.extend(own);
+            notes.push(note);
+            probed.iter_mut().zip(errors).for_each(|(sum, error)| *sum += error);
+        }
+        Ok(Offered {
+            solved: offers.len(),
+            offers: LayerOffers {
+                layer,
+                usage: rows.usage.clone(),
+                offers,
+                sensitivity: [1.0; 3],
+            },
+            probed,
+            notes,
+        })
+    }
+
+    fn expert_offers(
+        &self,
+        layer: LayerId,
+        expert: ExpertId,
+        rows: &LayerRows,
+        pool: Option<&Moment>,
+        menu: &Menu,
+    ) -> Result<(Vec<Offer>, [f64; 3], HessianNote)> {
+        self.with.cancel.check()?;
+        let hidden = self.source.files.spec.hidden;
+        let weights = self.kept_weights(layer, expert, None)?;
+        let (gate, up) = (weights.gate.weights(), weights.up.weights());
+        let mut outer = code::outer(rows, expert, hidden, pool, &menu.how)?;
+        let inner = code::inner(rows, &mut outer.fed, hidden, (&gate, &up), &menu.how)?;
+        let judge = Judge::new(&weights, expert, rows, hidden, menu.prior)?;
+        let mut offers = Vec::new();
+        let mut probed = [0.0; 3];
+        for kind in Kind::ALL {
+            let (factor, matrix) = match kind {
+                Kind::Gate => (&outer.factor, &gate),
+                Kind::Up => (&outer.factor, &up),
+                Kind::Down => (&inner, &weights.down.weights()),
+            };
+            let (height, width) = kind.shape(hidden, weights.gate.outputs());
+            let fail = |source| CompressError::Weights {
+                file: self.source.files.source.file("").to_owned(),
+                layer,
+                expert,
+                matrix: kind.name(),
+                source,
+            };
+            let probe = probe_form().format(height, width).map_err(fail)?;
+            let probe = decode(
+                &encode(matrix, probe)
+                    .map_err(fail)?
+                    .prefix(probe_form().code.full())
+                    .expect("its full width"),
+            );
+            probed[kind as usize] = judge.error(kind, &probe)? * judge.own;
+            let forms = shortlist(matrix, width, factor, menu).map_err(fail)?;
+            for form in forms {
+                let format = form.format(height, width).map_err(fail)?;
+                let coded = code::code_matrix(matrix, height, form, factor, &menu.how).map_err(fail)?;
+                let error = judge.error(kind, &code::decoded(&coded))?;
+                offers.push(Offer {
+                    expert,
+                    kind,
+                    choice: MatrixChoice { form, rank: 0 },
+                    error,
+                    bytes: matrix_bytes(&format),
+                    ms: self.matrix_ms(form),
+                });
+            }
+        }
+        offers.sort_by_key(|offer| (offer.kind, offer.bytes));
+        Ok((offers, probed, outer.fed.note))
+    }
+
+    /// A third of what an expert of this form takes; 0 without a profile: no budget weighs it then.
+    fn matrix_ms(&self, form: Form) -> f64 {
+        let spec = &self.source.files.spec;
+        let Some(cost) = self.with.cost else { return 0.0 };
+        let threads = u32::try_from(self.with.threads).unwrap_or(u32::MAX);
+        let key = expert_key(
+            spec.hidden,
+            spec.moe_intermediate,
+            form.code.full().get(),
+            form.code.planes(),
+            form.group,
+            threads,
+        );
+        let predicted = cost.predict(&Work::Operator(Key::Expert(key))).ok();
+        predicted.map_or(0.0, |prediction| prediction.ms / 3.0)
+    }
+}
+
+/// Of a matrix in a record: planes and zero points.
+pub fn matrix_bytes(format: &cotk_quant::layout::MatrixFormat) -> u64 {
+    (format.total_bytes() + 4 * format.code().planes()) as u64
+}
+
+impl<'a> Judge<'a> {
+    fn new(weights: &'a Mlp, expert: ExpertId, rows: &LayerRows, hidden: usize, prior: f64) -> Result<Self> {
+        let mut picked = rows.of(expert, Part::Held);
+        if picked.tokens.len() < FEW_ROWS {
+            let more = rows.likely(expert, Part::Held, FEW_ROWS - picked.tokens.len(), 1.0);
+            picked.tokens.extend(more.tokens);
+            picked.gates.extend(more.gates);
+            picked.weights.extend(more.weights);
+        }
+        let (gate, up) = (weights.gate.weights(), weights.up.weights());
+        let inner = weights.gate.outputs();
+        let many = sorted(picked.clone()).thinned(JUDGE_DOWN_ROWS);
+        let mut middle = Accumulator::new(inner);
+        middle.add(&code::middle(&rows.inputs(&many.tokens)?, &gate, &up, hidden), &many.weights)?;
+        let picked = sorted(picked).thinned(JUDGE_ROWS);
+        let inputs = rows.inputs(&picked.tokens)?;
+        let down = weights.down.weights();
+        let down = ArrayView2::from_shape((hidden, inner), &*down)
+            .expect("a down projection")
+            .mapv(f64::from);
+        let usage = &rows.usage;
+        let (tokens, all): (u64, u64) = (
+            usage.experts[expert.index()].tokens,
+            usage.experts.iter().map(|e| e.tokens).sum(),
+        );
+        let mean = count(all) / usage.experts.len() as f64;
+        let traffic = count(tokens) + prior * mean;
+        Ok(Self {
+            weights,
+            hidden,
+            gate: times(&inputs, &gate, hidden),
+            up: times(&inputs, &up, hidden),
+            inputs,
+            down_square: down.t().dot(&down),
+            middle: middle.finish(),
+            unit: traffic / (count(usage.tokens.max(1)) * hidden as f64),
+            own: if traffic > 0.0 { count(tokens) / traffic } else { 0.0 },
+            picked,
+        })
+    }
+
+    /// Mean over held-out tokens of the squared error of the expert's output with one matrix in the place of another,
+    /// each times its weight, times traffic per token.
+    fn error(&self, kind: Kind, matrix: &[f32]) -> Result<f64> {
+        let inner = self.weights.gate.outputs();
+        let mean = match kind {
+            Kind::Down => {
+                let down = self.weights.down.weights();
+                let difference: Vec<f32> = matrix.iter().zip(&*down).map(|(a, b)| a - b).collect();
+                let mean_weight = self.middle.weight / count(self.middle.tokens.max(1));
+                weighted_square(&difference, self.middle.second.view())? * mean_weight
+            }
+            Kind::Gate | Kind::Up => {
+                let other = times(&self.inputs, matrix, self.hidden);
+                let mut difference = Array2::<f64>::zeros((self.picked.tokens.len(), inner));
+                let cells = difference.iter_mut().zip(&other).zip(self.gate.iter().zip(&self.up));
+                for ((cell, &other), (&gate, &up)) in cells {
+                    let changed = if kind == Kind::Gate {
+                        silu(other) * up
+                    } else {
+                        silu(gate) * other
+                    };
+                    *cell = f64::from(changed - silu(gate) * up);
+                }
+                let seen = difference.dot(&self.down_square);
+                let rows = difference.rows().into_iter().zip(seen.rows()).zip(&self.picked.weights);
+                let sum: f64 = rows.map(|((d, s), w)| w * d.dot(&s)).sum();
+                sum / count(self.picked.tokens.len().max(1) as u64)
+            }
+        };
+        Ok(mean * self.unit)
+    }
+}
+
+/// Tokens ascending.
+fn sorted(picked: Picked) -> Picked {
+    let mut order: Vec<usize> = (0..picked.tokens.len()).collect();
+    order.sort_by_key(|&i| picked.tokens[i]);
+    Picked {
+        tokens: order.iter().map(|&i| picked.tokens[i]).collect(),
+        gates: order.iter().map(|&i| picked.gates[i]).collect(),
+        weights: order.iter().map(|&i| picked.weights[i]).collect(),
+    }
+}
+
+/// Forms on or next to the lower hull of bytes and rounding errors, and those that are asked for by name.
+fn shortlist(
+    matrix: &[f32],
+    width: usize,
+    factor: &Factor,
+    menu: &Menu,
+) -> std::result::Result<Vec<Form>, cotk_quant::QuantError> {
+    let mut all = menu.forms.clone();
+    all.extend(menu.always.iter().filter(|form| !menu.forms.contains(form)));
+    if all.len() <= 2 || menu.how.rounding == Rounding::Nearest {
+        return Ok(all);
+    }
+    let height = matrix.len() / width;
+    let count = height.min(PROXY_ROWS);
+    let sample: Vec<f32> = (0..count)
+        .flat_map(|i| &matrix[(2 * i + 1) * height / (2 * count) * width..][..width])
+        .copied()
+        .collect();
+    let diagonal = factor.hessian().diag().to_vec();
+    let mut points = Vec::with_capacity(all.len());
+    for &form in &all {
+        let format = form.format(count, width)?;
+        let coded = encode(&sample, format)?;
+        let seen = decode(&coded.prefix(form.code.full())?);
+        let squares = sample.iter().zip(&seen).zip(diagonal.iter().cycle());
+        let error: f64 = squares.map(|((a, b), h)| h * f64::from(a - b).powi(2)).sum();
+        points.push((matrix_bytes(&form.format(height, width)?), error));
+    }
+    let near = near_hull(&points, SLACK);
+    let kept = all.iter().zip(near).filter(|(form, near)| *near || menu.always.contains(form));
+    Ok(kept.map(|(form, _)| *form).collect())
+}
+
+/// Which points (bytes, error) no other beats in both, and lie at most `slack` times above the lower convex hull.
+fn near_hull(points: &[(u64, f64)], slack: f64) -> Vec<bool> {
+    let mut order: Vec<usize> = (0..points.len()).collect();
+    order.sort_by(|&a, &b| points[a].0.cmp(&points[b].0).then(points[a].1.total_cmp(&points[b].1)));
+    let at = |i: usize| (count(points[i].0), points[i].1);
+    let mut hull: Vec<usize> = Vec::new();
+    for &i in &order {
+        let (x, y) = at(i);
+        if hull.last().is_some_and(|&last| y >= at(last).1) {
+            continue;
+        }
+        while let [.., a, b] = hull[..] {
+            let ((xa, ya), (xb, yb)) = (at(a), at(b));
+            if (ya - yb) * (x - xb) > (yb - y) * (xb - xa) {
+                break;
+            }
+            hull.pop();
+        }
+        hull.push(i);
+    }
+    let height = |x: f64| {
+        let next = hull.partition_point(|&i| at(i).0 < x);
+        match (next.checked_sub(1), hull.get(next)) {
+            (Some(before), Some(&after)) => {
+                let ((xa, ya), (xb, yb)) = (at(hull[before]), at(after));
+                ya + (yb - ya) * (x - xa) / (xb - xa)
+            }
+            (None, Some(&first)) => at(first).1,
+            (_, None) => hull.last().map_or(0.0, |&last| at(last).1),
+        }
+    };
+    let is_beaten = |a: (u64, f64)| points.iter().any(|&b| b.0 <= a.0 && b.1 <= a.1 && b != a);
+    let near = |&(bytes, error): &(u64, f64)| error <= slack * height(count(bytes)) && !is_beaten((bytes, error));
+    points.iter().map(near).collect()
+}
+
+#[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
+fn count(number: u64) -> f64 {
+    number as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_beaten_or_far_above_the_hull_is_left_out() {
+        let points = [(10, 8.0), (20, 2.0), (20, 2.5), (30, 1.9), (40, 0.5), (50, 0.6), (31, 1.3)];
+        assert_eq!(near_hull(&points, 1.3), [true, true, false, false, true, false, true]);
+        assert_eq!(near_hull(&points, 1.0), [true, true, false, false, true, false, false]);
+        assert!(near_hull(&[], 1.0).is_empty());
+    }
+}

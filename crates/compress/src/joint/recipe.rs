@@ -1,0 +1,219 @@
+//! `[compress.joint]`: codes chosen by GPTQ, per matrix and all together. Law: what loads is valid.
+
+use cotk_quant::layout::{ScaleForm, WHOLE_ROW};
+use serde::{Deserialize, Serialize};
+
+use crate::choice::Form;
+use crate::recipe::{Codes, Tokens};
+
+/// How codes are chosen, and from what. `compress.codes` says which widths.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Joint {
+    /// Weights per scale to choose from.
+    #[serde(default = "defaults::groups")]
+    pub groups: Vec<GroupSize>,
+    /// Forms of scales to choose from; where a form does not have a group size, the pair is left out.
+    #[serde(default = "defaults::scales")]
+    pub scales: Vec<ScaleForm>,
+    #[serde(default)]
+    pub rounding: Rounding,
+    /// Factors on the scales that are best for rounding to nearest: each row takes the best.
+    #[serde(default = "defaults::scale_factors")]
+    pub scale_factors: Vec<ScaleFactor>,
+    /// Refits of all scales of a row under the full Hessian, each with a descent over its codes.
+    #[serde(default = "defaults::refit_rounds")]
+    pub refit_rounds: usize,
+    /// Share of the Hessian's mean diagonal that is added to its diagonal.
+    #[serde(default = "defaults::damping")]
+    pub damping: Share,
+    /// Times the mean traffic of a layer's experts that is added to each one's own: without it the choice fits the mix of
+    /// kinds in the calibration text.
+    #[serde(default = "defaults::prior")]
+    pub traffic_prior: Share,
+    /// Whether experts may go.
+    #[serde(default)]
+    pub may_drop: bool,
+    /// Calibration tokens on which each layer and matrix kind is weighed by KL at the model's end; 0: all weigh the same.
+    #[serde(default = "defaults::sensitivity_tokens")]
+    pub sensitivity_tokens: usize,
+    /// Refit down projections to what each layer should add, on tokens that do not judge it; kept where held-out tokens
+    /// agree.
+    #[serde(default)]
+    pub heal: bool,
+    /// Allocations that are built and measured end to end, at most.
+    #[serde(default = "defaults::points")]
+    pub points: usize,
+}
+
+impl Joint {
+    /// All pairs of code, group and scale form that exist.
+    pub fn forms(&self, codes: &Codes) -> Vec<Form> {
+        let mut forms = Vec::new();
+        for &code in codes.get() {
+            for &scales in &self.scales {
+                for group in &self.groups {
+                    let form = Form {
+                        code,
+                        group: group.get(),
+                        scales,
+                    };
+                    if form.format(1, 1).is_ok() {
+                        forms.push(form);
+                    }
+                }
+            }
+        }
+        forms
+    }
+}
+
+/// How codes are chosen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Rounding {
+    /// Each weight's nearest.
+    Nearest,
+    /// With what one column loses taken back by those to come, under the Hessian of what the matrix sees.
+    #[default]
+    Gptq,
+}
+
+/// 16, 32, 64, 128 or "row".
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "RawGroup", into = "RawGroup")]
+pub struct GroupSize(usize);
+
+impl GroupSize {
+    /// As in formats.
+    pub fn get(self) -> usize {
+        self.0
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum RawGroup {
+    Size(u64),
+    Name(String),
+}
+
+impl TryFrom<RawGroup> for GroupSize {
+    type Error = String;
+
+    fn try_from(raw: RawGroup) -> Result<Self, String> {
+        let found = match raw {
+            RawGroup::Size(16) => return Ok(Self(16)),
+            RawGroup::Size(32) => return Ok(Self(32)),
+            RawGroup::Size(64) => return Ok(Self(64)),
+            RawGroup::Size(128) => return Ok(Self(128)),
+            RawGroup::Name(name) if name == "row" => return Ok(Self(WHOLE_ROW)),
+            RawGroup::Size(size) => size.to_string(),
+            RawGroup::Name(name) => format!("`{name}`"),
+        };
+        Err(format!(
+            "{found} is not a group size: expected 16, 32, 64, 128 or \"row\""
+        ))
+    }
+}
+
+impl From<GroupSize> for RawGroup {
+    fn from(group: GroupSize) -> Self {
+        if group.0 == WHOLE_ROW {
+            Self::Name("row".to_owned())
+        } else {
+            Self::Size(group.0 as u64)
+        }
+    }
+}
+
+/// 0 or more, and finite.
+#[derive(Debug, Clone, Copy, PartialEq, PartialOrd, Serialize, Deserialize)]
+#[serde(try_from = "f64", into = "f64")]
+pub struct Share(f64);
+
+impl Share {
+    /// The number.
+    pub fn get(self) -> f64 {
+        self.0
+    }
+}
+
+impl TryFrom<f64> for Share {
+    type Error = String;
+
+    fn try_from(x: f64) -> Result<Self, String> {
+        match x {
+            x if x.is_finite() && x >= 0.0 => Ok(Self(x)),
+            x => Err(format!("{x}: expected 0 or more")),
+        }
+    }
+}
+
+impl From<Share> for f64 {
+    fn from(x: Share) -> Self {
+        x.0
+    }
+}
+
+/// Above 0, at most 10.
+#[derive(Debug, Clone, Copy, PartialEq, PartialOrd, Serialize, Deserialize)]
+#[serde(try_from = "f64", into = "f64")]
+pub struct ScaleFactor(f64);
+
+impl ScaleFactor {
+    /// The number.
+    #[expect(clippy::cast_possible_truncation, reason = "scales are f32")]
+    pub fn get(self) -> f32 {
+        self.0 as f32
+    }
+}
+
+impl TryFrom<f64> for ScaleFactor {
+    type Error = String;
+
+    fn try_from(x: f64) -> Result<Self, String> {
+        match x {
+            x if x > 0.0 && x <= 10.0 => Ok(Self(x)),
+            x => Err(format!("{x} is not a factor on scales: expected above 0, at most 10")),
+        }
+    }
+}
+
+impl From<ScaleFactor> for f64 {
+    fn from(x: ScaleFactor) -> Self {
+        x.0
+    }
+}
+
+mod defaults {
+    use super::{GroupSize, ScaleFactor, ScaleForm, Share, WHOLE_ROW};
+
+    pub(super) fn groups() -> Vec<GroupSize> {
+        [16, 32, 64, 128, WHOLE_ROW].map(GroupSize).to_vec()
+    }
+    pub(super) fn scales() -> Vec<ScaleForm> {
+        vec![ScaleForm::F16, ScaleForm::TwoLevel]
+    }
+    pub(super) fn scale_factors() -> Vec<ScaleFactor> {
+        [1.0, 1.1, 1.3].map(ScaleFactor).to_vec()
+    }
+    pub(super) fn refit_rounds() -> usize {
+        1
+    }
+    pub(super) fn damping() -> Share {
+        Share(cotk_quant::gptq::DAMPING)
+    }
+    pub(super) fn prior() -> Share {
+        Share(1.0)
+    }
+    pub(super) fn sensitivity_tokens() -> usize {
+        12_288
+    }
+    pub(super) fn points() -> usize {
+        3
+    }
+}
+
+/// Of end-to-end measurements, where a count of tokens is not given.
+pub(crate) const END_TOKENS: Tokens = Tokens::of(12_288);
