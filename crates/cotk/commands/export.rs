@@ -118,6 +118,13 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
 }
 
 fn from_folder<'a>(model: &Path, args: &'a Args, cx: &Context) -> Result<(&'a PathBuf, &'static str, Exported), Fault> {
+    if args.output.container.is_some() {
+        // Of two arguments that exclude each other clap does not ask for the other.
+        return Err(Fault::usage(
+            "--container without --synthetic: a model becomes a container by being compressed",
+            "see `cotk compress --help`",
+        ));
+    }
     let Folder { files, container } = open_folder(model)?;
     let container = container.as_deref();
     if container.is_none() && args.output.hf.is_some() && args.bits.is_some() {
@@ -151,7 +158,7 @@ fn from_folder<'a>(model: &Path, args: &'a Args, cx: &Context) -> Result<(&'a Pa
             let written = hf::export(&files, container, out, &options, &cx.ui, &cx.cancel)?;
             Ok((out, "hf", written))
         }
-        (None, None) => unreachable!("clap asks for one of them, and for --synthetic beside --container"),
+        (None, None) => unreachable!("clap asks for one of them"),
     }
 }
 
