@@ -397,10 +397,11 @@ fn down(
     let between = &mut scratch.between[2];
     right_factors(isa, groups, 2, between, middle, threads);
     let width = groups[0].0.hidden();
+    // Of each expert as long a stream as any: the CPU's own prefetching begins anew with each.
     let block_bytes = groups
         .iter()
-        .map(|(expert, _)| last(expert.matrices()[2]).block_bytes())
-        .sum();
+        .map(|(expert, _)| last(expert.matrices()[2]).block_bytes());
+    let block_bytes = block_bytes.max().expect("there is a group");
     // Many tokens: few rows, so that what stands between products and sums stays near.
     let chunk = if pairs > 64 { 1 } else { chunk_blocks(block_bytes, 1) };
     let part_rows = chunk * BLOCK_ROWS;

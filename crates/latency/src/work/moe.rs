@@ -274,8 +274,8 @@ impl ExpertKey {
             team,
             2.0 * each * weights(self.inner, of_up),
         );
-        // Rows of all experts' down together.
-        let block = experts.saturating_mul(block_bytes(of_down, self.bits, self.group));
+        // Of each expert's down as long a stream as any.
+        let block = block_bytes(of_down, self.bits, self.group);
         let blocks = if experts.saturating_mul(tokens) > MANY_PAIRS {
             1
         } else {
@@ -604,7 +604,8 @@ mod tests {
         };
         assert_eq!(block_bytes(2048, 4, 32), 16 * (2048 / 2 + 2 * 64));
         assert_eq!((olmoe.cut().threads, olmoe.cut().calls), (2, 2.0));
-        assert_eq!(olmoe.cut().share(), 0.5);
+        // Down: 19 parts of seven blocks, ten of them on one thread.
+        assert!((olmoe.cut().share() - (2.0 / 3.0 * 0.5 + 1.0 / 3.0 * (10.0 / 19.0))).abs() < 1e-12);
         // Three experts of one part each on two threads: one thread has two of them; all of down is one part.
         let small = ExpertKey {
             hidden: 512,

@@ -16,6 +16,7 @@ use super::super::panels::{DEPTHS, Panel, STEP_WORDS};
 use super::super::scalar::sum_lanes;
 use super::super::swiglu::swiglu_step;
 use super::super::tiles::{Coded, TileAt, Walk, by_fields};
+use super::avx512_stream::token;
 
 pub(in super::super) fn present() -> bool {
     is_x86_feature_detected!("avx512f")
@@ -31,7 +32,7 @@ pub(in super::super) fn present() -> bool {
 pub(in super::super) fn block(coded: &Coded<'_>, block: usize, panel: &Panel<'_>, out: &mut [BlockOut]) {
     let (one, out) = ([coded], [out]);
     match panel.width {
-        1 => by_fields!(coded, tokens::<1, 1>(one, block, panel, out)),
+        1 => by_fields!(coded, token::<1>(one, block, panel, out)),
         2 => by_fields!(coded, tokens::<1, 2>(one, block, panel, out)),
         4 => by_fields!(coded, tokens::<1, 4>(one, block, panel, out)),
         8 => by_fields!(coded, tokens::<1, 8>(one, block, panel, out)),
@@ -49,7 +50,7 @@ pub(in super::super) fn pair(
 ) {
     let coded = both[0];
     match panel.width {
-        1 => by_fields!(coded, tokens::<2, 1>(both, at, panel, [first, second])),
+        1 => by_fields!(coded, token::<2>(both, at, panel, [first, second])),
         2 => by_fields!(coded, tokens::<2, 2>(both, at, panel, [first, second])),
         4 => by_fields!(coded, tokens::<2, 4>(both, at, panel, [first, second])),
         // The sums of more tokens leave no registers for a second matrix.
@@ -64,7 +65,7 @@ pub(in super::super) fn pair(
 /// one matrix 73 % at 6912, 65 at 4608, 73 at 768; experts of a layer 59, 58 and 46.
 const AHEAD: usize = 6912;
 
-/// One block of `W` matrices of one format × `T` tokens.
+/// One block of `W` matrices of one format × `T` tokens, two or more: they share what is read.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")]
 fn tokens<const W: usize, const T: usize, const A: usize, const B: usize, const C: usize>(
     all: [&Coded<'_>; W],
@@ -155,8 +156,6 @@ unsafe fn step<const T: usize, const A: usize, const B: usize, const C: usize>(
     // SAFETY: the features are the caller's, and so is the readability of the step.
     unsafe {
         let mut dots = [_mm512_setzero_si512(); T];
-        // `vpdpbusd` takes 4 to 5 cycles: one token alone needs two chains.
-        let mut odd = _mm512_setzero_si512();
         macro_rules! depths {
             ($($depth:literal)*) => {$(
                 let mut whole = field::<A, $depth>(codes[0], B + C);
@@ -168,18 +167,11 @@ unsafe fn step<const T: usize, const A: usize, const B: usize, const C: usize>(
                 }
                 for t in 0..T {
                     let four = _mm512_set1_epi32(acts.add($depth * T + t).cast::<i32>().read());
-                    if T == 1 && $depth % 2 == 1 {
-                        odd = _mm512_dpbusd_epi32(odd, whole, four);
-                    } else {
-                        dots[t] = _mm512_dpbusd_epi32(dots[t], whole, four);
-                    }
+                    dots[t] = _mm512_dpbusd_epi32(dots[t], whole, four);
                 }
             )*};
         }
         depths!(0 1 2 3 4 5 6 7);
-        if T == 1 {
-            dots[0] = _mm512_add_epi32(dots[0], odd);
-        }
         for t in 0..T {
             let scale = _mm512_set1_ps(acts.add(DEPTHS * T + t).cast::<f32>().read());
             let sum = _mm512_set1_ps(acts.add((DEPTHS + 1) * T + t).cast::<f32>().read());
@@ -197,8 +189,18 @@ unsafe fn step<const T: usize, const A: usize, const B: usize, const C: usize>(
 unsafe fn field<const BITS: usize, const DEPTH: usize>(lines: *const u8, place: usize) -> __m512i {
     let per_line = 8 / BITS.max(1);
     // SAFETY: the features are the caller's; the load is of 64 readable bytes and needs no alignment.
+    unsafe { extract::<BITS, DEPTH>(_mm512_loadu_si512(lines.add(DEPTH / per_line * 64).cast()), place) }
+}
+
+/// One field of 16 rows × 4 columns out of its line, shifted to `place` in each byte.
+///
+/// # Safety
+/// The caller has the path's features.
+#[inline(always)]
+pub(super) unsafe fn extract<const BITS: usize, const DEPTH: usize>(packed: __m512i, place: usize) -> __m512i {
+    let per_line = 8 / BITS.max(1);
+    // SAFETY: the features are the caller's.
     unsafe {
-        let packed = _mm512_loadu_si512(lines.add(DEPTH / per_line * 64).cast());
         if BITS == 8 {
             return packed;
         }
