@@ -6,6 +6,8 @@ mod bad_input;
 mod bench;
 mod check;
 mod checkpoint;
+mod compress_budgets;
+mod compress_memory;
 mod dense;
 mod elf;
 mod export;

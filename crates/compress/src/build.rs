@@ -223,7 +223,11 @@ impl Job<'_> {
         let relative_error = self.step_student(layer, &student, Some(&plain), &streams.student, index)?;
         self.step_plain(teacher, &plain, &streams.teacher, index)?;
         let new = view.experts().into_iter().zip(experts);
-        let new = new.map(|(expert, kept)| NewExpert::new(why(&rows.usage, expert), kept));
+        let new = new.map(|(expert, kept)| {
+            let note = hessians.iter().find(|note| note.expert == expert);
+            let decision = self.decision(partial, (layer.id(), expert), &fates[expert.index()], note);
+            NewExpert::new(why(&rows.usage, expert), kept).decided(decision)
+        });
         let entry = writer.append(NewLayer {
             layer: layer.id(),
             gain: 1.0,

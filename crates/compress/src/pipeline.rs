@@ -220,8 +220,15 @@ impl Job<'_> {
             };
             return Ok(self.source.moe_layers().into_iter().map(of).collect());
         }
-        let offers = self.offers(partial, streams, joint, &[])?;
         let limits = self.limits()?;
+        if let (Some(ms), None) = (limits.ms, self.with.cost) {
+            return Err(CompressError::Contradiction {
+                keys: ["latency.profile", "budget.target_ms"],
+                found: format!("no profile and {ms} ms"),
+                help: "give --profile, or measure this machine with `cotk profile`",
+            });
+        }
+        let offers = self.offers(partial, streams, joint, &[])?;
         self.joint_fates(partial, &offers, joint, &limits)
     }
 

@@ -465,6 +465,7 @@ impl Recipe {
         recipe.seed = seed.unwrap_or(recipe.seed);
         recipe.budget.bytes = budget_bytes.or(recipe.budget.bytes);
         recipe.compress.settle_pruning()?;
+        recipe.settle_budgets()?;
         let widths = recipe.compress.little_widths();
         match recipe.compress.little_bits {
             Some(found) if !widths.contains(&found) => {
@@ -481,6 +482,56 @@ impl Recipe {
             }
             _ => Ok(recipe),
         }
+    }
+
+    /// Caps that cannot hold together, and caps that nothing would heed.
+    fn settle_budgets(&self) -> Result<()> {
+        let budget = &self.budget;
+        let refuse = |keys, found, help| Err(CompressError::Contradiction { keys, found, help });
+        if let (Some(bytes), Some(bits)) = (budget.bytes, budget.bits_per_expert_weight) {
+            return refuse(
+                ["budget.bytes", "budget.bits_per_expert_weight"],
+                format!("{bytes} and {}", bits.get()),
+                "give one of them",
+            );
+        }
+        let Some(joint) = &self.compress.joint else {
+            let caps = [
+                (budget.bits_per_expert_weight, "budget.bits_per_expert_weight"),
+                (budget.target_ms, "budget.target_ms"),
+                (budget.max_kl_nats, "budget.max_kl_nats"),
+            ];
+            return match caps.into_iter().find_map(|(cap, key)| Some((cap?, key))) {
+                Some((cap, key)) => refuse(
+                    ["compress.joint", key],
+                    format!("none and {}", cap.get()),
+                    "use --recipe moe-joint",
+                ),
+                None => Ok(()),
+            };
+        };
+        if joint.forms(&self.compress.codes).is_empty() {
+            return refuse(
+                ["compress.joint.scales", "compress.joint.groups"],
+                "no pair of them exists".to_owned(),
+                "f16 goes with 32, 64, 128 and \"row\", two-level with 16, 32, 64 and 128",
+            );
+        }
+        if self.compress.drop_ratio.get() > 0.0 {
+            return refuse(
+                ["compress.joint", "compress.drop_ratio"],
+                format!("given and {}", self.compress.drop_ratio.get()),
+                "set compress.drop_ratio=0",
+            );
+        }
+        if self.compress.prune.is_some() {
+            return refuse(
+                ["compress.joint", "compress.prune"],
+                "both are given".to_owned(),
+                "leave one of them out",
+            );
+        }
+        Ok(())
     }
 
     /// Whether the first pass, that of the uncompressed model, has anything to find out.

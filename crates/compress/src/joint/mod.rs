@@ -5,9 +5,13 @@
 pub mod build;
 pub mod choose;
 pub mod code;
+pub mod decision;
 mod heal;
 pub mod offers;
 pub mod points;
 pub mod recipe;
 pub mod rows;
 pub mod sensitivity;
+
+#[cfg(test)]
+mod laws;

@@ -200,7 +200,10 @@ impl<'a> Judge<'a> {
         let inner = weights.gate.outputs();
         let many = sorted(picked.clone()).thinned(JUDGE_DOWN_ROWS);
         let mut middle = Accumulator::new(inner);
-        middle.add(&code::middle(&rows.inputs(&many.tokens)?, &gate, &up, hidden), &many.weights)?;
+        middle.add(
+            &code::middle(&rows.inputs(&many.tokens)?, &gate, &up, hidden),
+            &many.weights,
+        )?;
         let picked = sorted(picked).thinned(JUDGE_ROWS);
         let inputs = rows.inputs(&picked.tokens)?;
         let down = weights.down.weights();
@@ -301,7 +304,10 @@ fn shortlist(
         points.push((matrix_bytes(&form.format(height, width)?), error));
     }
     let near = near_hull(&points, SLACK);
-    let kept = all.iter().zip(near).filter(|(form, near)| *near || menu.always.contains(form));
+    let kept = all
+        .iter()
+        .zip(near)
+        .filter(|(form, near)| *near || menu.always.contains(form));
     Ok(kept.map(|(form, _)| *form).collect())
 }
 
@@ -336,9 +342,15 @@ fn near_hull(points: &[(u64, f64)], slack: f64) -> Vec<bool> {
             (_, None) => hull.last().map_or(0.0, |&last| at(last).1),
         }
     };
-    let is_beaten = |a: (u64, f64)| points.iter().any(|&b| b.0 <= a.0 && b.1 <= a.1 && b != a);
-    let near = |&(bytes, error): &(u64, f64)| error <= slack * height(count(bytes)) && !is_beaten((bytes, error));
-    points.iter().map(near).collect()
+    // Of equals the first stays.
+    let is_beaten = |at: usize, (bytes, error): (u64, f64)| {
+        let mut others = points.iter().enumerate();
+        others.any(|(other, &(b, e))| b <= bytes && e <= error && (b < bytes || e < error || other < at))
+    };
+    let near = |(at, &(bytes, error)): (usize, &(u64, f64))| {
+        error <= slack * height(count(bytes)) && !is_beaten(at, (bytes, error))
+    };
+    points.iter().enumerate().map(near).collect()
 }
 
 #[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
@@ -352,9 +364,18 @@ mod tests {
 
     #[test]
     fn what_is_beaten_or_far_above_the_hull_is_left_out() {
-        let points = [(10, 8.0), (20, 2.0), (20, 2.5), (30, 1.9), (40, 0.5), (50, 0.6), (31, 1.3)];
+        let points = [
+            (10, 8.0),
+            (20, 2.0),
+            (20, 2.5),
+            (30, 1.9),
+            (40, 0.5),
+            (50, 0.6),
+            (31, 1.3),
+        ];
         assert_eq!(near_hull(&points, 1.3), [true, true, false, false, true, false, true]);
         assert_eq!(near_hull(&points, 1.0), [true, true, false, false, true, false, false]);
+        assert_eq!(near_hull(&[(1, 1.0), (1, 1.0)], 1.0), [true, false]);
         assert!(near_hull(&[], 1.0).is_empty());
     }
 }

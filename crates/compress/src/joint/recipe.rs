@@ -4,7 +4,7 @@ use cotk_quant::layout::{ScaleForm, WHOLE_ROW};
 use serde::{Deserialize, Serialize};
 
 use crate::choice::Form;
-use crate::recipe::{Codes, Tokens};
+use crate::recipe::Codes;
 
 /// How codes are chosen, and from what. `compress.codes` says which widths.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -31,9 +31,6 @@ pub struct Joint {
     /// kinds in the calibration text.
     #[serde(default = "defaults::prior")]
     pub traffic_prior: Share,
-    /// Whether experts may go.
-    #[serde(default)]
-    pub may_drop: bool,
     /// Calibration tokens on which each layer and matrix kind is weighed by KL at the model's end; 0: all weigh the same.
     #[serde(default = "defaults::sensitivity_tokens")]
     pub sensitivity_tokens: usize,
@@ -214,6 +211,3 @@ mod defaults {
         3
     }
 }
-
-/// Of end-to-end measurements, where a count of tokens is not given.
-pub(crate) const END_TOKENS: Tokens = Tokens::of(12_288);

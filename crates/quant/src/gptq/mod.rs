@@ -137,6 +137,10 @@ pub fn solve(
                 false,
             );
         }
+        if let [_] = code.prefixes() {
+            let sum = state.losses.iter().sum();
+            return Ok((state, vec![[sum, 0.0, 0.0]]));
+        }
         let moments: Vec<[f64; 3]> = code
             .prefixes()
             .iter()

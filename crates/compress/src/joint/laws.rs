@@ -1,0 +1,192 @@
+//! Laws of the joint allocation on the committed tiny checkpoint: the same bytes whatever the threads and wherever
+//! interrupted, budgets that hold, caps that contradict, less loss than rounding to nearest.
+
+use std::path::{Path, PathBuf};
+
+use cotk_container::reader::Container;
+use cotk_run::cancel::Cancel;
+use cotk_run::facts::FactList;
+use cotk_run::progress::{Progress, Silent};
+
+use crate::partial::partial_path;
+use crate::pipeline::{Request, Surroundings, compress};
+use crate::recipe::Recipe;
+use crate::report::Report;
+use crate::{CompressError, Result};
+
+fn tiny(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../data/tiny-qwen2moe")
+        .join(name)
+}
+
+/// Seconds instead of minutes.
+const SMALL: [&str; 4] = [
+    "compress.calibration_tokens=3000",
+    "compress.joint.sensitivity_tokens=600",
+    "compress.joint.groups=[32, \"row\"]",
+    "compress.joint.points=2",
+];
+
+fn request(out: &Path, recipe: &str, sets: &[&str]) -> Result<Request> {
+    let judge = out.parent().unwrap().join("judge.txt");
+    if !judge.exists() {
+        let text = fs_err::read_to_string(tiny("heldout.txt")).unwrap();
+        fs_err::write(&judge, &text[..2500]).unwrap();
+    }
+    let sets: Vec<String> = SMALL.iter().chain(sets).map(|s| (*s).to_owned()).collect();
+    Ok(Request {
+        model: tiny(""),
+        out: out.to_owned(),
+        recipe_name: recipe.to_owned(),
+        recipe: Recipe::load(recipe, &sets, None, None)?,
+        calibration: tiny("train.txt"),
+        eval_text: Some(judge),
+    })
+}
+
+fn run_with(request: &Request, progress: &dyn Progress, cancel: &Cancel) -> Result<Report> {
+    let facts = FactList::default();
+    let with = Surroundings {
+        progress,
+        cancel,
+        facts: &facts,
+        cost: None,
+        threads: 2,
+    };
+    compress(request, &with)
+}
+
+fn run(out: &Path, recipe: &str, sets: &[&str]) -> Result<Report> {
+    run_with(&request(out, recipe, sets)?, &Silent, &Cancel::new())
+}
+
+fn weights(out: &Path) -> [Vec<u8>; 2] {
+    ["experts.bin", "manifest.json"].map(|name| fs_err::read(out.join(name)).unwrap())
+}
+
+/// Cancels after so many steps.
+struct StopAfter {
+    left: std::sync::Mutex<usize>,
+    cancel: Cancel,
+}
+
+impl Progress for StopAfter {
+    fn begin(&self, _what: &str, _total: u64, _unit: &str) {}
+
+    fn advance(&self, _steps: u64) {
+        let mut left = self.left.lock().unwrap();
+        *left = left.saturating_sub(1);
+        if *left == 0 {
+            self.cancel.cancel();
+        }
+    }
+
+    fn end(&self) {}
+
+    fn note(&self, text: &str) {
+        panic!("{text}");
+    }
+}
+
+#[test]
+fn the_same_bytes_whatever_the_threads_and_wherever_interrupted() {
+    let folder = tempfile::tempdir().unwrap();
+    let sets = ["budget.bits_per_expert_weight=3"];
+    let whole = folder.path().join("whole");
+    let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let report = one.install(|| run(&whole, "moe-joint", &sets)).unwrap();
+    assert!(report.bits_per_expert_weight <= 3.0 && report.bits_per_expert_weight > 2.8);
+    Container::open(&whole).unwrap().verify().unwrap();
+
+    let three = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+    let out = folder.path().join("out");
+    let request = request(&out, "moe-joint", &sets).unwrap();
+    // Every stretch ends somewhere else: in the first pass, while layers are weighed, in trials, in the second pass.
+    for steps in [2, 3, 5, 7] {
+        let cancel = Cancel::new();
+        let stop = StopAfter {
+            left: std::sync::Mutex::new(steps),
+            cancel: cancel.clone(),
+        };
+        let stopped = three.install(|| run_with(&request, &stop, &cancel));
+        assert!(matches!(stopped, Err(CompressError::Run(cotk_run::Error::Cancelled))));
+    }
+    three.install(|| run_with(&request, &Silent, &Cancel::new())).unwrap();
+    assert!(weights(&out) == weights(&whole));
+}
+
+#[test]
+fn budgets_hold_and_more_bits_lose_less() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut last = f64::INFINITY;
+    for bits in ["1.5", "2.5", "4.5"] {
+        let set = format!("budget.bits_per_expert_weight={bits}");
+        let report = run(&folder.path().join(bits), "moe-joint", &[&set]).unwrap();
+        assert!(report.bits_per_expert_weight <= bits.parse().unwrap());
+        assert!(report.kl_nats < last, "{bits}: {} after {last}", report.kl_nats);
+        last = report.kl_nats;
+    }
+    let out = folder.path().join("none");
+    let error = run(&out, "moe-joint", &["budget.bits_per_expert_weight=0.5"]).unwrap_err();
+    match error {
+        CompressError::Budget { budget, least } => assert!(least > budget),
+        other => panic!("{other}"),
+    }
+    assert!(!out.exists() && partial_path(&out).exists());
+}
+
+#[test]
+fn a_target_of_kl_gives_the_smallest_output_that_meets_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |key: &str, value: f64| {
+        let set = format!("budget.{key}={value}");
+        run(&folder.path().join(&set), "moe-joint", &[&set])
+    };
+    let three = run("bits_per_expert_weight", 3.0).unwrap();
+    let met = run("max_kl_nats", three.kl_nats).unwrap();
+    let smallest = run("max_kl_nats", 1e9).unwrap();
+    assert!(smallest.bits_per_expert_weight < met.bits_per_expert_weight);
+    assert!(met.bits_per_expert_weight < 8.0 && met.kl_nats < smallest.kl_nats);
+    assert!(matches!(run("max_kl_nats", 0.0), Err(CompressError::TargetKl { .. })));
+}
+
+#[test]
+fn gptq_loses_less_than_rounding_to_nearest() {
+    let folder = tempfile::tempdir().unwrap();
+    let sets = ["compress.codes=[\"plain2\"]", "compress.joint.groups=[32]"];
+    let kl = |name: &str, rounding: &str| {
+        let rounding = format!("compress.joint.rounding={rounding}");
+        let sets = [&sets[..], &[rounding.as_str()]].concat();
+        let report = run(&folder.path().join(name), "moe-gptq-uniform", &sets).unwrap();
+        (report.kl_nats, report.bits_per_expert_weight)
+    };
+    let (gptq, nearest) = (kl("gptq", "gptq"), kl("nearest", "nearest"));
+    assert_eq!(gptq.1, nearest.1);
+    assert!(gptq.0 < 0.9 * nearest.0, "{gptq:?} {nearest:?}");
+}
+
+#[test]
+fn caps_that_contradict_are_refused_before_anything_is_read() {
+    for (recipe, sets) in [
+        (
+            "moe-joint",
+            &["budget.bytes=100", "budget.bits_per_expert_weight=2"][..],
+        ),
+        ("moe-int4", &["budget.max_kl_nats=0.1"]),
+        ("moe-joint", &["compress.drop_ratio=0.5"]),
+        ("moe-joint", &["compress.prune={ratio=0.5}"]),
+        ("moe-joint", &["compress.shrink={ratio=0.5}"]),
+        (
+            "moe-joint",
+            &["compress.joint.groups=[16]", "compress.joint.scales=[\"f16\"]"],
+        ),
+    ] {
+        let sets: Vec<String> = sets.iter().map(|s| (*s).to_owned()).collect();
+        let error = Recipe::load(recipe, &sets, None, None).unwrap_err();
+        assert!(matches!(error, CompressError::Contradiction { .. }), "{error}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let error = run(&folder.path().join("out"), "moe-joint", &["budget.target_ms=1"]).unwrap_err();
+    assert!(matches!(error, CompressError::Contradiction { .. }), "{error}");
+}
