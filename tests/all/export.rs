@@ -14,7 +14,7 @@ use crate::program::{Workplace, in_repository};
 const LIMIT_BYTES: u64 = 1 << 30;
 
 /// The tiny checkpoint without its dense layer, which GGUF's `qwen2moe` has no place for.
-fn all_experts(place: &Workplace) -> String {
+pub(crate) fn all_experts(place: &Workplace) -> String {
     let folder = place.copy_of_tiny("model");
     let file = folder.join("model.safetensors");
     let mut parts = Parts::read(&file);
@@ -45,7 +45,7 @@ fn all_experts(place: &Workplace) -> String {
 }
 
 /// Compresses it by the embedded recipe with these changes.
-fn compress(place: &Workplace, out: &str, sets: &[&str]) {
+pub(crate) fn compress(place: &Workplace, out: &str, sets: &[&str]) {
     let text = in_repository("data/tiny-qwen2moe/train.txt");
     let mut args = ["compress", "--moe", "model", "-o", out, "--json", "--calibration"]
         .map(str::to_owned)

@@ -15,6 +15,7 @@ mod families;
 mod gpu;
 mod interrupted;
 mod model;
+mod odd_experts;
 mod plan;
 mod plan_moe;
 mod profile;

@@ -38,14 +38,14 @@ fn container() -> PathBuf {
 }
 
 /// A running server; stopped by SIGTERM at the end of its test, which must exit 0.
-struct Server {
+pub(crate) struct Server {
     child: Option<Child>,
     envelope: Value,
     _place: Workplace,
 }
 
 impl Server {
-    fn start(model: &str, more: &[&str]) -> Self {
+    pub(crate) fn start(model: &str, more: &[&str]) -> Self {
         let place = Workplace::new();
         let mut child = place.start(["serve", model, "--port", "0", "--json"].iter().chain(more));
         let mut line = String::new();
@@ -96,7 +96,7 @@ impl Server {
     }
 
     /// Status and whole text of an answer.
-    fn call(&self, method: &str, path: &str, body: &str) -> (u16, String) {
+    pub(crate) fn call(&self, method: &str, path: &str, body: &str) -> (u16, String) {
         let mut text = String::new();
         self.open(method, path, body)
             .read_to_string(&mut text)
