@@ -4,7 +4,7 @@ use std::io::Write;
 
 use serde_json::{Map, Value, json};
 
-use crate::program::{Workplace, in_repository, tiny_model};
+use crate::program::{Workplace, in_repository};
 
 const LAYERS: usize = 40;
 const EXPERTS: usize = 128;

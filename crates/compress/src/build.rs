@@ -87,7 +87,9 @@ impl Job<'_> {
                         let fates = &fates.expect("every MoE layer has fates").experts;
                         self.build_fated(partial, [&layer, teacher], index, streams, (fates, how), &mut writer)?
                     }
-                    Wanted::Undisputed => self.build_moe([&layer, teacher], index, streams, (None, None), &mut writer)?,
+                    Wanted::Undisputed => {
+                        self.build_moe([&layer, teacher], index, streams, (None, None), &mut writer)?
+                    }
                     Wanted::Changes { decisions, smaller } => {
                         let wanted = (Some(decisions), smaller);
                         self.build_moe([&layer, teacher], index, streams, wanted, &mut writer)?
@@ -277,9 +279,7 @@ impl Job<'_> {
         };
         let code = |expert: ExpertId| match changes[expert.index()] {
             Change::Drop => Ok(None),
-            Change::Code(code) => {
-                code_expert(view, expert, &scaled(weights(expert)?, gain), code, group).map(Some)
-            }
+            Change::Code(code) => code_expert(view, expert, &scaled(weights(expert)?, gain), code, group).map(Some),
         };
         view.experts().into_par_iter().map(code).collect()
     }

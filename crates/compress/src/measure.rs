@@ -119,7 +119,9 @@ impl Job<'_> {
         self.with.progress.end();
         let offered = partial.measured().into_iter().filter_map(|m| m.offered.as_deref());
         let mut offered: Vec<Offered> = offered.cloned().collect();
-        let usages = offered.iter().map(|offered| (offered.offers.layer, &offered.offers.usage));
+        let usages = offered
+            .iter()
+            .map(|offered| (offered.offers.layer, &offered.offers.usage));
         crate::report::enough(&self.request.calibration, usages)?;
         self.weigh(partial, &mut offered, joint.sensitivity_tokens)?;
         Ok(offered.into_iter().map(|offered| offered.offers).collect())

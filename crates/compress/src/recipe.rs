@@ -95,7 +95,12 @@ impl Compress {
     pub fn forms(&self) -> Vec<Form> {
         match &self.joint {
             Some(joint) => joint.forms(&self.codes),
-            None => self.codes.get().iter().map(|&code| Form::plain(code, self.group.get())).collect(),
+            None => self
+                .codes
+                .get()
+                .iter()
+                .map(|&code| Form::plain(code, self.group.get()))
+                .collect(),
         }
     }
 

@@ -8,10 +8,6 @@ use crate::layout::Part;
 
 /// One matrix at one width.
 #[derive(Debug, Clone, Copy)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "borrowed and short-lived; a box would allocate per expert and token"
-)]
 pub enum MatrixView<'a> {
     Codes(Prefix<'a>),
     /// `codes + left · right`.

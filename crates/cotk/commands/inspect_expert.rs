@@ -211,17 +211,16 @@ impl Told<'_> {
             .row(["layer's gain".to_owned(), significant(f64::from(self.layer.gain), 4)])
             .row(["bytes of its record".to_owned(), self.expert.state.bytes().to_string()]);
         let mut text = facts.render();
-        for table in [
+        let tables = [
             self.forms(),
             self.neighbours(),
             self.prefixes(),
             self.steps(),
             self.thresholds(),
-        ] {
-            if let Some(table) = table {
-                text.push('\n');
-                text.push_str(&table.render());
-            }
+        ];
+        for table in tables.into_iter().flatten() {
+            text.push('\n');
+            text.push_str(&table.render());
         }
         if self.decision.matrices.is_some() {
             text.push_str(

@@ -198,7 +198,8 @@ fn reference(case: &Case) -> PlainMoe {
 fn resident_obeys_the_laws_of_every_runtime() {
     use DroppedMeaning::{Masked, Novice, Removed};
     for code in [Code::Nested224, Code::Nested44, Code::Plain(Bits::B4)] {
-        let lists: [(&[u32], &[u32], DroppedMeaning, bool, bool); 8] = [
+        type Lists = (&'static [u32], &'static [u32], DroppedMeaning, bool, bool);
+        let lists: [Lists; 8] = [
             (&[], &[], Masked, false, false),
             (&[1, 4], &[], Masked, true, false),
             (&[0, 2, 3], &[], Removed, false, false),

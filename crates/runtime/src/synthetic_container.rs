@@ -63,8 +63,7 @@ pub fn write(
     progress.end();
     let source = Source::new(&spec, seed);
     dense(&source, &out.join(DENSE))?;
-    files::write_atomic(&out.join(TOKENIZER), tokenizer(spec.vocab).to_string().as_bytes())
-        .map_err(ModelError::from)?;
+    files::write_atomic(out.join(TOKENIZER), tokenizer(spec.vocab).to_string().as_bytes()).map_err(ModelError::from)?;
     let head = Head {
         source: SourceModel {
             hash: Checksum(0),

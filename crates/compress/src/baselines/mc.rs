@@ -123,8 +123,7 @@ pub(super) fn assign(costs: &[Vec<f64>], widths: &[usize], bits: usize, middle: 
             let mut next = vec![vec![f64::INFINITY; bits + 1]; 4];
             let mut from = vec![vec![(0, 0); bits + 1]; 4];
             for state in 0..4u8 {
-                for sum in 0..=bits {
-                    let so_far = table[usize::from(state)][sum];
+                for (sum, &so_far) in table[usize::from(state)].iter().enumerate() {
                     if so_far == f64::INFINITY {
                         continue;
                     }

@@ -34,15 +34,18 @@ pub(crate) struct Whole {
     pub(crate) bytes: u64,
 }
 
+/// Loss and bytes of gate, up and down.
+type ByKind = [Option<(f64, u64)>; 3];
+
 /// One layer's offers by expert and form; those with corrections are left out.
 pub(crate) struct Offered<'a> {
     pub(crate) layer: &'a LayerOffers,
-    by_kind: HashMap<(ExpertId, Form), [Option<(f64, u64)>; 3]>,
+    by_kind: HashMap<(ExpertId, Form), ByKind>,
 }
 
 impl<'a> Offered<'a> {
     pub(crate) fn new(layer: &'a LayerOffers) -> Self {
-        let mut by_kind: HashMap<_, [Option<(f64, u64)>; 3]> = HashMap::new();
+        let mut by_kind: HashMap<_, ByKind> = HashMap::new();
         for offer in layer.offers.iter().filter(|offer| offer.choice.rank == 0) {
             let slot = by_kind.entry((offer.expert, offer.choice.form)).or_default();
             slot[offer.kind as usize] = Some((offer.error, offer.bytes));

@@ -31,7 +31,7 @@ pub fn heal_down(tokens: &HealTokens<'_>, parts: &[Part<'_>], options: &HealOpti
     tokens.check();
     let mut fit = Fit::new(tokens, parts);
     let before = fit.held_out();
-    let mut best: Option<(f64, f64, Vec<Option<Array2<f64>>>)> = None;
+    let mut best: Option<(f64, f64, Matrices)> = None;
     let mut keep_best = |fit: &Fit, lambda: f64| {
         let error: f64 = fit.held_out().iter().sum();
         if best.as_ref().is_none_or(|(least, ..)| error < *least) {
@@ -65,6 +65,9 @@ pub fn heal_down(tokens: &HealTokens<'_>, parts: &[Part<'_>], options: &HealOpti
         step,
     })
 }
+
+/// One for each part, `[hidden, width]`.
+type Matrices = Vec<Option<Array2<f64>>>;
 
 /// A fit under way.
 struct Fit {

@@ -55,7 +55,13 @@ impl Job<'_> {
             let weights = self.kept_weights(layer, expert, channels.as_deref())?;
             let mut outer = code::outer(rows, expert, hidden, pool.as_ref(), how)?;
             let (gate, up) = self.code_outer(layer, expert, &weights, matrices, &outer, how)?;
-            let factor = code::inner(rows, &mut outer.fed, hidden, (&code::decoded(&gate), &code::decoded(&up)), how)?;
+            let factor = code::inner(
+                rows,
+                &mut outer.fed,
+                hidden,
+                (&code::decoded(&gate), &code::decoded(&up)),
+                how,
+            )?;
             let down = self.code_one(
                 layer,
                 expert,

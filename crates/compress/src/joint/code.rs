@@ -2,8 +2,8 @@
 //! on others. Law: a matrix is fitted to the fitting part of the tokens alone.
 
 use cotk_container::writer::CodedExpert;
-use cotk_model::layers::{Mlp, silu};
 use cotk_model::layers::linear::Linear;
+use cotk_model::layers::{Mlp, silu};
 use cotk_quant::QuantError;
 use cotk_quant::code::{Bits, Code};
 use cotk_quant::coded::CodedMatrix;

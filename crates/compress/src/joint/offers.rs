@@ -207,7 +207,7 @@ impl<'a> Judge<'a> {
         let picked = sorted(picked).thinned(JUDGE_ROWS);
         let inputs = rows.inputs(&picked.tokens)?;
         let down = weights.down.weights();
-        let down = ArrayView2::from_shape((hidden, inner), &*down)
+        let down = ArrayView2::from_shape((hidden, inner), &down)
             .expect("a down projection")
             .mapv(f64::from);
         let usage = &rows.usage;

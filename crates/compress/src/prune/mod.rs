@@ -13,8 +13,8 @@ pub mod survey;
 pub mod walk;
 
 pub(crate) mod experts;
-pub(crate) mod probe;
 mod field;
 mod genetic;
 #[cfg(test)]
 mod laws;
+pub(crate) mod probe;

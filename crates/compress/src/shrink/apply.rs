@@ -81,13 +81,14 @@ impl SlimLayer {
     }
 
     fn parts(&self) -> Vec<Part<'_>> {
-        let part = |(slimmed, constant)| match (slimmed, constant) {
-            (&Some(ref slimmed), _) => Slimmed::part(slimmed),
-            (&None, Some(constant)) => Part::Constant(constant),
-            (&None, None) => Part::Absent,
-        };
         let constants = self.constants.iter().map(Option::as_deref);
-        self.experts.iter().zip(constants).map(part).collect()
+        let both = self.experts.iter().zip(constants);
+        both.map(|(slimmed, constant)| match (slimmed, constant) {
+            (Some(slimmed), _) => slimmed.part(),
+            (None, Some(constant)) => Part::Constant(constant),
+            (None, None) => Part::Absent,
+        })
+        .collect()
     }
 
     /// As a layer that can be walked through: what is gone answers with zeros, or with its constant.

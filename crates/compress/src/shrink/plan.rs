@@ -158,7 +158,7 @@ pub fn unequal(
     sizes: &Sizes,
 ) -> Result<Vec<Vec<Slim>>> {
     // Offers of each living expert (channels) or of each of its matrices (ranks).
-    let mut items: Vec<(usize, usize, usize, Vec<(usize, f64, usize)>)> = Vec::new();
+    let mut items: Vec<(usize, usize, usize, Offers)> = Vec::new();
     for (layer, (surveyed, alive)) in surveyed.iter().zip(alive).enumerate() {
         for (expert, found) in surveyed.experts.iter().enumerate().filter(|(expert, _)| alive[*expert]) {
             match way {
@@ -187,7 +187,7 @@ pub fn unequal(
                 offers.iter().map(candidate).collect()
             })
             .collect();
-        choice = Knapsack::default()
+        choice = Knapsack
             .allocate(&candidates, &budgets)
             .map_err(CompressError::Allocation)?
             .choice;
@@ -232,8 +232,11 @@ pub fn unequal(
     Ok(plan)
 }
 
+/// Size (channels or rank), loss, weights.
+type Offers = Vec<(usize, f64, usize)>;
+
 /// Channels that stay, loss, weights.
-fn channel_offers(found: &ShrinkExpert, sizes: &Sizes) -> Vec<(usize, f64, usize)> {
+fn channel_offers(found: &ShrinkExpert, sizes: &Sizes) -> Offers {
     // An expert of nothing would still be routed to: that is what dropping is for.
     let kept = (1..=sizes.inner).filter(|kept| kept % sizes.multiple == 0 || *kept == sizes.inner);
     kept.map(|kept| {
@@ -249,11 +252,11 @@ fn channel_offers(found: &ShrinkExpert, sizes: &Sizes) -> Vec<(usize, f64, usize
 }
 
 /// Rank (0: whole), loss, weights.
-fn rank_offers(found: &ShrinkExpert, kind: usize, sizes: &Sizes) -> Vec<(usize, f64, usize)> {
+fn rank_offers(found: &ShrinkExpert, kind: usize, sizes: &Sizes) -> Offers {
     let gains = &found.gains[kind];
     let most = break_even(sizes.inner, sizes.hidden).min(gains.len());
     let ranks = (1..=most).filter(|rank| rank % 4 == 0 || *rank == 1);
-    let mut offers: Vec<(usize, f64, usize)> = ranks
+    let mut offers: Offers = ranks
         .map(|rank| {
             let tail: f64 = gains[rank..].iter().rev().map(|&g| f64::from(g)).sum();
             (rank, tail, rank_weights(rank, sizes.hidden, sizes.inner))

@@ -528,6 +528,10 @@ pub struct Rows {
 }
 
 #[derive(Debug, Clone)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one for each layer; a box would be one more step per token"
+)]
 enum Projections {
     Grouped(Grouped),
     Latent(Latent),

@@ -39,6 +39,10 @@ pub(super) struct Latent {
 }
 
 #[derive(Debug, Clone)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one for each layer; a box would be one more step per token"
+)]
 enum Query {
     Whole(Linear),
     /// Down, norm, up.
