@@ -38,7 +38,7 @@ use crate::{CompressError, Result};
 
 /// What a nominal form may take above its budget, in bits per weight, for ragged last groups: rows of 96 weights end
 /// within a group of eight scales of 16. The same for every entrant.
-pub const ALLOWANCE_BITS: f64 = 0.015;
+pub const ALLOWANCE_BITS: f64 = 0.03;
 /// Uniform codes so far below the largest that fits are not tried: a bit fewer costs far more than coarser scales.
 const NEAR_BITS: f64 = 0.3;
 /// Scales of uniform codes; those of f16 first.
