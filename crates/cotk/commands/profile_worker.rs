@@ -142,8 +142,6 @@ pub(crate) fn worker(cx: &Context) -> Result<Outcome, Fault> {
             order.threads
         )));
     }
-    // What is cold is measured over hundreds of MiB, key after key.
-    cotk_run::system::keep_freed_memory();
     let mut out = std::io::stdout().lock();
     let mut say = |line: &Line| -> std::io::Result<()> {
         let text = serde_json::to_string(line).expect("plain data");

@@ -240,22 +240,6 @@ pub fn takes_best(subject: Subject) -> bool {
     }
 }
 
-/// Whether a thing is timed in twice as many sessions: what neighbours slow for long, where one of them meets a quiet time; and
-/// differences of what several threads take, which a thread that wakes late spoils for a whole session.
-pub fn is_unsteady(subject: Subject) -> bool {
-    let several = |key: &Key| match key {
-        Key::Conv(c) => c.threads > 1,
-        Key::LowRank(l) => l.conv.threads > 1,
-        Key::Linear(l) => l.threads > 1,
-        Key::Add(p) | Key::GlobalAvgPool(p) | Key::Entry(p) => p.threads > 1,
-        Key::Edge(e) => e.threads > 1,
-        Key::Pool(p) => p.threads > 1,
-        Key::Elementwise(e) => e.threads > 1,
-        _ => false,
-    };
-    takes_best(subject) || matches!(subject, Subject::Key(key) if several(&key))
-}
-
 /// Whether the sessions of a thing disagree. Times below a µs are within the timer's own noise.
 pub fn is_apart(sessions: &[Session], subject: Subject) -> bool {
     let medians = sessions

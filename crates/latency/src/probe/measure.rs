@@ -67,7 +67,7 @@ const CANARIES: usize = 8;
 /// Share of the budget for held-out shapes, and for what is no measuring.
 const HELDOUT_SHARE: f64 = 0.10;
 const REST_SHARE: f64 = 0.05;
-/// Share of a pass for everything once; the rest is a second session of what is unsteady.
+/// Share of a pass for everything once; the rest is a second, short session of what neighbours slow for long.
 const MAIN_SHARE: f64 = 0.85;
 /// Keys of one adaptive round: where the fit is worst, and where it rests on few.
 const ROUND: usize = 24;
@@ -202,7 +202,8 @@ pub fn measure(
         .iter()
         .filter(|key| !reached.contains(&Subject::Key(**key)))
         .count();
-    let is_short = |s: &&Subject| !plan.quick && gather::is_unsteady(**s);
+    // Twice as many sessions for what neighbours slow for long: one of them meets a quiet time.
+    let is_short = |s: &&Subject| !plan.quick && gather::takes_best(**s);
     let short: Vec<Subject> = reached.iter().filter(is_short).copied().collect();
     let between = |session: u32| sessions + 1 + session;
     run.job("measuring again", between(0), vec![short.clone()], run.until(share))?;
