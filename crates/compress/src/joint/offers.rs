@@ -36,7 +36,7 @@ const SLACK: f64 = 1.15;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Offered {
     pub offers: LayerOffers,
-    /// For gate, up and down: Σ over experts of the error of [`probe_form`] rounded to nearest, without a prior on traffic.
+    /// For gate, up and down: Σ over experts of the error of `probe_form` rounded to nearest, without a prior on traffic.
     pub probed: [f64; 3],
     pub notes: Vec<HessianNote>,
     /// Forms that were solved, of all experts and matrices.
