@@ -307,6 +307,21 @@ pub(crate) fn container(error: &ContainerError) -> Report {
             help: Some(damaged.to_owned()),
             ..facts("expert-record", WRONG_USE)
         },
+        ContainerError::Scale {
+            file,
+            layer,
+            expert,
+            what,
+            row,
+            found,
+        } => Report {
+            file: Some(file.display().to_string()),
+            key: Some(format!("{layer}, {expert}: {what}, row {row}")),
+            found: Some(found.to_string()),
+            expected: Some("a finite number".to_owned()),
+            help: Some("compress the model again: it was written with weights that are no numbers".to_owned()),
+            ..facts("tensor-value", WRONG_USE)
+        },
         ContainerError::Gguf {
             file,
             what,

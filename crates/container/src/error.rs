@@ -55,6 +55,17 @@ pub enum ContainerError {
         found: u64,
         expected: u64,
     },
+    /// A scale (or a value of a constant) that is NaN or infinite: whole bytes, and no weight.
+    #[error("{}: {layer}, {expert}: {what} has a scale of {found} in row {row}, expected a finite number", file.display())]
+    Scale {
+        file: PathBuf,
+        layer: LayerId,
+        expert: ExpertId,
+        /// A matrix, one of its factors, or a constant.
+        what: String,
+        row: usize,
+        found: f32,
+    },
     /// A GGUF file that is not whole, or cannot be written so; `what` is a key, a tensor or a field of the head.
     #[error("{}: `{what}`: found {found}, expected {expected}", file.display())]
     Gguf {

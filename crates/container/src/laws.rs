@@ -414,6 +414,59 @@ fn a_damaged_section_names_layer_expert_and_section_each_time() {
     }
 }
 
+/// Law: whole bytes with a scale that is no number are refused before they are used, by expert, matrix and row; experts beside
+/// them are not.
+#[test]
+fn a_scale_that_is_no_number_is_named_each_time() {
+    let nested = Code::Nested224;
+    type Spoil = fn(&mut CodedExpert) -> &mut Vec<u8>;
+    let cases: [(&str, Spoil); 3] = [
+        ("up matrix has a scale of NaN in row 5", |coded| &mut coded.up.planes[0]),
+        ("gate right factor has a scale of NaN in row 5", |coded| {
+            &mut coded.factors[0].as_mut().unwrap().right.planes[0]
+        }),
+        ("up left factor has a scale of NaN in row 5", |coded| {
+            &mut coded.factors[1].as_mut().unwrap().left.planes[0]
+        }),
+    ];
+    for (at, (message, spoil)) in cases.into_iter().enumerate() {
+        let mut experts = vec![
+            expert("a", 8, nested, nested, nested),
+            if at == 0 {
+                expert("b", 17, nested, nested, nested)
+            } else {
+                low_rank("d", 9)
+            },
+        ];
+        let NewState::Kept(coded) = &mut experts[1].state else {
+            unreachable!("made with weights");
+        };
+        // Codes of one step, then 16 scales.
+        let plane = spoil(coded);
+        let first_scale = plane.len().min(if at == 0 { 64 * 2 } else { 64 * 8 });
+        plane[first_scale + 2 * 5..][..2].copy_from_slice(&0x7e00u16.to_le_bytes());
+        let folder = tempfile::tempdir().unwrap();
+        finish(
+            folder.path(),
+            ContainerWriter::resume(folder.path(), vec![]).unwrap(),
+            vec![(LayerId(3), experts)],
+        );
+        let container = Container::open(folder.path()).unwrap();
+        assert!(container.expert(LayerId(3), ExpertId(0), 8).unwrap().is_some());
+        for bits in [2, 8, 8] {
+            let error = container
+                .expert(LayerId(3), ExpertId(1), bits)
+                .expect_err("no number")
+                .to_string();
+            assert!(
+                error.contains(message) && error.contains("layer 3, expert 1"),
+                "{error}"
+            );
+        }
+        assert!(matches!(container.verify(), Err(ContainerError::Scale { .. })));
+    }
+}
+
 /// Number tokens of a JSON text, outside strings: (from, to).
 fn numbers(text: &str) -> Vec<(usize, usize)> {
     let (mut found, mut in_string, mut from) = (Vec::new(), false, None);

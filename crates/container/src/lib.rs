@@ -21,5 +21,6 @@ pub use self::error::{ContainerError, Result};
 pub use cotk_quant::QuantError;
 
 mod error;
+mod finite;
 #[cfg(test)]
 mod laws;

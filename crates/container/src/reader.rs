@@ -5,11 +5,12 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use cotk_quant::coded::CodedView;
+use cotk_quant::coded::{CodedView, Prefix};
 use cotk_run::files;
 use cotk_run::units::{ExpertId, LayerId};
 use memmap2::Mmap;
 
+use crate::finite::{bad_half, bad_scale};
 use crate::layout::{Holds, Layout, Part, prefix_at};
 use crate::low_rank;
 use crate::manifest::{EXPERTS, Layer, MANIFEST, MANIFEST_LIMIT_BYTES, Manifest, Placed, Record, State};
@@ -40,6 +41,8 @@ struct Slot {
     at: (usize, usize),
     /// Bit i: section i was checked.
     checked: AtomicU8,
+    /// Bit i: all scales of [`Part`] i are numbers, those of its factors too.
+    finite: AtomicU8,
 }
 
 /// Whether a folder claims to be a container.
@@ -90,6 +93,7 @@ impl Container {
                     layout,
                     at: (l, e),
                     checked: AtomicU8::new(0),
+                    finite: AtomicU8::new(0),
                 });
             }
         }
@@ -132,7 +136,8 @@ impl Container {
     /// constant, or no such expert.
     ///
     /// # Errors
-    /// [`ContainerError::Section`] when a section that this width needs is damaged; again at every call.
+    /// [`ContainerError::Section`] when a section that this width needs is damaged, [`ContainerError::Scale`] when it was
+    /// written with a scale that is no number; again at every call.
     pub fn expert(&self, layer: LayerId, expert: ExpertId, bits: u32) -> Result<Option<ExpertView<'_>>> {
         let Some(slot) = self.index.get(&(layer, expert)).map(|&i| &self.slots[i]) else {
             return Ok(None);
@@ -157,7 +162,8 @@ impl Container {
     /// What an expert answers with whatever it is asked: `hidden` f16, little endian. `None`: it is no constant.
     ///
     /// # Errors
-    /// [`ContainerError::Section`] when it is damaged; again at every call.
+    /// [`ContainerError::Section`] when it is damaged, [`ContainerError::Scale`] when it holds what is no number; again at
+    /// every call.
     pub fn constant(&self, layer: LayerId, expert: ExpertId) -> Result<Option<&[u8]>> {
         let Some(slot) = self.index.get(&(layer, expert)).map(|&i| &self.slots[i]) else {
             return Ok(None);
@@ -168,7 +174,11 @@ impl Container {
         self.check_section(slot, 0)?;
         let record = self.placed(slot);
         let section = record.sections[0];
-        Ok(Some(self.bytes(record.offset + section.offset, section.bytes)))
+        let bytes = self.bytes(record.offset + section.offset, section.bytes);
+        match bad_half(bytes) {
+            None => Ok(Some(bytes)),
+            Some((row, found)) => Err(self.not_a_number(slot, "constant", row, found)),
+        }
     }
 
     /// Checks every byte of the container. Reads all of it.
@@ -180,6 +190,9 @@ impl Container {
             for section in 0..self.placed(slot).sections.len() {
                 self.check_section(slot, section)?;
             }
+            // And the scales.
+            self.expert(slot.layer, slot.expert, 1)?;
+            self.constant(slot.layer, slot.expert)?;
         }
         // The padding between records, too.
         check_file(&self.folder.join(EXPERTS), self.manifest.files[EXPERTS].xxh3.0)
@@ -207,6 +220,7 @@ impl Container {
             (factor(Holds::Left, rank.left), factor(Holds::Right, rank.right))
         });
         if let (Some((left, right)), false) = (factors, matrix.shape().has_codes()) {
+            self.check_scales(slot, part, [Some(&left), Some(&right), None])?;
             return Ok(MatrixView::Product { left, right });
         }
         let codes = {
@@ -221,6 +235,8 @@ impl Container {
                 .expect("lengths and zero points passed the manifest's gate");
             view.prefix(width).expect("its planes were just given")
         };
+        let (left, right) = factors.as_ref().map(|(left, right)| (left, right)).unzip();
+        self.check_scales(slot, part, [left, right, Some(&codes)])?;
         Ok(match factors {
             None => MatrixView::Codes(codes),
             Some((left, right)) => MatrixView::Corrected { codes, left, right },
@@ -280,6 +296,40 @@ impl Container {
             return Err(fail("checksum", text(found), text(record.header)));
         }
         Ok(())
+    }
+
+    /// Holds all scales of one matrix to be numbers, once: right after its bytes were held to their checksum.
+    fn check_scales(&self, slot: &Slot, part: Part, of: [Option<&Prefix<'_>>; 3]) -> Result<()> {
+        let bit = 1u8 << part as u8;
+        // Scales lie in the lowest planes, so all widths have the same. Two threads may both check.
+        if slot.finite.load(Ordering::Acquire) & bit != 0 {
+            return Ok(());
+        }
+        let names = ["left factor", "right factor", "matrix"];
+        for (name, codes) in names.into_iter().zip(of) {
+            if let Some(bad) = codes.and_then(bad_scale) {
+                let part = match part {
+                    Part::Gate => "gate",
+                    Part::Up => "up",
+                    Part::Down => "down",
+                };
+                let what = format!("{part} {name}");
+                return Err(self.not_a_number(slot, &what, bad.row, bad.found));
+            }
+        }
+        slot.finite.fetch_or(bit, Ordering::Release);
+        Ok(())
+    }
+
+    fn not_a_number(&self, slot: &Slot, what: &str, row: usize, found: f32) -> ContainerError {
+        ContainerError::Scale {
+            file: self.folder.join(EXPERTS),
+            layer: slot.layer,
+            expert: slot.expert,
+            what: what.to_owned(),
+            row,
+            found,
+        }
     }
 
     fn check_section(&self, slot: &Slot, section: usize) -> Result<()> {
