@@ -1,24 +1,29 @@
-"""`cotk bench` against llama-bench: the same random weights of real shapes, interleaved on this machine.
+"""`cotk bench` against llama-bench: the same random weights of real shapes, in turn on this machine.
 
-    compare_llama_cpp.py prepare --llama FOLDER [--work DIR] [--only CASE,…]
-    compare_llama_cpp.py run     --llama FOLDER [--work DIR] [--only CASE,…] [--results DIR]
     compare_llama_cpp.py list
+    compare_llama_cpp.py run --llama FOLDER [--only CASE,…] [--work DIR] [--results DIR] [--again] [--keep] [--seconds N]
 
-`prepare` writes a GGUF file of each case (`cotk export --synthetic`, dense matrices at 8 bit on both sides), holds
-llama.cpp's logits over 64 teacher-forced positions to those of `cotk logits` (mean KL of 1e-3 nats or less) and finds
-which of `--repack 0|1` is faster there. `run` measures: cotk, llama.cpp, cotk again, the file read before; the read
-bandwidth is measured by `cotk bench` between its samples, so in the same minute. Calls of llama.cpp during which other
-processes used more than 5 % of the machine are made again and counted; `cotk bench` does so by itself. One file a case:
-RESULTS/engine-CASE.toml.
+Case by case, so that one GGUF file at a time is on disk: writes it (`cotk export --synthetic`, dense matrices at 8 bit on
+both sides), holds llama.cpp's logits over 64 teacher-forced positions to those of `cotk logits` (mean KL of 1e-3 nats or
+less), measures, deletes it. Measured are cotk, llama.cpp, cotk again; the read bandwidth stands beside each row from the
+same minute: `cotk bench` measures it between its samples, and a short `cotk bench` after each call of llama.cpp. Calls of
+llama.cpp during which other processes used more than 5 % of the machine are made again and counted; `cotk bench` drops and
+counts its samples by itself. llama.cpp decodes with both values of `--repack`, and the better one counts.
+
+One file a case: RESULTS/engine-CASE.toml. A case whose file is of the same cotk binary is not measured again (--again
+does), so a stopped run goes on where it was. --seconds ends it before a case that would take longer than what is left
+(`list` says what cases took on 2 cores). Nothing else should run on the machine.
 
 FOLDER is what build_llama_cpp.sh made (its build/bin is used); its system line must say AVX512_VNNI = 1. Needs numpy and
-the Python package beside the build for `prepare`, nothing for `run`. Exits 1 when agreement is missed.
+the Python package beside the build. Exits 1 when an agreement is missed.
 """
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import statistics
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,21 +34,24 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 COTK = os.environ.get("COTK", str(ROOT / "target/debug/cotk"))
 
-# name: (shape, layers, bits, has a peer, prompts, steps, batches). Half of Qwen1.5-MoE's layers at 8 bit: both programs'
-# weights do not fit 23 GB of memory else.
+# name: (shape, layers, bits, has a peer, prompt, steps, batches, about how many seconds). Half of Qwen1.5-MoE's layers at 8
+# bit: both programs' weights do not fit 23 GB of memory else. `busy` takes the file of the case before it, `first-token`
+# has no peer.
 CASES = {
-    "olmoe-8": ("olmoe-1b-7b", None, 8, True, 512, 48, [1]),
-    "olmoe-4": ("olmoe-1b-7b", None, 4, True, 512, 48, [1, 4]),
-    "qwen15-8": ("qwen1.5-moe-a2.7b", 12, 8, True, 512, 32, [1]),
-    "qwen15-4": ("qwen1.5-moe-a2.7b", None, 4, True, 512, 32, [1, 4]),
-    "ref-8": ("ref-qwen2moe", None, 8, True, 512, 128, [1]),
-    "ref-4": ("ref-qwen2moe", None, 4, True, 512, 128, [1]),
-    "olmoe-3": ("olmoe-1b-7b", None, 3, False, 0, 32, [1]),
-    "olmoe-2": ("olmoe-1b-7b", None, 2, False, 0, 32, [1]),
-    "qwen15-2": ("qwen1.5-moe-a2.7b", None, 2, False, 0, 32, [1]),
-    "busy": ("olmoe-1b-7b", None, 8, True, 0, 16, [1]),
+    "ref-8": ("ref-qwen2moe", None, 8, True, 512, 128, [1, 4], 60),
+    "ref-4": ("ref-qwen2moe", None, 4, True, 512, 128, [1, 4], 60),
+    "olmoe-4": ("olmoe-1b-7b", None, 4, True, 512, 48, [1, 4], 220),
+    "olmoe-8": ("olmoe-1b-7b", None, 8, True, 512, 48, [1, 4], 240),
+    "busy": ("olmoe-1b-7b", None, 8, True, 0, 16, [1], 80),
+    "qwen15-4": ("qwen1.5-moe-a2.7b", None, 4, True, 512, 32, [1, 4], 300),
+    "qwen15-8": ("qwen1.5-moe-a2.7b", 12, 8, True, 512, 32, [1, 4], 220),
+    "olmoe-3": ("olmoe-1b-7b", None, 3, False, 0, 32, [1], 40),
+    "olmoe-2": ("olmoe-1b-7b", None, 2, False, 0, 32, [1], 40),
+    "qwen15-2": ("qwen1.5-moe-a2.7b", None, 2, False, 0, 32, [1], 50),
+    "first-token": ("olmoe-1b-7b", None, 4, False, 0, 8, [1], 50),
 }
 FILE_OF = {"busy": "olmoe-8"}
+VOCAB = {"olmoe-1b-7b": 50304, "qwen1.5-moe-a2.7b": 151936, "ref-qwen2moe": 4096}
 DISTURBED = 0.05
 
 
@@ -54,6 +62,12 @@ def subject(case):
 
 def gguf_of(args, case):
     return Path(args.work) / f"{FILE_OF.get(case, case)}.gguf"
+
+
+def binary():
+    """Of the program that is measured: results of another are not these."""
+    with open(COTK, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def cotk(*arguments):
@@ -75,7 +89,7 @@ def children_ticks():
 
 
 def llama_bench(args, case, *more, tries=3, any_load=False, timeout=600):
-    """Rows of llama-bench, and how many calls were thrown away because others used the machine."""
+    """Rows of llama-bench, how many calls were thrown away because others used the machine, and others' share of the last."""
     command = [f"{args.llama}/build/bin/llama-bench", "-m", str(gguf_of(args, case)), "-ngl", "0", "-fa", "1",
                "-ctk", "f16", "-ctv", "f16", "-o", "json", *more]
     for dropped in range(tries):
@@ -88,7 +102,14 @@ def llama_bench(args, case, *more, tries=3, any_load=False, timeout=600):
         others = (now_busy - busy - (children_ticks() - own)) / max(now_whole - whole, 1)
         if any_load or others <= DISTURBED:
             break
-    return json.loads(done.stdout), dropped
+    return json.loads(done.stdout), dropped, max(others, 0.0)
+
+
+def read_bandwidth(threads):
+    """GB/s of this minute, as `cotk bench` measures it."""
+    result, _ = cotk("bench", "--synthetic", "ref-qwen2moe", "--layers", "1", "--bits", "2", "--prompt", "0", "--generate",
+                     "8", "--repeats", "3", "--threads", str(threads), "--keep-disturbed")
+    return result["rows"][0]["bandwidth_gb_per_s"]
 
 
 def read_file(path):
@@ -118,38 +139,33 @@ def ids(vocab):
     return found
 
 
-def prepare(args):
-    ok = True
-    Path(args.work).mkdir(parents=True, exist_ok=True)
-    print(system_line(args))
-    for case in args.only:
-        if not CASES[case][3] or case in FILE_OF:
-            continue
-        path = gguf_of(args, case)
-        if not path.exists():
-            cotk("export", *subject(case), "--gguf", str(path))
-        vocab = {"olmoe-1b-7b": 50304, "qwen1.5-moe-a2.7b": 151936, "ref-qwen2moe": 4096}[CASES[case][0]]
-        tokens = ",".join(map(str, ids(vocab)))
-        with tempfile.TemporaryDirectory(dir=args.work) as folder:
-            cotk("logits", *subject(case), "--tokens", tokens, "--out", f"{folder}/l.npy")
-            environment = dict(os.environ, LLAMA_CPP_LIB_PATH=f"{args.llama}/build/bin")
-            environment["PYTHONPATH"] = next(
-                str(p) for p in (Path(args.llama) / "source", Path(args.llama) / "src") if p.exists())
-            done = subprocess.run(
-                [sys.executable, str(HERE / "check_exports.py"), "logits", str(path), f"{folder}/l.npy", "--tokens", tokens],
-                env=environment, capture_output=True, text=True)
-        lines = [line for line in done.stdout.splitlines() if line.startswith(("ok", "MISS"))]
-        agreement = lines[-1] if lines else done.stderr[-2000:]
-        print(case, agreement)
-        ok &= done.returncode == 0
-        rows, _ = llama_bench(args, case, "-p", "64", "-n", "12", "-t", "2", "-r", "2", "--repack", "0,1", any_load=True)
-        best = {}
-        for phase, key in (("prefill", "n_prompt"), ("decode", "n_gen")):
-            rates = {row.get("repack", at // 2): row["avg_ts"] for at, row in enumerate(rows) if row[key]}
-            best[phase] = int(max(rates, key=rates.get))
-            print(case, phase, "tokens/s by --repack:", rates)
-        path.with_suffix(".json").write_text(json.dumps({"agreement": agreement, "repack": best}))
-    return ok
+def prepare(args, case):
+    """Writes the file of a case; what it says of agreement, whether that is enough, and the better --repack of prefill."""
+    path = gguf_of(args, case)
+    said = path.with_suffix(".json")
+    if path.exists() and said.exists():
+        about = json.loads(said.read_text())
+        if about["binary"] == binary():
+            return about
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cotk("export", *subject(case), "--gguf", str(path))
+    tokens = ",".join(map(str, ids(VOCAB[CASES[case][0]])))
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        cotk("logits", *subject(case), "--tokens", tokens, "--out", f"{folder}/l.npy")
+        environment = dict(os.environ, LLAMA_CPP_LIB_PATH=f"{args.llama}/build/bin")
+        environment["PYTHONPATH"] = next(
+            str(p) for p in (Path(args.llama) / "source", Path(args.llama) / "src") if p.exists())
+        done = subprocess.run(
+            [sys.executable, str(HERE / "check_exports.py"), "logits", str(path), f"{folder}/l.npy", "--tokens", tokens],
+            env=environment, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("ok", "MISS"))]
+    about = {"agreement": lines[-1] if lines else done.stderr[-2000:], "agrees": done.returncode == 0, "binary": binary()}
+    print(case, about["agreement"], flush=True)
+    rows, _, _ = llama_bench(args, case, "-p", "64", "-n", "0", "-t", "2", "-r", "1", "--repack", "0,1", any_load=True)
+    rates = {row.get("repack", at): row["avg_ts"] for at, row in enumerate(rows)}
+    about["repack"] = int(max(rates, key=rates.get))
+    said.write_text(json.dumps(about))
+    return about
 
 
 def median(rows, **wanted):
@@ -170,6 +186,7 @@ def median(rows, **wanted):
     row["tokens_per_s"] = rate
     row["repeats"] = sum(r["repeats"] for r in found)
     row["dropped"] = sum(r["dropped"] for r in found)
+    row["others_pct"] = max(r["others_pct"] for r in found)
     return row
 
 
@@ -189,13 +206,17 @@ def result_row(case, phase, batch, threads, ours, theirs):
         "samples": ours["repeats"], "dropped": ours["dropped"],
     }
     if theirs:
-        rate, spread = theirs
-        share = rate / ours["tokens_per_s"]
-        row.update({"llama_cpp_tokens_per_s": rate, "llama_cpp_spread": spread, "ratio": 1 / share})
+        share = theirs["rate"] / ours["tokens_per_s"]
+        row.update({"llama_cpp_tokens_per_s": theirs["rate"], "llama_cpp_spread": theirs["spread"], "ratio": 1 / share,
+                    "llama_cpp_repack": theirs["repack"], "llama_cpp_samples": theirs["samples"],
+                    "llama_cpp_calls_dropped": theirs["dropped"], "llama_cpp_others_pct": 100 * theirs["others"],
+                    "llama_cpp_bandwidth_gb_per_s": theirs["bandwidth"]})
         if phase == "decode" and batch == 1:
-            row["llama_cpp_pct_of_bandwidth"] = ours["pct_of_bandwidth"] * share
+            gb_per_s = theirs["rate"] * row["weight_gb_per_token"]
+            row["llama_cpp_pct_of_bandwidth"] = 100 * gb_per_s / theirs["bandwidth"]
         if phase == "prefill":
             row["llama_cpp_pct_of_vnni_peak"] = ours["pct_of_peak"] * share
+    row["cotk_others_pct"] = ours["others_pct"]
     return row
 
 
@@ -234,112 +255,175 @@ def head(args, case, command):
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": "benches/peers/compare_llama_cpp.py run --only " + case,
         "cotk_command": command,
+        "cotk_binary": binary(),
         "weights": "random, the same in both programs; dense matrices at 8 bit",
     }
+
+
+def peer(args, case, phase, threads, prompt, steps, repack):
+    """llama.cpp at one thread count: medians, for a prompt the best (its first sample warms up for the others)."""
+    small = CASES[case][0] == "ref-qwen2moe"
+    if phase == "prefill":
+        flags = ["-p", str(prompt), "-n", "0", "-r", "5" if small else "2", "--no-warmup"]
+    else:
+        flags = ["-p", "0", "-n", str(steps), "-r", "5" if small else "3"]
+    both = small or phase == "decode"
+    rows, dropped, others = llama_bench(args, case, *flags, "-t", str(threads), "--repack", "0,1" if both else str(repack))
+    pick = max if phase == "prefill" else statistics.median
+    best = max(rows, key=lambda row: pick(row["samples_ts"]))
+    return {"rate": pick(best["samples_ts"]), "spread": best["stddev_ts"], "samples": len(best["samples_ts"]),
+            "repack": int(best.get("repack", repack)), "dropped": dropped, "others": others,
+            "bandwidth": read_bandwidth(threads)}
 
 
 def run_busy(args, case):
     """Decode beside a process that spins: 2 threads against 1 thread of the quiet machine."""
     common = ["bench", *subject(case), "--prompt", "0", "--generate", "16", "--repeats", "3"]
     quiet, _ = cotk(*common, "--threads", "1")
-    their_quiet, _ = llama_bench(args, case, "-p", "0", "-n", "16", "-t", "1", "-r", "3")
+    their_quiet = peer(args, case, "decode", 1, 0, 16, 1)
     spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=lambda: os.sched_setaffinity(0, {1}))
     try:
         busy, _ = cotk(*common, "--threads", "2", "--keep-disturbed")
-        their_busy, _ = llama_bench(args, case, "-p", "0", "-n", "6", "-t", "2", "-r", "2", "--no-warmup", any_load=True)
+        rows, _, others = llama_bench(args, case, "-p", "0", "-n", "6", "-t", "2", "-r", "2", "--no-warmup", "--repack",
+                                      str(their_quiet["repack"]), any_load=True)
+        their_busy = {"rate": rows[0]["avg_ts"], "spread": rows[0]["stddev_ts"], "samples": 2, "dropped": 0, "others": others,
+                      "repack": their_quiet["repack"], "bandwidth": busy["rows"][0]["bandwidth_gb_per_s"]}
     finally:
         spinner.kill()
         spinner.wait()
     rows = []
     for name, ours, theirs, threads in (("decode", quiet, their_quiet, 1), ("decode, busy", busy, their_busy, 2)):
-        row = result_row(case, "decode", 1, threads, ours["rows"][0], (theirs[0]["avg_ts"], theirs[0]["stddev_ts"]))
+        row = result_row(case, "decode", 1, threads, ours["rows"][0], theirs)
         row["phase"] = name
         rows.append(row)
     rows[1]["pct_of_quiet_1_thread"] = 100 * rows[1]["cotk_tokens_per_s"] / rows[0]["cotk_tokens_per_s"]
     rows[1]["llama_cpp_pct_of_quiet_1_thread"] = 100 * rows[1]["llama_cpp_tokens_per_s"] / rows[0]["llama_cpp_tokens_per_s"]
     print(f"busy: cotk keeps {rows[1]['pct_of_quiet_1_thread']:.0f} %, llama.cpp {rows[1]['llama_cpp_pct_of_quiet_1_thread']:.0f} %")
-    return rows, "cotk " + " ".join(common)
+    return rows, {}, "cotk " + " ".join(common)
+
+
+def run_first_token(args, case):
+    """A container in page cache: the first token of a fresh process, and memory once everything was used."""
+    folder = Path(args.work) / "container"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        cotk("export", *subject(case), "--container", str(folder))
+        common = ["bench", str(folder), "--prompt", "0", "--generate", "8", "--repeats", "3"]
+        found = []
+        for _ in range(5):
+            for file in folder.iterdir():
+                read_file(file)
+            found.append(cotk(*common)[0])
+        rows = [result_row(case, "decode", 1, row["threads"], row, None) for row in found[-1]["rows"]]
+        last = found[-1]
+        extra = {
+            "container_bytes": sum(file.stat().st_size for file in folder.iterdir()),
+            "first_token_s": statistics.median(f["first_token_s"] for f in found),
+            "first_token_s_all": [round(f["first_token_s"], 3) for f in found],
+            "weight_bytes": last["whole_weight_bytes"],
+            "peak_rss_bytes": last["whole_peak_rss_bytes"],
+            "peak_over_weights": last["whole_peak_rss_bytes"] / last["whole_weight_bytes"],
+            "of_that_own_bytes": last["whole_own_bytes"],
+            "of_that_mapped_bytes": last["whole_mapped_bytes"],
+        }
+        print(f"first token after {extra['first_token_s']:.2f} s, peak memory {extra['peak_over_weights']:.3f} of the weights")
+        return rows, extra, "cotk " + " ".join(common).replace(str(folder), "CONTAINER")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_case(args, case, about):
+    """Rows of one case, what else there is to say, and the command of cotk."""
+    shape, layers, bits, has_peer, prompt, steps, batches, _ = CASES[case]
+    small = shape == "ref-qwen2moe"
+    bench = ["bench", *subject(case), "--prompt", str(prompt), "--generate", str(steps), "--batch",
+             ",".join(map(str, batches)), "--threads", "1,2", "--repeats", "5" if small else "2"]
+    result, warnings = cotk(*bench)
+    ours, theirs = result["rows"], {}
+    phases = ["prefill"] * (prompt > 0) + ["decode"]
+    if has_peer:
+        read_file(gguf_of(args, case))
+        for threads in (1, 2):
+            for phase in reversed(phases):
+                theirs[phase, threads] = peer(args, case, phase, threads, prompt, steps, about["repack"])
+    again, more = cotk(*bench)
+    ours += again["rows"]
+    rows = []
+    for threads in (1, 2):
+        for phase, batch in [("prefill", 1)] * (prompt > 0) + [("decode", b) for b in batches]:
+            wanted = {"threads": threads, "batch": batch, "name": f"pp{prompt}" if phase == "prefill" else f"tg{steps}"}
+            found = theirs.get((phase, threads)) if batch == 1 else None
+            rows.append(result_row(case, phase, batch, threads, median(ours, **wanted), found))
+            if batch > 1:
+                alone = next(r for r in rows if r["phase"] == "decode" and r["batch"] == 1 and r["threads"] == threads)
+                rows[-1]["over_sequential"] = rows[-1]["cotk_tokens_per_s"] / alone["cotk_tokens_per_s"]
+                reads = rows[-1]["weight_gb_per_token"] * batch
+                rows[-1]["byte_limit_over_sequential"] = alone["weight_gb_per_token"] * batch / reads
+                print(f"{case}: batch {batch} over {batch} sequential streams, {threads} threads: "
+                      f"{rows[-1]['over_sequential']:.2f} (bytes allow {rows[-1]['byte_limit_over_sequential']:.2f})")
+    extra = {"distinct_expert_bytes_per_100_tokens": result["distinct_expert_bytes_per_100_tokens"],
+             "peak_rss_bytes": result["peak_rss_bytes"], "warnings": sorted(set(warnings + more)) or None}
+    return rows, extra, "cotk " + " ".join(bench)
+
+
+def is_done(args, case):
+    path = Path(args.results) / f"engine-{case}.toml"
+    return path.exists() and f'cotk_binary = "{binary()}"' in path.read_text()
 
 
 def run(args):
     line = system_line(args)
-    for case in args.only:
+    deadline = time.time() + args.seconds if args.seconds else None
+    ok = True
+    for at, case in enumerate(args.only):
+        has_peer, about_s = CASES[case][3], CASES[case][7]
+        if is_done(args, case) and not args.again:
+            print(f"{case}: measured with this binary before", flush=True)
+            continue
+        if deadline and time.time() + about_s > deadline:
+            print(f"{case}: takes about {about_s} s, left for another call", flush=True)
+            continue
         began = time.time()
-        shape, layers, bits, has_peer, prompt, steps, batches = CASES[case]
         path = gguf_of(args, case)
-        about = {}
+        about = prepare(args, FILE_OF.get(case, case)) if has_peer else {}
+        ok &= about.get("agrees", True)
+        prepared = time.time()
         if has_peer:
-            if not path.exists():
-                sys.exit(f"{path} is missing: `compare_llama_cpp.py prepare` first")
-            about = json.loads(path.with_suffix(".json").read_text())
             read_file(path)
-        extra = {}
-        if case == "busy":
-            rows, command = run_busy(args, case)
-        else:
-            small = shape == "ref-qwen2moe"
-            bench = ["bench", *subject(case), "--prompt", str(prompt), "--generate", str(steps), "--batch",
-                     ",".join(map(str, batches)), "--threads", "1,2", "--repeats", "5" if small else "2"]
-            command = "cotk " + " ".join(bench)
-            result, warnings = cotk(*bench)
-            ours, theirs, dropped = result["rows"], {}, 0
-            if has_peer:
-                read_file(path)
-                for phase, flags in (("decode", ["-p", "0", "-n", str(steps), "-r", "5" if small else "3"]),
-                                     ("prefill", ["-p", str(prompt), "-n", "0", "-r", "5" if small else "1"])):
-                    # Both where it costs little, and the better one counts; else what `prepare` found.
-                    both = small or phase == "decode"
-                    repack = "0,1" if both else str(about["repack"][phase])
-                    found, thrown = llama_bench(args, case, *flags, "-t", "1,2", "--repack", repack)
-                    dropped += thrown
-                    for row in found:
-                        rate = (statistics.median(row["samples_ts"]), row["stddev_ts"])
-                        key = (phase, row["n_threads"])
-                        theirs[key] = max(theirs.get(key, (0, 0)), rate)
-            again, more = cotk(*bench)
-            ours += again["rows"]
-            rows = []
-            for threads in (1, 2):
-                for phase, batch in [("prefill", 1)] * (prompt > 0) + [("decode", b) for b in batches]:
-                    wanted = {"threads": threads, "batch": batch, "name": f"pp{prompt}" if phase == "prefill" else f"tg{steps}"}
-                    peer = theirs.get((phase, threads)) if batch == 1 else None
-                    rows.append(result_row(case, phase, batch, threads, median(ours, **wanted), peer))
-                    if batch > 1:
-                        alone = next(r for r in rows if r["phase"] == "decode" and r["batch"] == 1 and r["threads"] == threads)
-                        rows[-1]["over_sequential"] = rows[-1]["cotk_tokens_per_s"] / alone["cotk_tokens_per_s"]
-                        reads = rows[-1]["weight_gb_per_token"] * batch
-                        rows[-1]["byte_limit_over_sequential"] = alone["weight_gb_per_token"] * batch / reads
-                        print(f"{case}: batch {batch} over {batch} sequential streams, {threads} threads: "
-                              f"{rows[-1]['over_sequential']:.2f} (bytes allow {rows[-1]['byte_limit_over_sequential']:.2f})")
-            extra = {"distinct_expert_bytes_per_100_tokens": result["distinct_expert_bytes_per_100_tokens"],
-                     "peak_rss_bytes": result["peak_rss_bytes"], "llama_cpp_calls_dropped": dropped,
-                     "warnings": sorted(set(warnings + more)) or None}
-        peer = {"llama_cpp": "llama-cpp-python 0.3.36, llama-bench -fa 1 -ctk f16 -ctv f16", "llama_cpp_system": line,
-                "llama_cpp_repack": json.dumps(about["repack"]), "agreement": about["agreement"]} if has_peer else {}
-        write(args, case, {**head(args, case, command), **peer, **extra, "seconds": round(time.time() - began)}, rows)
+        measure = {"busy": lambda: run_busy(args, case), "first-token": lambda: run_first_token(args, case)}
+        rows, extra, command = measure.get(case, lambda: run_case(args, case, about))()
+        said = {"llama_cpp": "llama-cpp-python 0.3.36, llama-bench -fa 1 -ctk f16 -ctv f16", "llama_cpp_system": line,
+                "agreement": about["agreement"]} if has_peer else {}
+        seconds = {"seconds": round(time.time() - began), "seconds_of_that_preparing": round(prepared - began)}
+        write(args, case, {**head(args, case, command), **said, **extra, **seconds}, rows)
+        still = [path] * any(gguf_of(args, later) == path and not is_done(args, later) for later in args.only[at + 1:])
+        if has_peer and not args.keep and not still:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".json").unlink(missing_ok=True)
+    return ok
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="what", required=True)
     parts.add_parser("list")
-    for name in ("prepare", "run"):
-        part = parts.add_parser(name)
-        part.add_argument("--llama", required=True, help="folder of build_llama_cpp.sh")
-        part.add_argument("--work", default="/tmp/cotk-peers", help="folder of the GGUF files (30 GB for all cases)")
-        part.add_argument("--only", default=",".join(CASES), help="cases, separated by commas")
-        part.add_argument("--results", default=str(ROOT / "benches/results"))
+    part = parts.add_parser("run")
+    part.add_argument("--llama", required=True, help="folder of build_llama_cpp.sh")
+    part.add_argument("--work", default="/tmp/cotk-peers", help="folder of the GGUF files (8 GB at a time)")
+    part.add_argument("--only", default=",".join(CASES), help="cases, separated by commas")
+    part.add_argument("--results", default=str(ROOT / "benches/results"))
+    part.add_argument("--again", action="store_true", help="also what this binary was measured on before")
+    part.add_argument("--keep", action="store_true", help="keep the GGUF files")
+    part.add_argument("--seconds", type=float, help="begin no case that takes longer than what is left of these")
     args = parser.parse_args()
     if args.what == "list":
-        print("\n".join(CASES))
+        print("\n".join(f"{name:12} about {about[7]} s" for name, about in CASES.items()))
         return
     args.only = args.only.split(",")
     unknown = [case for case in args.only if case not in CASES]
     if unknown:
         sys.exit(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
-    if args.what == "prepare":
-        sys.exit(0 if prepare(args) else 1)
-    run(args)
+    sys.exit(0 if run(args) else 1)
 
 
 if __name__ == "__main__":
