@@ -163,6 +163,14 @@ pub(crate) fn latency(error: &cotk_latency::Error) -> Report {
             help: Some("measure this machine with `cotk profile`".into()),
             ..facts("not-measured", WRONG_USE)
         },
+        Error::Lacks { profile, lacks, .. } => Report {
+            file: Some(profile.clone()),
+            found: Some(format!("no measurement of {}", lacks.join(", "))),
+            help: Some(
+                "measure this machine with `cotk profile`, with more time if that one was short: --seconds S".into(),
+            ),
+            ..facts("not-measured", WRONG_USE)
+        },
         Error::Line {
             file, found, expected, ..
         } => Report {

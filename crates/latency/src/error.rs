@@ -20,6 +20,13 @@ pub enum Error {
     /// No row and no coefficients for this kind of operator: nothing honest can be said.
     #[error("profile `{profile}` has no measurement of `{path}` (needed for {key})")]
     NotMeasured { profile: String, path: String, key: String },
+    /// Kinds of operators, by name, without which whatever it is needed for cannot be predicted.
+    #[error("profile `{profile}` lacks {}: needed for {needed_for}", lacks.join(", "))]
+    Lacks {
+        profile: String,
+        lacks: Vec<String>,
+        needed_for: String,
+    },
     /// A line of a profile's file that cannot be right.
     #[error("{}:{line}: {what}: found {found}, expected {expected}", file.display())]
     Line {

@@ -349,6 +349,11 @@ impl Model {
         }
     }
 
+    /// The machine's.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Channels in a block of the machine's layout.
     pub(crate) fn block(&self) -> Block {
         self.block

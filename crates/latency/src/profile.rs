@@ -5,6 +5,7 @@
 mod conditions;
 mod csv;
 mod find;
+mod lacks;
 mod networks;
 mod sealed;
 
@@ -29,6 +30,7 @@ use crate::{Error, Result};
 
 pub use self::conditions::{Carried, Conditions, LeftOut, Level, throttled};
 pub use self::find::{Found, Request, find, home};
+pub use self::lacks::MOST_LOST_PCT;
 pub use self::networks::NetworkRow;
 
 const LIMIT_BYTES: u64 = 1 << 28;
@@ -318,16 +320,17 @@ impl Profile {
                 file: coeffs.clone(),
                 detail,
             };
-            if let Some(c) = path
-                .term
-                .iter()
-                .find(|c| !(c.us_per_unit.is_finite() && c.us_per_unit >= 0.0))
-            {
+            if let Some(c) = path.term.iter().find(|c| {
+                !([c.us_per_unit, c.spread_us.unwrap_or(0.0)]
+                    .iter()
+                    .all(|us| us.is_finite() && *us >= 0.0))
+            }) {
                 let detail = format!(
-                    "path {}: {}: found {}, expected 0 or more",
+                    "path {}: {}: found {} ± {}, expected 0 or more",
                     path.name,
                     c.term.name(),
-                    c.us_per_unit
+                    c.us_per_unit,
+                    c.spread_us.unwrap_or(0.0)
                 );
                 return Err(fail(detail));
             }

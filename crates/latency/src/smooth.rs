@@ -142,6 +142,7 @@ mod tests {
         let call = Coefficient {
             term: Term::Call,
             us_per_unit: 10.0,
+            spread_us: None,
             min: 1.0,
             max: 1.0,
         };

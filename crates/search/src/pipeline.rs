@@ -105,6 +105,7 @@ pub fn dry_run(request: &Request<'_>) -> Result<DryRun> {
     let bytes = |point: &Point| Ok::<u64, SearchError>(space.cost_graph(point, Form::Int8)?.bytes());
     let (mut times, mut limits) = (None, Vec::new());
     if let Some((_, model)) = &found {
+        profile::suffices(&space, model)?;
         let costs = Costs::new(&space, &Tables::new(&space, model)?)?;
         limits = limits_of(recipe, &space, &costs)?;
         reachable(&space, &costs, &limits)?;
@@ -386,6 +387,7 @@ impl Run<'_> {
             Some(found) => found,
             None => profile::measure(space, &self.folder.join("profile"), request)?,
         };
+        profile::suffices(space, &model)?;
         let tables = Tables::new(space, &model)?;
         let costs = Costs::new(space, &tables)?;
         let limits = limits_of(&request.recipe, space, &costs)?;

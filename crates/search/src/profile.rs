@@ -64,6 +64,14 @@ pub fn find(flag: Option<&Path>, force: bool, recipe: &Recipe) -> Result<Option<
     }
 }
 
+/// Refuses a profile in which a kind of operator of the space is missing, all of them by name.
+///
+/// # Errors
+/// [`SearchError::Latency`].
+pub fn suffices(space: &Space, model: &Model) -> Result<()> {
+    Ok(model.suffices(&space.cover()?, THREADS, "the networks of this search")?)
+}
+
 /// Measures the operators of the space into `folder` (a run's own): seconds, not minutes.
 ///
 /// # Errors

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::team::{Team, Teams};
-use super::{Coefficient, PathFit, Sample, UNTESTED_LN, family, fit, nnls};
+use super::{Coefficient, PathFit, Sample, UNTESTED_LN, family, fit, jackknife, nnls};
 use crate::graph::Graph;
 use crate::predict::{Correlation, Errors};
 use crate::probe::{median, quantile};
@@ -436,19 +436,24 @@ fn fit_system(
 ) -> (Vec<PathFit>, Vec<Judged>) {
     let system = System::new(measured, block, read_us);
     let found = system.solve(&(0..measured.len()).collect::<Vec<_>>());
+    let mut others: Vec<Vec<f64>> = Vec::new();
     let left_out = left_out(measured, block, |train| {
         let without = system.solve(train);
-        (0..measured.len()).map(|row| system.predict(row, &without)).collect()
+        let predicted = (0..measured.len()).map(|row| system.predict(row, &without)).collect();
+        others.push(without);
+        predicted
     });
     let ranges = ranges(measured, block);
     let mut paths: BTreeMap<Path, Vec<Coefficient>> = BTreeMap::new();
-    for (&(path, term), &us_per_unit) in system.columns.iter().zip(&found) {
+    for (at, (&(path, term), &us_per_unit)) in system.columns.iter().zip(&found).enumerate() {
+        let without: Vec<f64> = others.iter().map(|other| other[at]).collect();
         let (min, max) = ranges.get(&(path, term)).copied().unwrap_or((0.0, 0.0));
         paths.entry(path).or_default().push(Coefficient {
             term,
             us_per_unit,
             min,
             max,
+            spread_us: jackknife(&without),
         });
     }
     let fits = paths

@@ -256,6 +256,7 @@ mod tests {
             let of = |term, us_per_unit| Coefficient {
                 term,
                 us_per_unit,
+                spread_us: None,
                 min: 0.0,
                 max: 1e6,
             };

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::fit::{Coefficient, PathFit, Sample, UNTESTED_LN, family, nnls};
+use crate::fit::{Coefficient, PathFit, Sample, UNTESTED_LN, family, jackknife, nnls};
 use crate::probe::{median, quantile};
 use crate::work::{Block, Family, Features, Form, Heat, Key, Path, Term, TermGroup};
 
@@ -98,6 +98,8 @@ enum Column {
 fn column(term: Term, path: Path) -> Column {
     match term {
         Term::WeightKib | Term::KiloRuns => Column::OfPath(term, path),
+        // The first bytes of cold weights come late, and an expert begins three matrices: whatever the number of threads.
+        Term::Call => Column::OfPath(term, Path { threads: 1, ..path }),
         Term::KernelCalls => Column::OfThreads(term, path.threads),
         _ => Column::Shared(term),
     }
@@ -261,8 +263,9 @@ impl System {
         self.rows.iter().map(fold).collect()
     }
 
-    /// ln(measured / predicted) of every row by a fit that had not seen its family.
-    fn left_out(&self, folds: &[u64], choice: &Choice) -> Vec<f64> {
+    /// ln(measured / predicted) of every row by a fit that had not seen its family, and what each of these fits found.
+    fn left_out(&self, folds: &[u64], choice: &Choice) -> (Vec<f64>, Vec<Vec<f64>>) {
+        let mut others = Vec::new();
         let mut errors = vec![f64::NAN; self.rows.len()];
         for fold in 0..FOLDS {
             let (test, train): (Vec<usize>, Vec<usize>) = (0..self.rows.len()).partition(|&i| folds[i] == fold);
@@ -274,12 +277,13 @@ impl System {
                 let (us, _) = Self::predict(&self.cells(&self.rows[i], choice), &found, choice.power);
                 errors[i] = (self.rows[i].us / us.max(1e-6)).ln();
             }
+            others.push(found);
         }
-        errors
+        (errors, others)
     }
 
     fn loss(&self, folds: &[u64], choice: &Choice) -> f64 {
-        let errors = self.left_out(folds, choice);
+        let (errors, _) = self.left_out(folds, choice);
         // One wild row must not choose.
         let of: Vec<f64> = errors
             .iter()
@@ -340,12 +344,12 @@ impl System {
         let found = self.solve(&all, &choice);
         let families: BTreeSet<String> = self.rows.iter().map(|row| family(&row.key)).collect();
         // Two shapes leave nothing to leave out.
-        let left_out = if families.len() < 3 {
+        let (left_out, others) = if families.len() < 3 {
             let error = |row: &Row| {
                 let (us, _) = Self::predict(&self.cells(row, &choice), &found, choice.power);
                 (row.us / us.max(1e-6)).ln()
             };
-            self.rows.iter().map(error).collect()
+            (self.rows.iter().map(error).collect(), Vec::new())
         } else {
             self.left_out(&folds, &choice)
         };
@@ -386,9 +390,13 @@ impl System {
                     1.0
                 };
                 let (min, max) = range(column, term);
+                let without: Option<Vec<f64>> = at.map(|at| others.iter().map(|other| other[at]).collect());
                 coefficients.push(Coefficient {
                     term,
                     us_per_unit: at.map_or(0.0, |at| bias * crowded * found[at]),
+                    spread_us: without
+                        .and_then(|w| jackknife(&w))
+                        .map(|spread| bias * crowded * spread),
                     min: if min.is_finite() { min } else { 0.0 },
                     max,
                 });

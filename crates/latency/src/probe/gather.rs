@@ -109,6 +109,20 @@ pub struct Job {
     pub networks: Vec<Threaded>,
     /// No batch begins after this much time.
     pub limit: Option<Duration>,
+    /// How many of the first groups are needed: these have until `needed_limit` instead.
+    pub needed: usize,
+    pub needed_limit: Option<Duration>,
+}
+
+impl Job {
+    /// After how much time no batch of this group begins.
+    pub fn limit_of(&self, group: usize) -> Option<Duration> {
+        if group < self.needed {
+            self.needed_limit
+        } else {
+            self.limit
+        }
+    }
 }
 
 /// What a process measures with.
@@ -151,7 +165,8 @@ impl Runner for InProcess {
     ) -> Result<()> {
         let begin = Instant::now();
         let mut order = Seeds::new(job.seed).stream(&format!("order of process {}", job.process));
-        for group in &job.subjects {
+        for (at_group, group) in job.subjects.iter().enumerate() {
+            let limit = job.limit_of(at_group);
             // Probes apart, each in batches of what may live at once: a large cold buffer of one would evict what another keeps
             // hot. Batches in random order, so that a limit cuts all probes alike.
             let mut of_probe: Vec<Vec<Subject>> = vec![Vec::new(); tools.probes.len() + 1];
@@ -172,8 +187,8 @@ impl Runner for InProcess {
             batches.shuffle(&mut order);
             for (at, batch) in batches {
                 cancel.check()?;
-                if job.limit.is_some_and(|limit| begin.elapsed() > limit) {
-                    return Ok(());
+                if limit.is_some_and(|limit| begin.elapsed() > limit) {
+                    break;
                 }
                 let prepare = |subject: &Subject| match subject {
                     Subject::Key(key) => tools.probes[at].prepare(key, job.session),
@@ -238,6 +253,22 @@ pub fn takes_best(subject: Subject) -> bool {
         Subject::Key(Key::Read(read)) => matches!(read.tier, Tier::L2 | Tier::L3 | Tier::Memory | Tier::WorkingSet),
         Subject::Key(_) | Subject::Network(_) => false,
     }
+}
+
+/// Whether a thing is timed in twice as many sessions: what neighbours slow for long, where one of them meets a quiet time; and
+/// differences of what several threads take, which a thread that wakes late spoils for a whole session.
+pub fn is_unsteady(subject: Subject) -> bool {
+    let several = |key: &Key| match key {
+        Key::Conv(c) => c.threads > 1,
+        Key::LowRank(l) => l.conv.threads > 1,
+        Key::Linear(l) => l.threads > 1,
+        Key::Add(p) | Key::GlobalAvgPool(p) | Key::Entry(p) => p.threads > 1,
+        Key::Edge(e) => e.threads > 1,
+        Key::Pool(p) => p.threads > 1,
+        Key::Elementwise(e) => e.threads > 1,
+        _ => false,
+    };
+    takes_best(subject) || matches!(subject, Subject::Key(key) if several(&key))
 }
 
 /// Whether the sessions of a thing disagree. Times below a µs are within the timer's own noise.

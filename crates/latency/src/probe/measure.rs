@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::adapt;
 use super::core::{stolen_and_total, stolen_share};
 use super::gather::{self, Job, Runner, Session, Settings, Subject, Threaded, Tools};
+use super::order::{needed_s, order};
 use super::{NetworkProbe, Probe, memory};
 use crate::Result;
 use crate::fit::fit;
@@ -67,7 +68,7 @@ const CANARIES: usize = 8;
 /// Share of the budget for held-out shapes, and for what is no measuring.
 const HELDOUT_SHARE: f64 = 0.10;
 const REST_SHARE: f64 = 0.05;
-/// Share of a pass for everything once; the rest is a second, short session of what neighbours slow for long.
+/// Share of a pass for everything once; the rest is a second session of what is unsteady.
 const MAIN_SHARE: f64 = 0.85;
 /// Keys of one adaptive round: where the fit is worst, and where it rests on few.
 const ROUND: usize = 24;
@@ -176,6 +177,7 @@ pub fn measure(
         process: done.iter().map(|s| s.process + 1).max().unwrap_or(0),
         sessions: done,
         journal,
+        needed_until: None,
     };
 
     // The first session reaches as far as its share of the time; what it reached is the table.
@@ -183,18 +185,15 @@ pub fn measure(
         [] => canaries(&table),
         given => given.to_vec(),
     };
-    let group = |rank: u32| subjects(table.iter().filter(move |key| urgency(key) == rank));
     let networks = (0..plan.networks.len()).map(Subject::Network);
-    let groups = vec![
-        canaries.iter().copied().map(Subject::Key).collect(),
-        group(0),
-        group(1).into_iter().chain(networks).collect(),
-    ];
+    let first = order(&canaries, table.iter().copied().map(Subject::Key).chain(networks));
     let sessions = plan.settings.sessions.max(1);
     let share = (1.0 - HELDOUT_SHARE - REST_SHARE) / f64::from(sessions);
     // A minute has no time for more sessions of anything.
     let main_share = if plan.quick { share } else { MAIN_SHARE * share };
-    run.job("measuring", 0, groups, run.until(main_share))?;
+    run.needed_until = needed_s(&plan.settings);
+    run.job("measuring", 0, first.groups, first.needed, run.until(main_share))?;
+    run.needed_until = None;
     adapt_rounds(&mut run, &adapts, &table, &heldout, main_share)?;
     let mut reached: Vec<Subject> = run.reached();
     reached.retain(|s| !matches!(s, Subject::Key(key) if !table.contains(key) && plan.canaries.contains(key)));
@@ -202,18 +201,17 @@ pub fn measure(
         .iter()
         .filter(|key| !reached.contains(&Subject::Key(**key)))
         .count();
-    // Twice as many sessions for what neighbours slow for long: one of them meets a quiet time.
-    let is_short = |s: &&Subject| !plan.quick && gather::takes_best(**s);
+    let is_short = |s: &&Subject| !plan.quick && gather::is_unsteady(**s);
     let short: Vec<Subject> = reached.iter().filter(is_short).copied().collect();
     let between = |session: u32| sessions + 1 + session;
-    run.job("measuring again", between(0), vec![short.clone()], run.until(share))?;
+    run.job("measuring again", between(0), vec![short.clone()], 0, run.until(share))?;
     // Again in other processes, canaries first: what one placement or one minute does shows.
     for session in 1..sessions {
-        let canaries = canaries.iter().copied().map(Subject::Key).collect();
+        let again = order(&canaries, reached.iter().copied());
         let limit = run.until(1.0 - HELDOUT_SHARE - REST_SHARE);
-        run.job("measuring again", session, vec![canaries, reached.clone()], limit)?;
+        run.job("measuring again", session, again.groups, again.needed, limit)?;
         let limit = run.until(1.0 - HELDOUT_SHARE - REST_SHARE);
-        run.job("measuring again", between(session), vec![short.clone()], limit)?;
+        run.job("measuring again", between(session), vec![short.clone()], 0, limit)?;
     }
     // One more session for those whose sessions disagree: an unlucky placement stays for a whole session.
     let apart: Vec<Subject> = { reached.iter() }
@@ -221,7 +219,7 @@ pub fn measure(
         .copied()
         .collect();
     let limit = run.until(1.0 - HELDOUT_SHARE - REST_SHARE);
-    run.job("measuring what differs", sessions, vec![apart], limit)?;
+    run.job("measuring what differs", sessions, vec![apart], 0, limit)?;
 
     let of_table: Vec<Session> = { run.sessions.iter() }
         .filter(|s| !matches!(s.subject, Subject::Key(key) if heldout.contains(&key)))
@@ -318,10 +316,10 @@ pub fn measure(
     let each = run.left(1.0) / f64::from(2 * sessions);
     for session in 0..sessions {
         let limit = plan.settings.budget.map(|_| Duration::from_secs_f64(each.max(0.5)));
-        run.job("held-out shapes", session, vec![subjects(heldout.iter())], limit)?;
+        run.job("held-out shapes", session, vec![subjects(heldout.iter())], 0, limit)?;
         let heldout = subjects(heldout.iter());
         let short = heldout.iter().filter(is_short).copied().collect();
-        run.job("held-out shapes", between(session), vec![short], limit)?;
+        run.job("held-out shapes", between(session), vec![short], 0, limit)?;
     }
     for (key, p) in heldout.iter().zip(predicted) {
         let of_key: Vec<Session> = { run.sessions.iter() }
@@ -447,15 +445,6 @@ fn canaries(table: &[Key]) -> Vec<Key> {
     (0..count).map(|i| *fit[i * fit.len() / count]).collect()
 }
 
-/// What is measured first where time is short: the few that every plan needs. Of all else, as it comes: engine first would
-/// leave networks without operators.
-fn urgency(key: &Key) -> u32 {
-    match key {
-        Key::Glue(_) | Key::Read(_) => 0,
-        _ => 1,
-    }
-}
-
 fn is_canary(key: &Key) -> bool {
     match key {
         // Whole calls whose time is far above the timer's.
@@ -480,6 +469,8 @@ struct Run<'a> {
     process: u32,
     sessions: Vec<Session>,
     journal: Journal<Session>,
+    /// Seconds of measuring until which what is needed may be begun, while a session has time reserved for it.
+    needed_until: Option<f64>,
 }
 
 impl Run<'_> {
@@ -507,7 +498,15 @@ impl Run<'_> {
     }
 
     /// One process: everything of `groups` that this session does not have yet.
-    fn job(&mut self, what: &str, session: u32, groups: Vec<Vec<Subject>>, limit: Option<Duration>) -> Result<()> {
+    /// The first `needed` groups have until [`Self::needed_until`] where that is longer than `limit`.
+    fn job(
+        &mut self,
+        what: &str,
+        session: u32,
+        groups: Vec<Vec<Subject>>,
+        needed: usize,
+        limit: Option<Duration>,
+    ) -> Result<()> {
         let mut seen: Vec<Subject> = { self.sessions.iter() }
             .filter(|s| s.session == session)
             .map(|s| s.subject)
@@ -523,7 +522,12 @@ impl Run<'_> {
             });
         }
         let count: usize = left.iter().map(Vec::len).sum();
-        if count == 0 || limit.is_some_and(|l| l.is_zero()) {
+        let spent_s = self.before_s + self.begin.elapsed().as_secs_f64();
+        let reserved = { self.needed_until }.map(|until| Duration::from_secs_f64((until - spent_s).max(0.0)));
+        let needed_limit = limit.map(|limit| limit.max(reserved.unwrap_or_default()));
+        let left_of_needed: usize = left.iter().take(needed).map(Vec::len).sum();
+        let has_time = |limit: Option<Duration>| limit.is_none_or(|l| !l.is_zero());
+        if count == 0 || !(has_time(limit) || left_of_needed > 0 && has_time(needed_limit)) {
             return Ok(());
         }
         let job = Job {
@@ -534,6 +538,8 @@ impl Run<'_> {
             subjects: left,
             networks: self.plan.networks.clone(),
             limit,
+            needed,
+            needed_limit,
         };
         self.process += 1;
         self.progress.begin(what, count as u64, "timings");
@@ -593,7 +599,7 @@ fn adapt_rounds(run: &mut Run<'_>, adapts: &[bool], table: &[Key], heldout: &[Ke
             is_thin = true;
             continue;
         }
-        run.job("adding shapes", 0, vec![subjects(best.iter())], run.until(share))?;
+        run.job("adding shapes", 0, vec![subjects(best.iter())], 0, run.until(share))?;
     }
     Ok(())
 }

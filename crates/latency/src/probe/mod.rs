@@ -8,6 +8,7 @@ pub mod gather;
 pub mod measure;
 pub mod memory;
 pub mod now;
+pub mod order;
 pub mod rounds;
 
 use cotk_run::seeds::Stream;

@@ -57,7 +57,7 @@ pub struct Timed {
 }
 
 /// Slices tried for each one wanted.
-const TRIES: u32 = 6;
+pub(super) const TRIES: u32 = 6;
 /// Fewer undisturbed slices than this say nothing: then the fastest of all count.
 const FEWEST: usize = 3;
 /// The share that counts as the fastest.

@@ -11,7 +11,7 @@ use cotk_run::seeds::Seeds;
 use rand::RngExt;
 
 use super::disk::DiskProbe;
-use super::gather::{InProcess, Settings};
+use super::gather::{InProcess, Job, Runner, Settings, Subject, Tools};
 use super::measure::{Plan, Wanted, With, measure};
 use super::memory::MemoryProbe;
 use super::rounds::Pace;
@@ -250,6 +250,49 @@ fn full_disks_leave_things_whole_and_a_restart_finishes() {
             });
         }
     });
+}
+
+/// Law: groups that are needed have a limit of their own, whatever time the others have left.
+#[test]
+fn what_is_needed_is_measured_where_no_time_is_left_for_the_rest() {
+    let probe: Vec<Box<dyn Probe>> = vec![Box::new(Clockwork {
+        runs: Arc::default(),
+        cancel_at: None,
+    })];
+    let key = |inputs| {
+        Subject::Key(Key::Linear(LinearKey {
+            batch: 1,
+            inputs,
+            outputs: 16,
+            numerics: Numerics::F32,
+            threads: 1,
+        }))
+    };
+    let job = |needed| Job {
+        session: 0,
+        process: 0,
+        seed: 1,
+        settings: plan().settings,
+        subjects: vec![vec![key(16), key(17), key(18)], vec![key(19), key(20)]],
+        networks: Vec::new(),
+        limit: Some(Duration::ZERO),
+        needed,
+        needed_limit: None,
+    };
+    let tools = Tools {
+        probes: &probe,
+        live: &[1],
+        networks: None,
+    };
+    for (needed, expected) in [(0, 0), (1, 3), (2, 5)] {
+        let mut done = 0;
+        let mut each = |_| {
+            done += 1;
+            Ok(())
+        };
+        InProcess.run(&job(needed), &tools, &Cancel::new(), &mut each).unwrap();
+        assert_eq!(done, expected, "{needed} groups needed");
+    }
 }
 
 #[test]
