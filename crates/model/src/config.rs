@@ -39,18 +39,16 @@ pub enum ConfigError {
 }
 
 /// Keys of every Hugging Face config that say nothing about the forward pass of a decoder.
-const HARMLESS: [&str; 67] = [
+const HARMLESS: [&str; 63] = [
     "_attn_implementation_autoset",
     "_commit_hash",
     "_experts_implementation",
     "_name_or_path",
-    "add_cross_attention",
     "architectures",
     "attention_dropout",
     "auto_map",
     "bad_words_ids",
     "begin_suppress_tokens",
-    "chunk_size_feed_forward",
     "cross_attention_hidden_size",
     "decoder_start_token_id",
     "diversity_penalty",
@@ -65,7 +63,6 @@ const HARMLESS: [&str; 67] = [
     "id2label",
     "initializer_range",
     "is_decoder",
-    "is_encoder_decoder",
     "label2id",
     "length_penalty",
     "max_length",
@@ -82,7 +79,6 @@ const HARMLESS: [&str; 67] = [
     "pad_token_id",
     "prefix",
     "problem_type",
-    "pruned_heads",
     "remove_invalid_values",
     "repetition_penalty",
     "return_dict",
@@ -108,6 +104,16 @@ const HARMLESS: [&str; 67] = [
     "use_cache",
     "use_return_dict",
 ];
+
+/// Keys of the same configs that say nothing as long as they have this value: another asks for what no decoder here does.
+fn is_neutral(key: &str, value: &Value) -> bool {
+    match key {
+        "add_cross_attention" | "is_encoder_decoder" => value == &Value::Bool(false),
+        "chunk_size_feed_forward" => value.as_u64() == Some(0),
+        "pruned_heads" => value.as_object().is_some_and(Map::is_empty),
+        _ => HARMLESS.contains(&key),
+    }
+}
 
 /// The keys of one JSON object that nobody has taken yet. A key that is `null` counts as absent.
 pub(crate) struct Keys {
@@ -282,7 +288,7 @@ impl Keys {
 
     /// Refuses what is left: a key that nobody took might change the forward pass.
     pub(crate) fn finish(self) -> Result<(), ConfigError> {
-        match self.map.iter().find(|(key, _)| !HARMLESS.contains(&key.as_str())) {
+        match self.map.iter().find(|(key, value)| !is_neutral(key, value)) {
             None => Ok(()),
             Some((key, value)) => Err(ConfigError::UnknownKey {
                 nearest: cotk_run::recipe::nearest_of(key, self.asked.iter().copied()),

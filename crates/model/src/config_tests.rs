@@ -414,6 +414,23 @@ fn a_key_that_nobody_knows_is_refused_with_the_nearest() {
     );
 }
 
+/// Keys that every config carries and that mean nothing, until they have a value.
+#[test]
+fn keys_without_meaning_are_refused_once_they_have_one() {
+    for (key, neutral, other) in [
+        ("pruned_heads", json!({}), json!({ "0": [1] })),
+        ("add_cross_attention", json!(false), json!(true)),
+        ("is_encoder_decoder", json!(false), json!(true)),
+        ("chunk_size_feed_forward", json!(0), json!(16)),
+    ] {
+        let mut config = good();
+        config[key] = neutral;
+        parse_config(Path::new("config.json"), &config.to_string()).unwrap();
+        let says = format!("unknown key `{key}` = {other}");
+        check(&json!({ key: other }), &[says.as_str()]);
+    }
+}
+
 #[test]
 fn what_is_no_json_object_is_refused() {
     for text in ["", "[1]", "{\"a\": ", "nul"] {
