@@ -79,20 +79,36 @@ impl Sampler {
     }
 }
 
-/// The fewest most likely tokens whose probability reaches `top_p`, best first, ties by index.
+/// The fewest most likely tokens whose probability reaches `top_p`, best first, ties by index. A nucleus is small and a
+/// vocabulary is not: only the best are sorted, as many as it takes.
 fn nucleus(logits: &[f32], sampling: Sampling) -> Vec<(usize, f64)> {
+    /// Sorted first; then eight times as many.
+    const FIRST: usize = 64;
     let best = logits[argmax(logits)];
     let weigh = |logit: f32| (f64::from(logit - best) / f64::from(sampling.temperature)).exp();
     let mut weights: Vec<(usize, f64)> = logits.iter().map(|&l| weigh(l)).enumerate().collect();
     if sampling.top_p < 1.0 {
-        let total: f64 = weights.iter().map(|(_, w)| w).sum();
-        weights.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        let mut sum = 0.0;
-        let reached = weights.iter().position(|(_, w)| {
-            sum += w;
-            sum >= f64::from(sampling.top_p) * total
-        });
-        weights.truncate(reached.map_or(weights.len(), |at| at + 1));
+        let enough = f64::from(sampling.top_p) * weights.iter().map(|(_, w)| w).sum::<f64>();
+        let by_rank = |a: &(usize, f64), b: &(usize, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        let (mut sum, mut sorted, mut width) = (0.0, 0, FIRST);
+        while sorted < weights.len() {
+            let rest = &mut weights[sorted..];
+            let count = width.min(rest.len());
+            if count < rest.len() {
+                rest.select_nth_unstable_by(count - 1, by_rank);
+            }
+            rest[..count].sort_unstable_by(by_rank);
+            let reached = rest[..count].iter().position(|(_, w)| {
+                sum += w;
+                sum >= enough
+            });
+            if let Some(at) = reached {
+                weights.truncate(sorted + at + 1);
+                break;
+            }
+            sorted += count;
+            width *= 8;
+        }
     }
     weights
 }
@@ -128,6 +144,33 @@ mod tests {
         let drawn = draw(Sampling::new(1.0, 0.8).unwrap(), &logits, 1);
         assert_eq!(share(&drawn, 2), 0.0);
         assert!((share(&drawn, 0) - 7.0 / 9.0).abs() < 0.03);
+    }
+
+    /// Law: sorting only the best gives what sorting the whole vocabulary gives, to the last bit.
+    #[test]
+    fn a_nucleus_is_a_beginning_of_the_sorted_vocabulary() {
+        let mut stream = Seeds::new(3).stream("logits");
+        for count in [1, 2, 63, 64, 65, 5000] {
+            for spread in [0.0f32, 1.0, 30.0] {
+                // Rounded, so that some are equal.
+                let logits: Vec<f32> = (0..count)
+                    .map(|_| (spread * stream.random_range(-1.0f32..1.0) * 4.0).round() / 4.0)
+                    .collect();
+                let best = logits.iter().copied().fold(f32::MIN, f32::max);
+                let mut whole: Vec<(usize, f64)> =
+                    logits.iter().map(|&l| f64::from(l - best).exp()).enumerate().collect();
+                let total: f64 = whole.iter().map(|(_, w)| w).sum();
+                whole.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+                for top_p in [1e-6, 0.3, 0.9, 0.999_999] {
+                    let found = nucleus(&logits, Sampling::new(1.0, top_p).unwrap());
+                    let mass = |of: &[(usize, f64)]| of.iter().map(|(_, w)| w).sum::<f64>();
+                    assert_eq!(found[..], whole[..found.len()], "{count} {spread} {top_p}");
+                    let enough = f64::from(top_p) * total;
+                    assert!(mass(&found[..found.len() - 1]) < enough);
+                    assert!(mass(&found) >= enough || found.len() == count);
+                }
+            }
+        }
     }
 
     #[test]
