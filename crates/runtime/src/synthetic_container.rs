@@ -9,25 +9,27 @@ use cotk_container::dense::{DenseTensor, PLANES, plain_matrix, write_dense};
 use cotk_container::manifest::{Checksum, DENSE, DroppedMeaning, Manifest, Origin, Prefix, SourceModel, Why};
 use cotk_container::writer::{CodedExpert, ContainerWriter, Head, NewExpert};
 use cotk_kernels::cpu::noise;
-use cotk_model::ModelError;
 use cotk_model::checkpoint::{CheckpointError, TensorSource};
 use cotk_model::spec::ModelSpec;
+use cotk_model::{ModelError, inventory};
 use cotk_run::cancel::Cancel;
 use cotk_run::files;
 use cotk_run::progress::Progress;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
+use crate::coded_dense::stored_bytes;
 use crate::synthetic::{self, Source};
 use crate::{Error, Result};
 
 const TOKENIZER: &str = "tokenizer.json";
 
 /// Writes `layers` (all where it is absent) layers of the shape `name` with experts in plain codes of `bits` bits into the
-/// new folder `out`. An interrupted call leaves nothing behind but `out` with a part of its files.
+/// new folder `out`, which is there once it is whole: a call that fails leaves nothing.
 ///
 /// # Errors
-/// A shape or width that there is not; a folder that is there; the file system's; [`cotk_run::Error::Cancelled`].
+/// A shape or width that there is not; a folder that is there; a disk without room; the file system's;
+/// [`cotk_run::Error::Cancelled`].
 pub fn write(
     name: &str,
     layers: Option<usize>,
@@ -49,19 +51,56 @@ pub fn write(
     if out.exists() {
         return Err(wrong("folder", out.display().to_string(), "a path where nothing is"));
     }
-    fs_dir(out)?;
+    let needed = {
+        let routed = (spec.moe_layers().len() * spec.routing.experts) as u64 * inventory::expert_params(&spec);
+        // A scale of 16 bits for each 32 weights.
+        routed * u64::from(2 * bits + 1) / 16 + stored_bytes(&spec, &Source::new(&spec, seed)).0
+    };
+    let free = files::free_bytes(out).map_err(ModelError::from)?;
+    if free < needed {
+        return Err(wrong(
+            "room",
+            format!("{free} bytes at {}", out.display()),
+            &format!("{needed} bytes"),
+        ));
+    }
+    let partial = {
+        let mut name = out.file_name().unwrap_or_default().to_owned();
+        name.push(format!(".partial-{}", std::process::id()));
+        out.with_file_name(name)
+    };
+    files::create_folder(&partial).map_err(ModelError::from)?;
+    let written = write_files(&spec, (name, layers), bits, seed, &partial, (progress, cancel)).and_then(|manifest| {
+        files::publish_folder(&partial, out).map_err(ModelError::from)?;
+        Ok(manifest)
+    });
+    if written.is_err() {
+        // Half a container helps nobody; the error says why.
+        let _ = std::fs::remove_dir_all(&partial);
+    }
+    written
+}
+
+fn write_files(
+    spec: &ModelSpec,
+    (name, layers): (&str, Option<usize>),
+    bits: u32,
+    seed: u64,
+    out: &Path,
+    (progress, cancel): (&dyn Progress, &Cancel),
+) -> Result<Manifest> {
     let moe_layers = spec.moe_layers();
     progress.begin("writing layers", moe_layers.len() as u64, "layers");
     let mut writer = ContainerWriter::resume(out, Vec::new())?;
     for (index, &layer) in moe_layers.iter().enumerate() {
         cancel.check().map_err(ModelError::from)?;
         let experts = (0..spec.routing.experts).into_par_iter();
-        let experts: Result<Vec<NewExpert>> = experts.map(|e| expert(&spec, bits, seed, index, e)).collect();
+        let experts: Result<Vec<NewExpert>> = experts.map(|e| expert(spec, bits, seed, index, e)).collect();
         writer.append_layer(layer, 1.0, experts?)?;
         progress.advance(1);
     }
     progress.end();
-    let source = Source::new(&spec, seed);
+    let source = Source::new(spec, seed);
     dense(&source, &out.join(DENSE))?;
     files::write_atomic(out.join(TOKENIZER), tokenizer(spec.vocab).to_string().as_bytes()).map_err(ModelError::from)?;
     let head = Head {
@@ -86,13 +125,6 @@ pub fn write(
             .collect(),
     };
     Ok(writer.finish(head, &[DENSE, TOKENIZER])?)
-}
-
-fn fs_dir(out: &Path) -> Result<()> {
-    std::fs::create_dir_all(out)
-        .map_err(cotk_run::Error::io("make", out))
-        .map_err(ModelError::from)?;
-    Ok(())
 }
 
 /// The matrices of [`synthetic::one_expert`], as a record takes them.
@@ -236,6 +268,16 @@ mod tests {
         let spec = synthetic::spec("ref-qwen2moe", Some(1)).unwrap();
         let made = synthetic::routed_model(&spec, Experts::plain(3), 5, Routing::Router).unwrap();
         assert_eq!(logits(&opened.model), logits(&made.model));
+    }
+
+    #[test]
+    fn an_interrupted_call_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let cancel = Cancel::new();
+        cancel.cancel();
+        let out = folder.path().join("model");
+        assert!(write("ref-qwen2moe", Some(1), 4, 5, &out, &Silent, &cancel).is_err());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 
     #[test]
