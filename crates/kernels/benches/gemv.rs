@@ -1,7 +1,8 @@
 //! Single-thread GEMV by code and path as a share of the memory read bandwidth of the same minute, and GEMM in GOPS.
 //!
 //! `cargo bench -p cotk-kernels --profile dev`; weights rotate over 256 MiB (`COTK_BENCH_MIB`), `COTK_ISA` picks one path, samples are interleaved
-//! with the bandwidth probe, figures are medians. Time is the thread's CPU time: another process on the core does not count.
+//! with the bandwidth probe, figures are medians. `COTK_CODE` picks one code, `COTK_GROUP=16|32|…|row` and
+//! `COTK_SCALES=two-level` another form of scales; `COTK_PART=gemv|rows|layers|gemm` one table. Time is the thread's CPU time: another process on the core does not count.
 #![expect(clippy::print_stdout, reason = "a bench prints its table")]
 
 use cotk_kernels::cpu::activations::Activations;
@@ -12,11 +13,11 @@ use cotk_kernels::cpu::experts::{self, ExpertsScratch, Slots};
 use cotk_kernels::cpu::gemm::{Threads, gemm};
 use cotk_kernels::cpu::pages::Pages;
 use cotk_kernels::cpu::peak::integer_ops;
+use cotk_kernels::cpu::rows::{self, RowKind, Rows};
 use cotk_kernels::cpu::team::Team;
 use cotk_quant::code::Code;
 use cotk_quant::coded::{CodedMatrix, CodedView};
-use cotk_quant::layout::{MatrixFormat, Placement};
-use half::f16;
+use cotk_quant::layout::{MatrixFormat, Placement, ScaleForm, WHOLE_ROW};
 
 const ROWS: usize = 1408;
 const COLS: usize = 2048;
@@ -41,14 +42,28 @@ fn seconds(work: impl FnOnce()) -> f64 {
     now() - start
 }
 
+/// The form of scales that the environment asks for.
+fn format(rows: usize, cols: usize, code: Code) -> MatrixFormat {
+    let group = match std::env::var("COTK_GROUP").as_deref() {
+        Err(_) => 32,
+        Ok("row") => WHOLE_ROW,
+        Ok(group) => group.parse().expect("a group"),
+    };
+    let scales = match std::env::var("COTK_SCALES").as_deref() {
+        Ok("two-level") => ScaleForm::TwoLevel,
+        _ => ScaleForm::F16,
+    };
+    MatrixFormat::try_with_scales(rows, cols, code, group, scales).expect("a form of ours")
+}
+
 /// Random codes and small scales; what they are does not change the time.
-fn matrix(code: Code) -> CodedMatrix {
-    let format = MatrixFormat::try_new(ROWS, COLS, code, 32).expect("a shape of ours");
-    let codes: Vec<u8> = (0..ROWS * COLS)
-        .map(|i: usize| (i.wrapping_mul(2_654_435_761) >> 13) as u8 & ((1u32 << code.full().get()) - 1) as u8)
-        .collect();
-    let scales = vec![f16::from_f32(0.01); ROWS * format.groups()];
-    cotk_quant::encode::assemble(format, &codes, &scales, vec![8.0; code.planes()]).expect("lengths of the format")
+fn matrix(rows: usize, cols: usize, code: Code) -> CodedMatrix {
+    cotk_quant::noise::matrix(format(rows, cols, code), 0.01, 7)
+}
+
+/// Whether a table is asked for.
+fn is_wanted(part: &str) -> bool {
+    std::env::var("COTK_PART").map_or(true, |name| name == part)
 }
 
 /// Copies of a matrix's planes, each at a multiple of 64 bytes as in a record.
@@ -107,12 +122,7 @@ fn layers(stream: &[u8], wanted: &dyn Fn(&Isa) -> bool) {
             .into_iter()
             .filter(|code| std::env::var("COTK_CODE").map_or(true, |name| name == code.name()))
         {
-            let make = |rows, cols| {
-                let format = MatrixFormat::try_new(rows, cols, code, 32).expect("a shape of ours");
-                let codes = vec![1; rows * cols];
-                let scales = vec![f16::from_f32(0.01); rows * format.groups()];
-                cotk_quant::encode::assemble(format, &codes, &scales, vec![8.0; code.planes()]).expect("lengths")
-            };
+            let make = |rows, cols| matrix(rows, cols, code);
             let (up, down) = (make(INNER, HIDDEN), make(HIDDEN, INNER));
             let bytes = 2 * up.format.total_bytes() + down.format.total_bytes();
             let count = ((stream.len()).div_ceil(bytes) / TOP * TOP).clamp(2 * TOP, 64);
@@ -187,6 +197,43 @@ fn layers(stream: &[u8], wanted: &dyn Fn(&Isa) -> bool) {
     }
 }
 
+/// Rows of 16-bit floats, one token: as checkpoints hold dense matrices.
+fn rows_of_floats(stream: &[u8], wanted: &dyn Fn(&Isa) -> bool) {
+    println!("\nrows of bf16, 1 thread, one token");
+    println!(
+        "{:12} {:>10} {:>8} {:>8} {:>8}",
+        "path", "row bytes", "GB/s", "read", "share %"
+    );
+    for isa in Isa::present()
+        .into_iter()
+        .filter(wanted)
+        .filter(|isa| isa.name() != "scalar")
+    {
+        for cols in [128, 256, 512, 768, 1000, 1024, 1536, 2048, 4096] {
+            let x = vec![0.5; cols];
+            let count = stream.len() / (2 * cols);
+            let rows = Rows::new(RowKind::Bf16, &stream[..2 * cols * count], cols);
+            let mut out = vec![0.0; count];
+            let (mut rates, mut reads) = (Vec::new(), Vec::new());
+            for _ in 0..SAMPLES {
+                let time = seconds(|| rows::dot(isa, rows, &x, &mut out, Threads::One));
+                rates.push((2 * cols * count) as f64 / time / 1e9);
+                let time = seconds(|| {
+                    std::hint::black_box(read_once(isa, stream, Threads::One));
+                });
+                reads.push(stream.len() as f64 / time / 1e9);
+            }
+            let (rate, read) = (median(rates), median(reads));
+            println!(
+                "{:12} {:>10} {rate:>8.1} {read:>8.1} {:>8.0}",
+                isa.name(),
+                2 * cols,
+                100.0 * rate / read
+            );
+        }
+    }
+}
+
 fn main() {
     let mib: usize = std::env::var("COTK_BENCH_MIB")
         .ok()
@@ -195,19 +242,22 @@ fn main() {
     let mut stream = Pages::zeroed(mib << 20);
     stream.iter_mut().zip(0usize..).for_each(|(b, i)| *b = i as u8);
     let x: Vec<f32> = (0..COLS).map(|i| (i as f32).sin()).collect();
-    println!("{ROWS} × {COLS}, group 32, 1 thread, {mib} MiB of weights in turn");
+    println!("{ROWS} × {COLS}, 1 thread, {mib} MiB of weights in turn");
     println!(
         "{:12} {:12} {:>5} {:>10} {:>10} {:>8}",
         "path", "code", "bits", "gemv GB/s", "read GB/s", "share %"
     );
     let wanted = |isa: &Isa| std::env::var("COTK_ISA").map_or(true, |name| name == isa.name());
-    for isa in Isa::present().into_iter().filter(&wanted) {
+    for isa in Isa::present()
+        .into_iter()
+        .filter(|isa| wanted(isa) && is_wanted("gemv"))
+    {
         let acts = Activations::of(isa, &x, COLS);
         for code in Code::ALL
             .into_iter()
             .filter(|code| std::env::var("COTK_CODE").map_or(true, |name| name == code.name()))
         {
-            let one = matrix(code);
+            let one = matrix(ROWS, COLS, code);
             for bits in code.prefixes() {
                 let bytes = one.format.prefix_bytes(*bits).expect("a prefix of the code");
                 let count = (mib << 20).div_ceil(bytes);
@@ -237,25 +287,29 @@ fn main() {
             }
         }
     }
-    layers(&stream, &wanted);
+    if is_wanted("rows") {
+        rows_of_floats(&stream, &wanted);
+    }
+    if is_wanted("layers") {
+        layers(&stream, &wanted);
+    }
     println!("\nGEMM, weights in cache (512 × 512), 1 thread, GOPS (2 per weight and token)");
     println!(
-        "{:12} {:12} {:>5} {:>8} {:>8} {:>8}",
-        "path", "code", "bits", "1", "12", "60"
+        "{:12} {:12} {:>5} {:>8} {:>8} {:>8} {:>8}",
+        "path", "code", "bits", "1", "4", "12", "60"
     );
-    for isa in Isa::present().into_iter().filter(&wanted) {
+    for isa in Isa::present()
+        .into_iter()
+        .filter(|isa| wanted(isa) && is_wanted("gemm"))
+    {
         for code in Code::ALL
             .into_iter()
             .filter(|code| std::env::var("COTK_CODE").map_or(true, |name| name == code.name()))
         {
-            let format = MatrixFormat::try_new(512, 512, code, 32).expect("a shape of ours");
-            let scales = vec![f16::from_f32(0.01); 512 * 16];
-            let m = cotk_quant::encode::assemble(format, &vec![1; 512 * 512], &scales, vec![8.0; code.planes()])
-                .expect("lengths of the format");
-            let m = Copies::new(m, 1);
+            let m = Copies::new(matrix(512, 512, code), 1);
             let prefix = m.view(0).prefix(code.full()).expect("the full width");
             let mut figures = Vec::new();
-            for tokens in [1usize, 12, 60] {
+            for tokens in [1usize, 4, 12, 60] {
                 let x: Vec<f32> = (0..512 * tokens).map(|i| (i as f32).sin()).collect();
                 let acts = Activations::of(isa, &x, 512);
                 let mut out = vec![0.0; 512 * tokens];
@@ -274,11 +328,11 @@ fn main() {
                 let time = median(times.collect());
                 figures.push(2.0 * (512 * 512 * tokens * rounds) as f64 / time / 1e9);
             }
-            let [one, eight, many] = figures[..] else {
-                unreachable!("three batch sizes")
+            let [one, four, twelve, many] = figures[..] else {
+                unreachable!("four batch sizes")
             };
             println!(
-                "{:12} {:12} {:>5} {one:>8.0} {eight:>8.0} {many:>8.0}",
+                "{:12} {:12} {:>5} {one:>8.0} {four:>8.0} {twelve:>8.0} {many:>8.0}",
                 isa.name(),
                 code.name(),
                 code.full()

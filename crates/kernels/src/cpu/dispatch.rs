@@ -10,7 +10,7 @@ use super::activations::StepCodes;
 use super::half_matrix::HalfMatrix;
 use super::panels::Panel;
 use super::tiles::Coded;
-use super::{scalar, tiles, two_level};
+use super::{scalar, tiles};
 use crate::KernelError;
 
 /// Most tokens that one call of a kernel over rows of floats serves; calls come in 8, 4, 2 and 1.
@@ -118,9 +118,6 @@ impl Isa {
     /// One row block for the tokens of a panel.
     pub(crate) fn block(self, coded: &Coded<'_>, block: usize, panel: &Panel<'_>, out: &mut [BlockOut]) {
         tiles::check(coded.steps, coded.row_blocks, block, panel, out.len());
-        if coded.is_two_level {
-            return two_level::block(coded, block, panel, out);
-        }
         // SAFETY: `self` exists, so `present` has seen this path's features here.
         unsafe { (self.0.block)(coded, block, panel, out) }
     }
@@ -139,10 +136,6 @@ impl Isa {
         );
         for out in [&first, &second] {
             tiles::check(both[0].steps, both[0].row_blocks, block, panel, out.len());
-        }
-        if both[0].is_two_level {
-            two_level::block(both[0], block, panel, first);
-            return two_level::block(both[1], block, panel, second);
         }
         // SAFETY: `self` exists, so `present` has seen this path's features here.
         unsafe { (self.0.pair)(both, block, panel, [first, second]) }

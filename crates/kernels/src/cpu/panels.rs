@@ -1,15 +1,15 @@
 //! Quantized activations in the order that matrix kernels read them: a few tokens side by side, so that weights that were
 //! unpacked once serve them all, from addresses that lie at fixed distances.
 //!
-//! A panel of `w` tokens is `10·w` words of 32 bits per step: four codes of each token eight times over, then the tokens'
-//! scales, then their sums. One token's panel is its [`StepCodes`]. Law: what is packed is what was quantized.
+//! A panel of `w` tokens is `11·w` words of 32 bits per step: four codes of each token eight times over, then the tokens'
+//! scales, their sums, and the sums of their first halves, which groups of 16 ask for. Law: what is packed is what was quantized.
 
 use cotk_quant::layout::STEP;
 
 use super::activations::{Activations, StepCodes};
 
 /// Words of one step of one token.
-pub(crate) const STEP_WORDS: usize = 10;
+pub(crate) const STEP_WORDS: usize = 11;
 /// Fours of codes in a step.
 pub(crate) const DEPTHS: usize = STEP / 4;
 /// Most tokens of a panel: as many sums of each kind as registers hold beside the weights.
@@ -147,6 +147,8 @@ pub(crate) fn words_of(codes: &StepCodes) -> [u32; STEP_WORDS] {
     }
     words[DEPTHS] = codes.scale.to_bits();
     words[DEPTHS + 1] = codes.sum.to_bits();
+    let half: i16 = codes.codes[..STEP / 2].iter().map(|code| i16::from(*code)).sum();
+    words[DEPTHS + 2] = f32::from(half).to_bits();
     words
 }
 

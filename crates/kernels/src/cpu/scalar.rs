@@ -8,8 +8,12 @@ use super::half_matrix::HalfMatrix;
 use super::panels::Panel;
 use super::swiglu::swiglu_step;
 use super::tiles::{Coded, Tiles, by_fields};
+use super::two_level;
 
 pub(super) fn block(coded: &Coded<'_>, block: usize, panel: &Panel<'_>, out: &mut [BlockOut]) {
+    if coded.is_two_level {
+        return two_level::block(coded, block, panel, out);
+    }
     for (t, out) in out.iter_mut().enumerate() {
         by_fields!(coded, one_token::<1>(coded, block, panel, t, out));
     }

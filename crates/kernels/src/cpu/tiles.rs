@@ -7,7 +7,7 @@ use cotk_quant::layout::{MAX_PLANES, Placement, SCALE_BYTES, ScaleForm, TILE_STE
 use super::panels::Panel;
 
 /// Most fields of a code.
-const FIELDS: usize = 3;
+pub(super) const FIELDS: usize = 3;
 
 /// The tiles of one row block, in order, for a prefix whose fields have `A`, `B` and `C` bits (0: no such field).
 ///
@@ -202,7 +202,7 @@ pub struct Coded<'a> {
     pub(crate) block_bytes: usize,
     pub(crate) cell: f32,
     pub(crate) zero_point: f32,
-    /// Scales of two levels, which one plain kernel reads on every path.
+    /// Scales of two levels, which have kernels of their own.
     pub(crate) is_two_level: bool,
 }
 
@@ -264,7 +264,7 @@ impl<'a> From<Prefix<'a>> for Coded<'a> {
             let scale_bytes = if plane == 0 { SCALE_BYTES } else { 0 };
             let whole = scales.map(|n| TILE_STEPS * step_bytes + n * scale_bytes);
             let first_scales = if is_row { scale_bytes } else { 0 };
-            // Two-level scales are walked by `Prefix::tile`, and only the length of all is asked for here.
+            // Two-level scales have a walk of their own, which computes where tiles begin.
             let block_bytes = if is_two_level {
                 format.block_bytes(plane)
             } else {
@@ -283,7 +283,12 @@ impl<'a> From<Prefix<'a>> for Coded<'a> {
             coded.widths[i] = field.bits;
             coded.fields[i] = FieldMap {
                 plane,
-                start: used[plane] + if is_second { whole[0] + first_scales } else { 0 },
+                start: used[plane]
+                    + if is_second && !is_two_level {
+                        whole[0] + first_scales
+                    } else {
+                        0
+                    },
                 block_pitch: turns * block_bytes,
                 pitch: if is_second {
                     [whole[0] + whole[1]; 2]
@@ -305,6 +310,13 @@ impl<'a> From<Prefix<'a>> for Coded<'a> {
 }
 
 impl<'a> Coded<'a> {
+    /// Plane of a field, its first codes in a row block, and bytes of a step of all fields of the plane.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn field(&self, index: usize, block: usize) -> (usize, usize, usize) {
+        let map = &self.fields[index];
+        (map.plane, block * map.block_pitch + map.start, map.step_bytes)
+    }
+
     /// What it was made from.
     pub fn prefix(&self) -> &Prefix<'a> {
         &self.prefix

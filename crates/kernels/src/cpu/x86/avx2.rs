@@ -17,6 +17,7 @@ use super::super::panels::{DEPTHS, Panel};
 use super::super::scalar::sum_lanes;
 use super::super::swiglu::swiglu_step;
 use super::super::tiles::{Coded, Tiles, by_fields};
+use super::avx2_two_level;
 
 pub(in super::super) fn present() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
@@ -24,6 +25,9 @@ pub(in super::super) fn present() -> bool {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(in super::super) fn block(coded: &Coded<'_>, block: usize, panel: &Panel<'_>, out: &mut [BlockOut]) {
+    if coded.is_two_level {
+        return avx2_two_level::block(coded, block, panel, out);
+    }
     let mut first = 0;
     // 16 registers: more than four tokens at once would spill.
     for four in out.chunks_mut(4) {
@@ -77,9 +81,9 @@ fn tokens<const T: usize, const A: usize, const B: usize, const C: usize>(
                 let dots = [_mm256_setzero_si256(); T];
                 // SAFETY: this function has the path's features.
                 let dots = unsafe {
-                    let dots = add_lines::<A, T>(tile.lines(0, s), half, &step, dots);
-                    let dots = add_lines::<B, T>(tile.lines(1, s), half, &step, dots);
-                    add_lines::<C, T>(tile.lines(2, s), half, &step, dots)
+                    let dots = add_lines::<A, T, 0, DEPTHS>(tile.lines(0, s), half, &step, dots);
+                    let dots = add_lines::<B, T, 0, DEPTHS>(tile.lines(1, s), half, &step, dots);
+                    add_lines::<C, T, 0, DEPTHS>(tile.lines(2, s), half, &step, dots)
                 };
                 for t in 0..T {
                     sums[t][half] = add_step(
@@ -104,10 +108,10 @@ fn tokens<const T: usize, const A: usize, const B: usize, const C: usize>(
 
 /// One step of some of a panel's tokens.
 #[derive(Clone, Copy)]
-struct Step<'a> {
-    words: &'a [u32],
-    width: usize,
-    first_token: usize,
+pub(super) struct Step<'a> {
+    pub(super) words: &'a [u32],
+    pub(super) width: usize,
+    pub(super) first_token: usize,
 }
 
 impl Step<'_> {
@@ -118,29 +122,42 @@ impl Step<'_> {
     }
 
     #[inline(always)]
-    fn scale(&self, token: usize) -> f32 {
+    pub(super) fn scale(&self, token: usize) -> f32 {
         f32::from_bits(self.words[DEPTHS * self.width + self.first_token + token])
     }
 
     #[inline(always)]
-    fn sum(&self, token: usize) -> f32 {
+    pub(super) fn sum(&self, token: usize) -> f32 {
         f32::from_bits(self.words[(DEPTHS + 1) * self.width + self.first_token + token])
+    }
+
+    /// Sum of the first half of the codes.
+    #[inline(always)]
+    pub(super) fn half_sum(&self, token: usize) -> f32 {
+        f32::from_bits(self.words[(DEPTHS + 2) * self.width + self.first_token + token])
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_step(dots: __m256i, scales: __m256, zero_point: __m256, scale: f32, codes_sum: f32, sum: __m256) -> __m256 {
+pub(super) fn add_step(
+    dots: __m256i,
+    scales: __m256,
+    zero_point: __m256,
+    scale: f32,
+    codes_sum: f32,
+    sum: __m256,
+) -> __m256 {
     let centred = _mm256_fmadd_ps(zero_point, _mm256_set1_ps(-codes_sum), _mm256_cvtepi32_ps(dots));
     _mm256_fmadd_ps(centred, _mm256_mul_ps(scales, _mm256_set1_ps(scale)), sum)
 }
 
-/// `dots << BITS` plus the products of one field, for rows 0–7 (`half` 0) or 8–15.
+/// `dots << BITS` plus the products of one field's depths `FROM..TO`, for rows 0–7 (`half` 0) or 8–15.
 ///
 /// # Safety
 /// The caller has the path's features. (Not a `target_feature` function: those cannot be `inline(always)`.)
 #[inline(always)]
-unsafe fn add_lines<const BITS: usize, const T: usize>(
+pub(super) unsafe fn add_lines<const BITS: usize, const T: usize, const FROM: usize, const TO: usize>(
     lines: &[[u8; 64]; BITS],
     half: usize,
     step: &Step<'_>,
@@ -159,6 +176,9 @@ unsafe fn add_lines<const BITS: usize, const T: usize>(
         let mut high_pairs = [_mm256_setzero_si256(); T];
         let per_line = 8 / BITS.max(1);
         for (l, line) in lines.iter().enumerate() {
+            if (l + 1) * per_line <= FROM || l * per_line >= TO {
+                continue;
+            }
             let packed = _mm256_loadu_si256(line.as_chunks::<32>().0[half].as_ptr().cast());
             if BITS == 8 {
                 let low = _mm256_and_si256(packed, mask);
@@ -171,6 +191,9 @@ unsafe fn add_lines<const BITS: usize, const T: usize>(
                 continue;
             }
             for i in 0..per_line {
+                if l * per_line + i < FROM || l * per_line + i >= TO {
+                    continue;
+                }
                 let codes = match BITS * i {
                     0 => packed,
                     1 => _mm256_srli_epi16::<1>(packed),

@@ -17,6 +17,7 @@ use super::super::scalar::sum_lanes;
 use super::super::swiglu::swiglu_step;
 use super::super::tiles::{Coded, TileAt, Walk, by_fields};
 use super::avx512_stream::token;
+use super::avx512_two_level;
 
 pub(in super::super) fn present() -> bool {
     is_x86_feature_detected!("avx512f")
@@ -30,6 +31,9 @@ pub(in super::super) fn present() -> bool {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")]
 pub(in super::super) fn block(coded: &Coded<'_>, block: usize, panel: &Panel<'_>, out: &mut [BlockOut]) {
+    if coded.is_two_level {
+        return avx512_two_level::block(coded, block, panel, out);
+    }
     let (one, out) = ([coded], [out]);
     match panel.width {
         1 => by_fields!(coded, token::<1>(one, block, panel, out)),
@@ -49,6 +53,9 @@ pub(in super::super) fn pair(
     [first, second]: [&mut [BlockOut]; 2],
 ) {
     let coded = both[0];
+    if coded.is_two_level {
+        return avx512_two_level::pair(both, at, panel, [first, second]);
+    }
     match panel.width {
         1 => by_fields!(coded, token::<2>(both, at, panel, [first, second])),
         2 => by_fields!(coded, tokens::<2, 2>(both, at, panel, [first, second])),
@@ -63,7 +70,7 @@ pub(in super::super) fn pair(
 
 /// Bytes that memory is asked for ahead of use. On a Zen 4 core at 4 bit, of what plain reading gets in the same seconds:
 /// one matrix 73 % at 6912, 65 at 4608, 73 at 768; experts of a layer 59, 58 and 46.
-const AHEAD: usize = 6912;
+pub(super) const AHEAD: usize = 6912;
 
 /// One block of `W` matrices of one format × `T` tokens, two or more: they share what is read.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")]
@@ -122,7 +129,7 @@ fn tokens<const W: usize, const T: usize, const A: usize, const B: usize, const 
 /// # Safety
 /// The caller has the path's features; any address may be asked for.
 #[inline(always)]
-unsafe fn prefetch<const A: usize, const B: usize, const C: usize>(tile: &TileAt) {
+pub(super) unsafe fn prefetch<const A: usize, const B: usize, const C: usize>(tile: &TileAt) {
     // Three bits are two fields of one plane; other fields have planes of their own. The lowest one has scales.
     let lines = if B == 1 {
         [2 * (A + B) + 1, 0, 0]
@@ -186,7 +193,7 @@ unsafe fn step<const T: usize, const A: usize, const B: usize, const C: usize>(
 /// # Safety
 /// The caller has the path's features; `BITS` lines at `lines` are readable.
 #[inline(always)]
-unsafe fn field<const BITS: usize, const DEPTH: usize>(lines: *const u8, place: usize) -> __m512i {
+pub(super) unsafe fn field<const BITS: usize, const DEPTH: usize>(lines: *const u8, place: usize) -> __m512i {
     let per_line = 8 / BITS.max(1);
     // SAFETY: the features are the caller's; the load is of 64 readable bytes and needs no alignment.
     unsafe { extract::<BITS, DEPTH>(_mm512_loadu_si512(lines.add(DEPTH / per_line * 64).cast()), place) }

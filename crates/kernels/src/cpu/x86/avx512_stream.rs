@@ -73,24 +73,41 @@ pub(super) fn token<const W: usize, const A: usize, const B: usize, const C: usi
     }
 }
 
-/// The products of one step, lines in ascending order.
+/// The products of one step.
 ///
 /// # Safety
-/// The caller has the path's features; the tile's step and the panel's step at `acts` are readable.
+/// As [`dots`].
 #[inline(always)]
 unsafe fn dot<const A: usize, const B: usize, const C: usize>(
     tile: &TileAt,
     within: usize,
     acts: *const u32,
 ) -> __m512i {
+    // SAFETY: the caller's.
+    unsafe {
+        let [one, other] = dots::<A, B, C>(tile, within, acts);
+        _mm512_add_epi32(one, other)
+    }
+}
+
+/// The products of the two halves of one step, lines in ascending order.
+///
+/// # Safety
+/// The caller has the path's features; the tile's step and the panel's step at `acts` are readable.
+#[inline(always)]
+pub(super) unsafe fn dots<const A: usize, const B: usize, const C: usize>(
+    tile: &TileAt,
+    within: usize,
+    acts: *const u32,
+) -> [__m512i; 2] {
     let mut codes = tile.codes;
     for (at, step_bytes) in codes.iter_mut().zip(tile.step_bytes) {
         *at = at.wrapping_add(within * step_bytes);
     }
     // SAFETY: the features are the caller's, and so is the readability of the step.
     unsafe {
-        // `vpdpbusd` takes 4 to 5 cycles: one token alone needs two chains.
-        let (mut even, mut odd) = (_mm512_setzero_si512(), _mm512_setzero_si512());
+        // Two chains, for `vpdpbusd` takes 4 to 5 cycles.
+        let (mut one, mut other) = (_mm512_setzero_si512(), _mm512_setzero_si512());
         let mut lines = [_mm512_setzero_si512(); 3];
         macro_rules! depths {
             ($($depth:literal)*) => {$(
@@ -105,15 +122,15 @@ unsafe fn dot<const A: usize, const B: usize, const C: usize>(
                     whole = _mm512_or_si512(whole, extract::<C, $depth>(lines[2], 0));
                 }
                 let four = _mm512_set1_epi32(acts.add($depth).cast::<i32>().read());
-                if $depth % 2 == 1 {
-                    odd = _mm512_dpbusd_epi32(odd, whole, four);
+                if $depth < DEPTHS / 2 {
+                    one = _mm512_dpbusd_epi32(one, whole, four);
                 } else {
-                    even = _mm512_dpbusd_epi32(even, whole, four);
+                    other = _mm512_dpbusd_epi32(other, whole, four);
                 }
             )*};
         }
         depths!(0 1 2 3 4 5 6 7);
-        _mm512_add_epi32(even, odd)
+        [one, other]
     }
 }
 
