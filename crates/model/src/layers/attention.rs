@@ -402,7 +402,7 @@ impl Heads {
         wide.resize(count * self.key_dim, 0.0);
         let (keys, scales) = cache.keys(job.kv_head, block.clone());
         keys.widen(isa(), wide);
-        product(queries, wide, self.key_dim, &mut Tile::new(scores, count));
+        product(queries, wide, self.key_dim, self.key_dim, &mut Tile::new(scores, count));
         multiply(scores, scales);
         self.weigh(job, &block, scores, keep, chunk);
         // Where keys hold the values their block is at hand.

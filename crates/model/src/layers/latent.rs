@@ -177,8 +177,8 @@ impl Latent {
                         keep[..tokens].fill(1.0);
                         rows::mix(isa(), stored, plain, &keep[..tokens], latent);
                     }
-                    _ => self.key_value_up.with_wide(up, |up| {
-                        mix(plain, up, self.plain, rank, &mut Tile::new(latent, rank));
+                    _ => self.key_value_up.with_wide(up, |up, stride| {
+                        mix(plain, up, self.plain, stride, &mut Tile::new(latent, rank));
                     }),
                 }
                 for (token, row) in turned.chunks_exact(from_width).enumerate() {
@@ -217,8 +217,8 @@ impl Latent {
                 values.resize(tokens * self.value_dim, 0.0);
                 match self.key_value_up.stored(up.clone()) {
                     Some(stored) if tokens <= FEW_ROWS => rows::dot(isa(), stored, latent, values, Threads::One),
-                    _ => self.key_value_up.with_wide(up, |up| {
-                        product(latent, up, rank, &mut Tile::new(values, self.value_dim));
+                    _ => self.key_value_up.with_wide(up, |up, stride| {
+                        product(latent, up, rank, stride, &mut Tile::new(values, self.value_dim));
                     }),
                 }
                 for (token, values) in values.chunks_exact(self.value_dim).enumerate() {

@@ -27,6 +27,19 @@ pub const FEW_ROWS: usize = 8;
 /// Bytes of weights, read once per [`FEW_ROWS`] rows, below which a thread costs more than it brings (about 5 µs of one).
 /// Decides who works, not what comes out.
 const PARALLEL_FROM: u64 = 1 << 18;
+/// Rows of f32 that lie a multiple of so many bytes apart fall into few sets of a cache and throw each other out while they
+/// are packed; a line more between them ends that.
+const ALIAS_BYTES: usize = 2048;
+const PAD: usize = 16;
+
+/// From one row of widened weights to the next.
+const fn padded(inputs: usize) -> usize {
+    if (4 * inputs).is_multiple_of(ALIAS_BYTES) {
+        inputs + PAD
+    } else {
+        inputs
+    }
+}
 
 /// How a matrix is held in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -102,7 +115,7 @@ pub(crate) fn isa() -> Isa {
 
 thread_local! {
     static CODES: RefCell<Activations> = RefCell::default();
-    /// Weights of a chunk, widened.
+    /// Weights of a chunk, widened, in rows of [`padded`] length.
     static WIDE: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -350,13 +363,13 @@ impl Linear {
         let chunk = |chunk: usize| {
             let output = chunk * CHUNK_OUTPUTS;
             let outputs = CHUNK_OUTPUTS.min(self.outputs - output);
-            self.with_wide(output..output + outputs, |weights| {
+            self.with_wide(output..output + outputs, |weights, stride| {
                 for row in (0..rows).step_by(CHUNK_ROWS) {
                     let rows = CHUNK_ROWS.min(rows - row);
                     // SAFETY: chunks do not overlap, and `y` is [rows, outputs] (`apply_all`).
                     let mut tile = unsafe { y.part(row, output, rows, outputs) };
                     let x = &x[row * self.inputs..][..rows * self.inputs];
-                    product(x, weights, self.inputs, &mut tile);
+                    product(x, weights, self.inputs, stride, &mut tile);
                 }
             });
         };
@@ -368,27 +381,22 @@ impl Linear {
         }
     }
 
-    /// Rows of the weights in f32, in memory of this thread where they are stored otherwise.
-    pub(crate) fn with_wide<R>(&self, range: Range<usize>, f: impl FnOnce(&[f32]) -> R) -> R {
-        match &self.held {
-            Held::F32(weights) => f(&weights[range.start * self.inputs..range.end * self.inputs]),
-            Held::Half(kind, bytes) => {
-                let width = kind.bytes() * self.inputs;
-                let bytes = &bytes[range.start * width..range.end * width];
-                with_scratch(&WIDE, |wide| {
-                    wide.resize(range.len() * self.inputs, 0.0);
-                    rows::widen(isa(), *kind, bytes, wide);
-                    f(wide)
-                })
-            }
-            Held::Coded(..) => {
-                let mut wide = vec![0.0; range.len() * self.inputs];
-                for (row, wide) in range.zip(wide.chunks_exact_mut(self.inputs)) {
-                    self.row_to(row, wide);
-                }
-                f(&wide)
-            }
+    /// Rows of the weights in f32 and the distance from each to the next, in memory of this thread where they are stored
+    /// otherwise or would alias.
+    pub(crate) fn with_wide<R>(&self, range: Range<usize>, f: impl FnOnce(&[f32], usize) -> R) -> R {
+        let stride = padded(self.inputs);
+        if let Held::F32(weights) = &self.held
+            && stride == self.inputs
+        {
+            return f(&weights[range.start * self.inputs..range.end * self.inputs], stride);
         }
+        with_scratch(&WIDE, |wide| {
+            wide.resize(range.len() * stride, 0.0);
+            for (row, wide) in range.zip(wide.chunks_exact_mut(stride)) {
+                self.row_to(row, &mut wide[..self.inputs]);
+            }
+            f(wide, stride)
+        })
     }
 }
 

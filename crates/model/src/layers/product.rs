@@ -52,11 +52,13 @@ impl<'a> Tile<'a> {
     }
 }
 
-/// `y[r, o] = Σ x[r, i] · w[o, i]` on this thread; `x` is `[y.rows, inputs]`, `w` is `[y.columns, inputs]`.
-pub(crate) fn product(x: &[f32], w: &[f32], inputs: usize, y: &mut Tile<'_>) {
+/// `y[r, o] = Σ x[r, i] · w[o, i]` on this thread; `x` is `[y.rows, inputs]`, `w` is `[y.columns, stride]` of which the
+/// first `inputs` are read.
+pub(crate) fn product(x: &[f32], w: &[f32], inputs: usize, stride: usize, y: &mut Tile<'_>) {
     assert_eq!(x.len(), y.rows * inputs, "x is [rows, inputs]");
-    assert_eq!(w.len(), y.columns * inputs, "w is [outputs, inputs]");
-    multiply(x, [inputs, 1], w, [1, inputs], inputs, y);
+    assert_eq!(w.len(), y.columns * stride, "w is [outputs, stride]");
+    assert!(inputs <= stride, "inputs lie in a row of w");
+    multiply(x, [inputs, 1], w, [1, stride], inputs, y);
 }
 
 /// `y[r, c] = Σ p[r, k] · v[k, c]` on this thread; `p` is `[y.rows, inner]`, `v` is `[inner, stride]` of which the
