@@ -8,7 +8,7 @@ use cotk_latency::explain::text::{time, with_spread};
 use cotk_latency::explain::{Bound, Choice, Layer, Report, Request, explain};
 use cotk_latency::identity::Identity;
 use cotk_latency::predict::{Flag, Prediction};
-use cotk_latency::profile;
+use cotk_latency::profile::{self, MOST_LOST_PCT, Profile};
 use cotk_latency::walk;
 use cotk_onnx::foreign::measure::Measured;
 use cotk_onnx::foreign::{self, Network, Options};
@@ -123,7 +123,7 @@ fn onnx(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         network: &walked,
         threads,
         block: found.profile.head.identity.block(),
-        noise_floor: found.profile.head.noise.floor_pct / 100.0,
+        noise_floor: found.profile.noise_of(threads),
     };
     let report = explain(&model, &request)?;
     let unknown = unknown(&walked, &report);
@@ -151,6 +151,7 @@ fn onnx(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         .iter()
         .map(|flag| format!("predicted from {}: {flag}", found.folder.display()))
         .collect();
+    let lost_pct = lost_pct(&found.profile, threads, &mut warnings);
     for (op, count, ms) in &unknown.operators {
         warnings.push(format!(
             "unknown operator {op}: {count} of {} operators, {} % of the time by its bytes alone",
@@ -173,8 +174,23 @@ fn onnx(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
         measured,
         profile: &found.folder,
         threads,
+        lost_pct,
     };
     Ok(Outcome::new(plan.json(), plan.text()).warn(warnings))
+}
+
+/// What others took of several threads while the profile was measured, in percent, for predictions with several; a warning
+/// where that is too much.
+pub(crate) fn lost_pct(profile: &Profile, threads: u32, warnings: &mut Vec<String>) -> Option<f64> {
+    let lost_pct = profile.lost_with_several_threads_pct().filter(|_| threads > 1);
+    if let Some(pct) = lost_pct.filter(|pct| *pct > MOST_LOST_PCT) {
+        warnings.push(format!(
+            "others took {} % of the time while several threads were measured (at most {MOST_LOST_PCT}): gains below that \
+             are called not measurable",
+            significant(pct, 2)
+        ));
+    }
+    lost_pct
 }
 
 fn unknown(network: &walk::Network, report: &Report) -> Unknown {
@@ -226,6 +242,7 @@ struct Plan<'a> {
     measured: Option<Measured>,
     profile: &'a Path,
     threads: u32,
+    lost_pct: Option<f64>,
 }
 
 impl Plan<'_> {
@@ -293,6 +310,7 @@ impl Plan<'_> {
             "macs": self.network.macs(),
             "params": self.network.constants,
             "profile": self.profile,
+            "lost_with_several_threads_pct": self.lost_pct,
             "prediction": prediction_json(total, None),
             "samples_per_s": self.samples_per_s(),
             "per_layer": self.ordered().iter().map(layer).collect::<Vec<_>>(),

@@ -12,8 +12,9 @@ use cotk_latency::probe::disk::DiskProbe;
 use cotk_latency::probe::gather::{Settings, Threaded};
 use cotk_latency::probe::measure::{Plan, Wanted, With, measure};
 use cotk_latency::probe::memory::MemoryProbe;
+use cotk_latency::probe::order::FIRST_NETWORKS;
 use cotk_latency::probe::{Listed, NetworkProbe, Prepared, Probe, median, refused};
-use cotk_latency::profile::{self, Profile, Purpose, Row, Verdict};
+use cotk_latency::profile::{self, MOST_LOST_PCT, Profile, Purpose, Row, Verdict};
 use cotk_latency::walk::{operators, walk};
 use cotk_latency::work::{
     Block, Context as Place, ConvKey, DenseKey, EdgeKey, ElementwiseKey, Family, Heat, Key, PlaneKey, PoolKey, Term,
@@ -186,15 +187,16 @@ pub fn run(args: &Args, cx: &Context) -> Result<Outcome, Fault> {
     if let Some(count) = conditions.no_time_for.filter(|count| *count > 0) {
         warnings.push(format!("{count} keys were left out: there was no time for them"));
     }
+    for gap in profile.lacks() {
+        warnings.push(format!(
+            "this profile lacks {gap}: measure again with more time (--seconds)"
+        ));
+    }
     if conditions.pinned == Some(false) {
         warnings
             .push("this system does not let threads stay on their core: times may hold moves between cores".to_owned());
     }
-    // Canaries have one thread: what others took of several shows only here.
-    let block = profile.head.identity.block();
-    let several = profile.rows.iter().filter(|row| row.key.path(block).threads > 1);
-    let lost: Vec<f64> = several.filter_map(|row| row.taken.lost_pct).collect();
-    let lost_pct = (!lost.is_empty()).then(|| median(&lost));
+    let lost_pct = profile.lost_with_several_threads_pct();
     if let Some(pct) = lost_pct.filter(|pct| *pct > MOST_LOST_PCT) {
         warnings.push(format!(
             "with several threads {} % of the time went to others (at most {MOST_LOST_PCT}): those times are not good",
@@ -315,9 +317,6 @@ fn latency(error: cotk_latency::Error) -> Fault {
     SearchError::Latency(error).into()
 }
 
-/// Others may take this much of what several threads do.
-const MOST_LOST_PCT: f64 = 3.0;
-
 /// Keys of a probe that are prepared at once.
 pub(crate) fn live(probe: &str) -> usize {
     match probe {
@@ -373,7 +372,7 @@ fn canaries(has_runtime: bool) -> Vec<Key> {
 fn networks(cx: &Context, threads: u32, has_runtime: bool, quick: bool) -> Vec<Threaded> {
     let count = match (has_runtime, quick) {
         (false, _) => 0,
-        (true, true) => 32,
+        (true, true) => FIRST_NETWORKS,
         (true, false) => 400,
     };
     let drawn = random_networks(count, &[], &mut cx.seeds(0).stream("networks of a profile"));
@@ -507,8 +506,7 @@ fn engine(threads: u32, cache_bytes: u64, quick: bool) -> Result<Wanted, Fault> 
     let cpu = Cpu::selected().map_err(|e| Fault::usage(e.to_string(), "leave COTK_ISA out"))?;
     let probe = EngineProbe::new(cpu, one_and(threads), cache_bytes).map_err(latency)?;
     if quick {
-        // Every second size of each kind: building what is cold takes most of a minute else.
-        let seeds: Vec<Key> = probe.seeds().into_iter().step_by(2).collect();
+        let seeds = probe.quick_seeds();
         let table = seeds.len();
         return Ok(Wanted {
             probe: Box::new(Listed::new(Box::new(probe), seeds, |_| true)),

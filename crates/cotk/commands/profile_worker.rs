@@ -3,6 +3,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
 use cotk_latency::probe::gather::{InProcess, Job, Runner, Session, Subject, Tools};
 use cotk_latency::probe::memory::MemoryProbe;
@@ -76,8 +77,12 @@ impl Runner for Processes {
                 .collect(),
             ..job.clone()
         };
+        let begin = Instant::now();
         InProcess.run(&part(true), tools, cancel, each)?;
-        let job = part(false);
+        let mut job = part(false);
+        for limit in [&mut job.limit, &mut job.needed_limit].into_iter().flatten() {
+            *limit = limit.saturating_sub(begin.elapsed());
+        }
         if job.subjects.iter().all(Vec::is_empty) {
             return Ok(());
         }
@@ -142,6 +147,8 @@ pub(crate) fn worker(cx: &Context) -> Result<Outcome, Fault> {
             order.threads
         )));
     }
+    // What is cold is measured over hundreds of MiB, key after key.
+    cotk_run::system::keep_freed_memory();
     let mut out = std::io::stdout().lock();
     let mut say = |line: &Line| -> std::io::Result<()> {
         let text = serde_json::to_string(line).expect("plain data");

@@ -72,7 +72,7 @@ impl OnnxProbe {
         for seed in self.seeds.iter().filter(is_chain) {
             *counts.entry(stratum(seed)).or_default() += 1;
         }
-        for _ in 0..200 * per_path {
+        for _ in 0..400 * per_path {
             let key = draw.key();
             let wanted = match key {
                 // Never fitted: their own times and those of their neighbours are all that is known.
@@ -118,7 +118,10 @@ fn is_ours(key: &Key) -> bool {
         Key::Edge(e) => match e.kind {
             EdgeKind::ReorderIn | EdgeKind::Quantize => true,
             EdgeKind::ReorderOut => e.channels.is_multiple_of(4) && e.channels >= 16,
-            EdgeKind::Dequantize | EdgeKind::TransposeInt8 | EdgeKind::TransposeF32 | EdgeKind::View => false,
+            EdgeKind::Dequantize => true,
+            // Of channels that stay in a region of codes.
+            EdgeKind::TransposeInt8 => e.channels.is_multiple_of(4) && e.channels >= 16,
+            EdgeKind::TransposeF32 | EdgeKind::View => false,
         },
         // In a chain: a stride would change the shape.
         Key::Pool(p) => p.numerics == Numerics::F32 && p.stride == 1,
@@ -194,8 +197,15 @@ impl Probe for OnnxProbe {
         let mut parts: BTreeMap<Key, f64> = BTreeMap::new();
         for (weight, model) in self.models(key).map_err(fail)? {
             // A chain of passes is passes alone; what is timed alone stands for itself, session and edges included.
-            let Model::Chain(chain) = model else {
-                return Ok(vec![(*key, 1.0)]);
+            let chain = match model {
+                Model::Chain(chain) => chain,
+                Model::Known { each, copies, .. } => {
+                    #[expect(clippy::cast_precision_loss, reason = "a handful of copies")]
+                    let times = weight * copies as f64;
+                    *parts.entry(each).or_default() += times;
+                    continue;
+                }
+                Model::Pass(_) => return Ok(vec![(*key, 1.0)]),
             };
             let graph = chain.graph().map_err(fail)?;
             let mut network = walk::Network::from(&graph);
@@ -259,13 +269,19 @@ enum Model {
     Chain(Chain),
     /// An ONNX file.
     Pass(Vec<u8>),
+    /// An ONNX file with so many copies of an operator, and else what a file of another number of copies has too.
+    Known {
+        bytes: Vec<u8>,
+        each: Key,
+        copies: usize,
+    },
 }
 
 impl Model {
     fn bytes(self, seed: u64) -> Result<Vec<u8>> {
         match self {
             Self::Chain(chain) => chain.bytes(seed),
-            Self::Pass(bytes) => Ok(bytes),
+            Self::Pass(bytes) | Self::Known { bytes, .. } => Ok(bytes),
         }
     }
 }
@@ -382,6 +398,15 @@ impl OnnxProbe {
                 models.extend(chain(carrier).slope(-1.0));
                 models
             }
+            Key::Edge(e) if e.kind == EdgeKind::Dequantize => dequantizers(e).slope(1.0).into(),
+            Key::Edge(e) if e.kind == EdgeKind::TransposeInt8 => {
+                // What a convolution's result takes to leave a region of codes, less the convolution and less making floats.
+                let carrier = pointwise(&edge_plane(&e, Numerics::Int8), e.channels);
+                let mut models: Vec<(f64, Model)> = outputs(carrier, self.block).slope(1.0).into();
+                models.extend(chain(carrier).slope(-1.0));
+                models.extend(dequantizers(e).slope(-1.0));
+                models
+            }
             Key::Edge(e) if is_ours(key) => {
                 let numerics = if e.kind == EdgeKind::Quantize {
                     Numerics::Int8
@@ -411,6 +436,17 @@ fn edge_plane(e: &EdgeKey, numerics: Numerics) -> PlaneKey {
         numerics,
         threads: e.threads,
     }
+}
+
+/// Codes made floats, beside each other.
+fn dequantizers(e: EdgeKey) -> Line {
+    let kind = EdgeKind::Dequantize;
+    let each = EdgeKey { kind, ..e };
+    Line(Box::new(move |copies| Model::Known {
+        bytes: passes::dequantize(&each, copies),
+        each: Key::Edge(each),
+        copies,
+    }))
 }
 
 /// A session with next to nothing in it.

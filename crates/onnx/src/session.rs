@@ -13,6 +13,8 @@ use prost::Message;
 
 use crate::{Error, Result, runtime};
 
+pub(crate) mod feeds;
+
 /// A model that is ready to run.
 #[derive(Debug)]
 pub struct Session {
@@ -56,17 +58,7 @@ impl Session {
     pub fn from_bytes(name: &str, bytes: &[u8], threads: usize) -> Result<Self> {
         let fail = |e: ort::Error| failed("load", name, &e);
         let inner = builder(threads, name)?.commit_from_memory(bytes).map_err(fail)?;
-        Self::wrap(name, inner, None)
-    }
-
-    /// A model from its bytes that leaves dimensions of its input open: these are filled in.
-    ///
-    /// # Errors
-    /// As [`Session::from_bytes`], and when the model fixes other ones.
-    pub fn from_bytes_at(name: &str, bytes: &[u8], threads: usize, dims: &[i64]) -> Result<Self> {
-        let fail = |e: ort::Error| failed("load", name, &e);
-        let inner = builder(threads, name)?.commit_from_memory(bytes).map_err(fail)?;
-        Self::wrap(name, inner, Some(dims))
+        Self::wrap(name, inner)
     }
 
     /// A model from its file.
@@ -78,7 +70,7 @@ impl Session {
         Self::from_bytes(&path.display().to_string(), &bytes, threads)
     }
 
-    fn wrap(name: &str, inner: ort::session::Session, open_as: Option<&[i64]>) -> Result<Self> {
+    fn wrap(name: &str, inner: ort::session::Session) -> Result<Self> {
         let wrong = |detail: &str| Error::Runtime {
             action: "use",
             model: name.to_owned(),
@@ -91,14 +83,7 @@ impl Session {
             .dtype()
             .tensor_shape()
             .ok_or_else(|| wrong("its input is not a tensor"))?;
-        let mut input_dims: Vec<i64> = shape.iter().copied().collect();
-        if let Some(wanted) = open_as {
-            let fits = |(found, wanted): (&i64, &i64)| *found < 1 || found == wanted;
-            if wanted.len() != input_dims.len() || !input_dims.iter().zip(wanted).all(fits) {
-                return Err(wrong(&format!("input shape {input_dims:?}, expected {wanted:?}")));
-            }
-            input_dims = wanted.to_vec();
-        }
+        let input_dims: Vec<i64> = shape.iter().copied().collect();
         if input_dims.iter().any(|&d| d < 1) {
             return Err(wrong(&format!("input shape {input_dims:?}, expected fixed dimensions")));
         }
@@ -291,7 +276,7 @@ pub fn profile_nodes(name: &str, bytes: &[u8], threads: usize, input: &[f32]) ->
     let mut builder = builder(threads, name)?
         .with_profiling(folder.path().join("trace"))
         .map_err(|e| fail(&e))?;
-    let mut session = Session::wrap(name, builder.commit_from_memory(bytes).map_err(|e| fail(&e))?, None)?;
+    let mut session = Session::wrap(name, builder.commit_from_memory(bytes).map_err(|e| fail(&e))?)?;
     session.run(input)?;
     // Without this the trace stays empty.
     let trace = session.inner.end_profiling().map_err(|e| fail(&e))?;

@@ -4,11 +4,9 @@
 use cotk_latency::probe::rounds::{Pace, time as rounds};
 use cotk_latency::probe::{Prepared, median};
 use cotk_run::seeds::Seeds;
-use ort::value::Tensor;
-use rand::RngExt;
 
 use super::Network;
-use crate::session::Session;
+use crate::session::feeds::Fed;
 use crate::{Error, Result};
 
 /// Sessions that are opened one after the other.
@@ -28,8 +26,7 @@ pub struct Measured {
 }
 
 struct Ready {
-    session: Session,
-    tensor: Tensor<f32>,
+    fed: Fed,
     threads: u32,
 }
 
@@ -39,7 +36,7 @@ impl Prepared for Ready {
     }
 
     fn run(&mut self, _piece: usize) -> cotk_latency::Result<()> {
-        self.session.call(&self.tensor).map_err(|e| cotk_latency::Error::Probe {
+        self.fed.call().map_err(|e| cotk_latency::Error::Probe {
             probe: "onnx".into(),
             key: "a whole network".into(),
             detail: e.to_string(),
@@ -47,7 +44,7 @@ impl Prepared for Ready {
     }
 }
 
-/// Times a network of one f32 input. `bytes` are those that `network` was read from.
+/// Times a network, whatever its inputs are: floats are noise, whole numbers zeros and ones. `bytes` are those that `network` was read from.
 ///
 /// # Errors
 /// [`Error::NoLibrary`], [`Error::Load`], [`Error::Runtime`]; [`Error::Unsupported`] where weights lie in other files, which
@@ -62,34 +59,16 @@ pub fn time(file: &str, bytes: &[u8], network: &Network, threads: usize, seeds: 
             expected: "all of them inside, to be run".into(),
         });
     }
-    if network.inputs.len() > 1 {
-        let names: Vec<&str> = network.inputs.iter().map(|i| i.name.as_str()).collect();
-        return Err(Error::Unsupported {
-            file: file.to_owned(),
-            node: names.join(", "),
-            what: "inputs",
-            found: network.inputs.len().to_string(),
-            expected: "1, to be run: its prediction needs no --measure".into(),
-        });
-    }
-    let dims: Vec<i64> = network
-        .inputs
-        .first()
-        .map(|input| input.dims.iter().filter_map(|&d| i64::try_from(d).ok()).collect())
-        .unwrap_or_default();
+    let dims = |input: &super::Input| input.dims.iter().filter_map(|&d| i64::try_from(d).ok()).collect();
+    let dims: Vec<(String, Vec<i64>)> = { network.inputs.iter() }
+        .map(|input| (input.name.clone(), dims(input)))
+        .collect();
     let mut medians_ms = Vec::with_capacity(SESSIONS);
     let mut is_quiet = true;
     let mut order = seeds.stream("plan: rounds");
     for _ in 0..SESSIONS {
-        let session = Session::from_bytes_at(file, bytes, threads, &dims)?;
-        let mut rng = seeds.stream("plan: input");
-        let input: Vec<f32> = (0..session.input_len())
-            .map(|_| rng.random::<f32>() * 2.0 - 1.0)
-            .collect();
-        let tensor = session.input(&input)?;
         let ready = Ready {
-            session,
-            tensor,
+            fed: Fed::new(file, bytes, threads, &dims, seeds)?,
             threads: u32::try_from(threads).unwrap_or(1),
         };
         let timed = rounds(vec![Box::new(ready)], &Pace::CAREFUL, &mut order)?;

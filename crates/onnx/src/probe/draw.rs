@@ -4,7 +4,8 @@
 use cotk_latency::graph::Numerics;
 use cotk_latency::walk::operators;
 use cotk_latency::work::{
-    Block, Context, ConvKey, ElementwiseKey, ElementwiseKind, Key, LinearKey, LowRankKey, PoolKey, PoolKind,
+    Block, Context, ConvKey, EdgeKey, EdgeKind, ElementwiseKey, ElementwiseKind, Key, LinearKey, LowRankKey, PoolKey,
+    PoolKind,
 };
 use cotk_run::seeds::Stream;
 use rand::RngExt;
@@ -151,7 +152,7 @@ impl<'a> Draw<'a> {
         let (share, side) = (self.rng.random(), *[4u32, 8, 16, 32].choose(self.rng).expect("a list"));
         let channels = self.channels(8.0, 256.0, share);
         let threads = self.threads();
-        match self.rng.random_range(0..6) {
+        match self.rng.random_range(0..7) {
             0..2 => Key::Pool(PoolKey {
                 kind: if share < 0.5 { PoolKind::Max } else { PoolKind::Mean },
                 batch: 1,
@@ -176,6 +177,18 @@ impl<'a> Draw<'a> {
                 height: side,
                 width: side,
                 numerics: Numerics::F32,
+                threads,
+            }),
+            5 => Key::Edge(EdgeKey {
+                kind: if share < 0.5 {
+                    EdgeKind::Dequantize
+                } else {
+                    EdgeKind::TransposeInt8
+                },
+                batch: 1,
+                channels: channels.max(16).next_multiple_of(4),
+                height: side.max(8),
+                width: side.max(8),
                 threads,
             }),
             _ => Key::Linear(LinearKey {

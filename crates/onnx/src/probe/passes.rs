@@ -1,7 +1,7 @@
 //! Chains of operators that our typed graph does not have: pools over windows and passes over values, as ONNX files. Shapes
 //! stay, so that one more copy is one more operator.
 
-use cotk_latency::work::{ElementwiseKey, ElementwiseKind, PoolKey, PoolKind};
+use cotk_latency::work::{EdgeKey, ElementwiseKey, ElementwiseKind, PoolKey, PoolKind};
 use cotk_run::seeds::Seeds;
 use prost::Message;
 
@@ -49,7 +49,34 @@ pub(super) fn elementwise(key: &ElementwiseKey, copies: usize) -> Vec<u8> {
     file.encode()
 }
 
+/// Codes of the input, `copies` times made floats beside each other: each with a scale of its own, or they would be one.
+pub(super) fn dequantize(key: &EdgeKey, copies: usize) -> Vec<u8> {
+    let dims = [key.batch, key.channels, key.height, key.width].map(i64::from);
+    let mut file = File::new(dims);
+    file.initializers.push(proto::Tensor {
+        data_type: data_type::UINT8,
+        name: "zero".into(),
+        raw_data: vec![128],
+        ..Default::default()
+    });
+    file.scale("scale", 1.0 / 128.0);
+    file.push("QuantizeLinear", &["scale", "zero"], vec![]);
+    let codes = file.last.clone();
+    let mut scale = 1.0 / 128.0;
+    for copy in 0..copies {
+        let name = format!("scale {copy}");
+        scale *= 1.25;
+        file.scale(&name, scale);
+        file.last.clone_from(&codes);
+        file.push("DequantizeLinear", &[&name, "zero"], vec![]);
+        file.outputs.push(file.last.clone());
+    }
+    file.encode()
+}
+
 struct File {
+    /// Empty: the last value alone.
+    outputs: Vec<String>,
     dims: [i64; 4],
     nodes: Vec<proto::Node>,
     initializers: Vec<proto::Tensor>,
@@ -59,6 +86,7 @@ struct File {
 impl File {
     fn new(dims: [i64; 4]) -> Self {
         Self {
+            outputs: Vec::new(),
             dims,
             nodes: Vec::new(),
             initializers: Vec::new(),
@@ -80,6 +108,15 @@ impl File {
         });
     }
 
+    fn scale(&mut self, name: &str, value: f32) {
+        self.initializers.push(proto::Tensor {
+            data_type: data_type::FLOAT,
+            name: name.into(),
+            raw_data: value.to_le_bytes().to_vec(),
+            ..Default::default()
+        });
+    }
+
     fn pointwise(&mut self, channels: u32) {
         let count = channels as usize * channels as usize;
         let values = uniform(count, 0.1, &mut Seeds::new(1).stream("pointwise"));
@@ -94,8 +131,11 @@ impl File {
     }
 
     fn encode(mut self) -> Vec<u8> {
-        if let Some(node) = self.nodes.last_mut() {
+        if self.outputs.is_empty()
+            && let Some(node) = self.nodes.last_mut()
+        {
             node.output = vec!["output".into()];
+            self.outputs.push("output".into());
         }
         let dims = self.dims;
         let value = |name: &str| proto::ValueInfo {
@@ -122,7 +162,7 @@ impl File {
                 name: "passes".into(),
                 initializer: self.initializers,
                 input: vec![value("input")],
-                output: vec![value("output")],
+                output: self.outputs.iter().map(|name| value(name)).collect(),
             }),
             opset_import: vec![proto::OperatorSetId {
                 domain: String::new(),

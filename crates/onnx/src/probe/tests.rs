@@ -145,6 +145,46 @@ fn parts_of_a_slope_are_its_key_and_what_comes_along() {
     assert!(parts(triple).iter().any(|p| matches!(p.0, Key::Conv(c) if c.cout == 4)));
 }
 
+/// Law: an edge of a region of codes is measured as itself; what else ONNX Runtime adds for it is among its parts.
+#[test]
+fn edges_of_codes_are_operators_of_their_own() {
+    let probe = OnnxProbe::new(Vec::new(), Block(16)).unwrap();
+    let edge = |kind| {
+        Key::Edge(EdgeKey {
+            kind,
+            batch: 1,
+            channels: 32,
+            height: 8,
+            width: 8,
+            threads: 1,
+        })
+    };
+    for (kind, op) in [
+        (EdgeKind::Dequantize, "DequantizeLinear"),
+        (EdgeKind::TransposeInt8, "Transpose"),
+    ] {
+        let key = edge(kind);
+        assert!(probe.measures(&key) && probe.is_slope(&key));
+        let parts = probe.parts(&key).unwrap();
+        assert_eq!(parts.len(), 1, "{parts:?}");
+        assert!(parts[0].0 == key && (parts[0].1 - 1.0).abs() < 1e-9, "{parts:?}");
+        // Long models less short ones, by what ONNX Runtime runs.
+        let mut counts = BTreeMap::<String, f64>::new();
+        for (weight, model) in probe.models(&key).unwrap() {
+            for (_, op, _) in crate::session::optimized_operators("probe", &model.bytes(0).unwrap()).unwrap() {
+                *counts.entry(op).or_default() += weight;
+            }
+        }
+        counts.retain(|_, count| count.abs() > 1e-9);
+        assert_eq!(counts.len(), 1, "{counts:?}");
+        assert!((counts[op] - 1.0).abs() < 1e-9, "{counts:?}");
+        let mut prepared = probe.prepare(&key, 0).unwrap();
+        for piece in 0..prepared.weights().len() {
+            prepared.run(piece).unwrap();
+        }
+    }
+}
+
 #[test]
 fn draws_come_after_the_seeds_and_repeat_by_seed() {
     let seeds: Vec<Key> = [conv(16, 16, 1, Numerics::Int8), conv(1, 16, 1, Numerics::Int8)]
@@ -262,6 +302,10 @@ fn a_spread_has_enough_of_every_path() {
         Family::Add(Numerics::F32),
         Family::Pool(Numerics::F32),
         Family::LowRank(Numerics::F32),
+        Family::Edge(EdgeKind::Quantize),
+        Family::Edge(EdgeKind::Dequantize),
+        Family::Edge(EdgeKind::TransposeInt8),
+        Family::Edge(EdgeKind::ReorderOut),
     ] {
         assert!(count(family) >= 4, "{family:?}: {}", count(family));
     }
