@@ -445,7 +445,7 @@ impl Heads {
                 keep.push(1.0);
                 continue;
             }
-            let kept = (before - largest).exp();
+            let kept = decay(before, largest);
             keep.push(kept);
             chunk.maxima[row] = largest;
             chunk.sums[row] = chunk.sums[row] * kept + rows::weigh(isa(), seen, largest);
@@ -493,11 +493,20 @@ fn merge((max, sum, mix): (&mut f32, &mut f32, &mut [f32]), (more_max, more_sum,
         return; // the row sees none of them
     }
     let largest = max.max(more_max);
-    let (keep, take) = ((*max - largest).exp(), (more_max - largest).exp());
+    let (keep, take) = (decay(*max, largest), decay(more_max, largest));
     *max = largest;
     *sum = *sum * keep + more_sum * take;
     for (mix, more) in mix.iter_mut().zip(more) {
         *mix = *mix * keep + more * take;
+    }
+}
+
+/// exp(before − largest); most often the largest is as it was, and the function is called for nothing.
+fn decay(before: f32, largest: f32) -> f32 {
+    if before == largest {
+        1.0
+    } else {
+        (before - largest).exp()
     }
 }
 

@@ -433,15 +433,16 @@ pub fn apply_all<const N: usize>(x: &[f32], mut products: [(&Linear, &mut [f32])
     }
 }
 
-/// What a thread keeps between calls; a call inside a call gets its own.
+/// What a thread keeps between calls, where it lies: to move a dozen lists out and in again costs as much as a small job. A
+/// call inside a call gets its own.
 pub(crate) fn with_scratch<T: Default, R>(
     key: &'static std::thread::LocalKey<RefCell<T>>,
     f: impl FnOnce(&mut T) -> R,
 ) -> R {
-    let mut scratch = key.take();
-    let result = f(&mut scratch);
-    key.set(scratch);
-    result
+    key.with(|kept| match kept.try_borrow_mut() {
+        Ok(mut scratch) => f(&mut scratch),
+        Err(_) => f(&mut T::default()),
+    })
 }
 
 fn bytes_of(weights: &[f32]) -> &[u8] {
