@@ -4,6 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
+use cotk_kernels::cpu::dispatch::Isa;
 use serde_json::json;
 
 use crate::commands::{Cli, Command};
@@ -23,12 +24,46 @@ pub fn launch(run: impl FnOnce(&Command, &Context) -> Result<Outcome, Fault>) ->
         Ok(cx) => cx,
         Err(fault) => return render_fault(&fault, cli.command.name(), cli.global.json),
     };
-    let result = run(&cli.command, &cx);
+    let slow = slow_path(&cli.command);
+    // In the one JSON object where it comes last; `serve` prints its own long before that.
+    let is_said_now = !cx.ui.is_json() || matches!(cli.command, Command::Serve(_));
+    if let (Some(text), true) = (&slow, is_said_now) {
+        complain(&format!("warning: {text}"));
+    }
+    let mut result = run(&cli.command, &cx);
+    if let (Some(text), false, Ok(outcome)) = (slow, is_said_now, &mut result) {
+        outcome.warnings.push(text);
+    }
     cx.ui.finish();
     match result {
         Ok(outcome) => render(&outcome, cli.command.name(), cx.ui.is_json()),
         Err(fault) => render_fault(&fault, cli.command.name(), cx.ui.is_json()),
     }
+}
+
+/// What to say of a command that computes with weights on the scalar path.
+fn slow_path(command: &Command) -> Option<String> {
+    let computes = matches!(
+        command,
+        Command::Run(_)
+            | Command::Eval(_)
+            | Command::Logits(_)
+            | Command::Compress(_)
+            | Command::Serve(_)
+            | Command::Bench(_)
+    );
+    let lowest = Isa::present()[0].name();
+    if !computes || Isa::selected().is_ok_and(|isa| isa.name() != lowest) {
+        return None;
+    }
+    let why = match Isa::present().len() {
+        1 => "this CPU has no AVX2".to_owned(),
+        _ => format!("COTK_ISA={lowest}"),
+    };
+    // A path that is not there at all is the command's to refuse.
+    Isa::selected()
+        .is_ok()
+        .then(|| format!("{why}: computing on the {lowest} path, many times slower than with AVX2"))
 }
 
 fn render(outcome: &Outcome, command: &str, json: bool) -> ExitCode {
