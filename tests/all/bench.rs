@@ -122,6 +122,18 @@ fn a_checkpoint_is_coded_on_the_way_and_a_container_runs_as_it_is() {
     assert!(0.0 < seconds[0] && seconds[0] < seconds[1], "{opened}");
     assert!(opened["first_token_peak_rss_bytes"].as_u64() <= opened["peak_rss_bytes"].as_u64());
     assert_eq!(opened["kv_cache"], "int8");
+    // All of it was used once before anything was measured; what it weighs is what lies in its files.
+    let bytes = |key: &str| opened[key].as_u64().unwrap_or_else(|| panic!("no {key}: {opened}"));
+    let stored: u64 = ["experts.bin", "dense.safetensors"]
+        .map(|file| place.join("out").join(file).metadata().unwrap().len())
+        .iter()
+        .sum();
+    assert!(
+        bytes("whole_weight_bytes").abs_diff(stored) < stored / 10,
+        "{stored}: {opened}"
+    );
+    assert!(bytes("whole_peak_rss_bytes") <= bytes("peak_rss_bytes") && bytes("whole_own_bytes") > 0);
+    assert!(bytes("whole_mapped_bytes") > 0);
     fails(&bench("out", &["--kv-cache", "int4"]), 2, &["int4", "int8"]);
     let of = |result: serde_json::Value| (result["rows"][0]["model"].clone(), result["rows"][0]["bits"].clone());
     assert_eq!(
@@ -163,6 +175,27 @@ fn a_synthetic_container_is_opened_like_any_other() {
     let mut args = vec!["bench", "made", "--json"];
     args.extend(QUICK);
     assert_eq!(place.run(args).result(0)["rows"][0]["bits"], 4);
+}
+
+/// Law: a CPU without fast integers is said to be one, once, wherever weights are computed with.
+#[test]
+fn the_scalar_path_says_so_once() {
+    let place = Workplace::new();
+    place.copy_of_tiny("model");
+    let scalar = |args: &[&str]| place.run_with(&[("COTK_ISA", "scalar")], args);
+    let said = |text: &str| text.matches("computing on the scalar path").count();
+    let args = ["run", "model", "--prompt", "he was", "--max-tokens", "2"];
+    let ran = scalar(&args);
+    assert_eq!((ran.code, said(&ran.stderr), said(&ran.stdout)), (0, 1, 0), "{ran:?}");
+    let ran = scalar(&[&args[..], &["--json"]].concat());
+    assert_eq!(said(&ran.json()["warnings"].to_string()), 1, "{ran:?}");
+    assert_eq!(said(&ran.stderr), 0, "{ran:?}");
+    // Nothing is computed here.
+    let ran = scalar(&["inspect", "model"]);
+    assert_eq!((ran.code, said(&ran.stderr)), (0, 0), "{ran:?}");
+    let ran = place.run_with(&[("COTK_ISA", "sse9")], args);
+    assert_eq!((ran.code, said(&ran.stderr)), (2, 0), "{ran:?}");
+    assert!(ran.stderr.contains("sse9") && ran.stderr.contains("scalar"), "{ran:?}");
 }
 
 #[test]

@@ -66,6 +66,32 @@ pub fn available_bytes() -> Option<u64> {
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
+/// What this process holds of memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held {
+    /// Its own: nobody else has it, and it must be written somewhere before it can be used otherwise.
+    pub own_bytes: u64,
+    /// Mapped from files: the page cache, which other processes share and the system takes back when it needs it.
+    pub mapped_bytes: u64,
+}
+
+/// What this process holds now; `None` where `/proc` does not tell.
+pub fn held() -> Option<Held> {
+    parse_held(&files::read_text("/proc/self/status", LIMIT_BYTES).ok()?)
+}
+
+/// From the text of `/proc/self/status` (`man 5 proc`).
+fn parse_held(status: &str) -> Option<Held> {
+    let of = |key: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+        Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+    };
+    Some(Held {
+        own_bytes: of("RssAnon:")? + of("RssShmem:")?,
+        mapped_bytes: of("RssFile:")?,
+    })
+}
+
 /// Size of the last cache in bytes; `None` where the system does not tell.
 pub fn last_level_cache_bytes() -> Option<u64> {
     let of = |index: u32| {
@@ -163,6 +189,18 @@ mod tests {
         assert_eq!(load(1100, 1100, 602).others_since(before), 0.0);
         assert_eq!(before.others_since(before), 0.0);
         assert!(Load::parse("cpu  1 2\n", "1 (a) R").is_none());
+    }
+
+    #[test]
+    fn memory_is_own_or_mapped() {
+        let text = "VmHWM:\t 99 kB\nRssAnon:\t    6 kB\nRssFile:\t   4 kB\nRssShmem:\t  1 kB\n";
+        let expected = Held {
+            own_bytes: 7 << 10,
+            mapped_bytes: 4 << 10,
+        };
+        assert_eq!(parse_held(text), Some(expected));
+        assert_eq!(parse_held("VmHWM: 99 kB\n"), None);
+        assert!(held().is_some_and(|held| held.own_bytes > 0));
     }
 
     #[test]
