@@ -61,7 +61,8 @@ impl ModelFolder {
         config_text: String,
         source: Arc<dyn TensorSource>,
     ) -> Result<Self, ModelError> {
-        let spec = families::parse_config(config_file, &config_text)?;
+        let mut spec = families::parse_config(config_file, &config_text)?;
+        inventory::narrow_values(&mut spec, source.as_ref());
         inventory::check(&spec, source.as_ref(), false)?;
         Self::assemble(path, config_text, spec, source)
     }

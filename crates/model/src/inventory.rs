@@ -15,7 +15,7 @@ pub fn tensors(spec: &ModelSpec) -> Vec<(Tensor, Vec<usize>)> {
     for (id, layer) in (0..).map(LayerId).zip(&spec.layers) {
         let mut add = |tensor, shape: &[usize]| list.push((Tensor::Layer(id, tensor), shape.to_vec()));
         add(LayerTensor::AttentionNorm, &[spec.hidden]);
-        for (tensor, shape) in attention(spec) {
+        for (tensor, shape) in attention(spec, spec.value_dim(layer)) {
             add(tensor, &shape);
         }
         add(LayerTensor::MixerNorm, &[spec.hidden]);
@@ -57,7 +57,7 @@ pub fn tensors(spec: &ModelSpec) -> Vec<(Tensor, Vec<usize>)> {
 }
 
 /// Projections and inner norms of one layer's attention.
-fn attention(spec: &ModelSpec) -> Vec<(LayerTensor, Vec<usize>)> {
+fn attention(spec: &ModelSpec, value_dim: usize) -> Vec<(LayerTensor, Vec<usize>)> {
     let AttentionSpec {
         heads,
         kv_heads,
@@ -81,7 +81,7 @@ fn attention(spec: &ModelSpec) -> Vec<(LayerTensor, Vec<usize>)> {
             for (weight, bias, outputs) in [
                 (LayerTensor::Query, LayerTensor::QueryBias, q),
                 (LayerTensor::Key, LayerTensor::KeyBias, kv),
-                (LayerTensor::Value, LayerTensor::ValueBias, kv),
+                (LayerTensor::Value, LayerTensor::ValueBias, kv_heads * value_dim),
             ] {
                 add(true, weight, &[outputs, spec.hidden]);
                 add(qkv_bias, bias, &[outputs]);
@@ -93,13 +93,13 @@ fn attention(spec: &ModelSpec) -> Vec<(LayerTensor, Vec<usize>)> {
             };
             add(query > 0, LayerTensor::QueryNorm, &[query]);
             add(key > 0, LayerTensor::KeyNorm, &[key]);
-            add(true, LayerTensor::Output, &[spec.hidden, q]);
+            add(true, LayerTensor::Output, &[spec.hidden, heads * value_dim]);
             add(output_bias, LayerTensor::OutputBias, &[spec.hidden]);
         }
         AttentionKind::Latent {
             q_rank,
             kv_rank,
-            value_dim,
+            value_dim: _,
             bias,
             norm_eps: _,
         } => {
@@ -123,6 +123,21 @@ fn attention(spec: &ModelSpec) -> Vec<(LayerTensor, Vec<usize>)> {
         }
     }
     list
+}
+
+/// Takes the widths of value heads from the output projections of a container, whose values may be narrower than the
+/// config's (their low rank); what does not fit is left for [`check`] to refuse.
+pub fn narrow_values(spec: &mut ModelSpec, source: &dyn TensorSource) {
+    let family = families::of(spec);
+    for index in 0..spec.layers.len() {
+        let layer = LayerId(u32::try_from(index).expect("layer counts are small"));
+        let name = family.tensor_name(Tensor::Layer(layer, LayerTensor::Output));
+        let (heads, whole) = (spec.attention.heads, spec.value_dim(&spec.layers[index]));
+        let width = source.info(&name).and_then(|info| info.shape.get(1).copied());
+        if let Some(width) = width.filter(|width| width % heads == 0 && (1..whole).contains(&(width / heads))) {
+            spec.layers[index].value_dim = Some(width / heads);
+        }
+    }
 }
 
 /// Parameters of everything but routed experts.

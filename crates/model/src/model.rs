@@ -112,7 +112,7 @@ pub struct KvCache {
 impl KvCache {
     /// An empty sequence.
     pub fn new(spec: &ModelSpec, kind: KvKind) -> Self {
-        let layer = |_| LayerCache::new(&spec.attention, kind);
+        let layer = |layer| LayerCache::of_layer(spec, layer, kind);
         Self {
             layers: spec.layers.iter().map(layer).collect(),
         }
@@ -140,13 +140,9 @@ impl KvCache {
 
     /// Bytes that `positions` tokens of a model take.
     pub fn bytes_for(spec: &ModelSpec, kind: KvKind, positions: usize) -> u64 {
-        let per_token: usize = spec
-            .attention
-            .cached_widths()
-            .into_iter()
-            .map(|width| kind.row_bytes(width))
-            .sum();
-        (spec.layers.len() * per_token * positions) as u64
+        let widths = spec.layers.iter().flat_map(|layer| spec.cached_widths(layer));
+        let per_token: usize = widths.map(|width| kind.row_bytes(width)).sum();
+        (per_token * positions) as u64
     }
 }
 

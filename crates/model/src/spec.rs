@@ -142,6 +142,8 @@ pub struct LayerSpec {
     pub kind: LayerKind,
     /// Query i sees keys j with i − window < j ≤ i; all of them when absent.
     pub window: Option<usize>,
+    /// Width of a value head where it is narrower than the model's: a container's low rank of values and outputs.
+    pub value_dim: Option<usize>,
 }
 
 /// What follows attention.
@@ -185,6 +187,23 @@ impl AttentionSpec {
 }
 
 impl ModelSpec {
+    /// Width of a value head of one layer, as its output projection sees it.
+    pub fn value_dim(&self, layer: &LayerSpec) -> usize {
+        layer.value_dim.unwrap_or(match self.attention.kind {
+            AttentionKind::Grouped { .. } => self.attention.head_dim,
+            AttentionKind::Latent { value_dim, .. } => value_dim,
+        })
+    }
+
+    /// [`AttentionSpec::cached_widths`] of one layer.
+    pub fn cached_widths(&self, layer: &LayerSpec) -> Vec<usize> {
+        let mut widths = self.attention.cached_widths();
+        if let (AttentionKind::Grouped { .. }, Some(narrow)) = (&self.attention.kind, layer.value_dim) {
+            widths[self.attention.kv_heads..].fill(narrow);
+        }
+        widths
+    }
+
     /// Layers with routed experts, ascending.
     pub fn moe_layers(&self) -> Vec<LayerId> {
         (0..)

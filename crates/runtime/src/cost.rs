@@ -246,7 +246,7 @@ pub fn step(
         let (kv_heads, head_dim, value_dim, values_in_keys) = match spec.attention.kind {
             AttentionKind::Grouped { .. } => {
                 let width = spec.attention.head_dim;
-                (spec.attention.kv_heads, width, width, false)
+                (spec.attention.kv_heads, width, spec.value_dim(layer), false)
             }
             // One key head that all query heads share; its beginning is the value.
             AttentionKind::Latent { kv_rank, .. } => (1, kv_rank + spec.attention.rope.dim, kv_rank, true),

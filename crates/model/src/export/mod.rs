@@ -174,6 +174,14 @@ impl<'a> Subject<'a> {
                 help: help.to_owned(),
             })
         };
+        if let Some(layer) = files.spec.layers.iter().find(|layer| layer.value_dim.is_some()) {
+            return refused(
+                "attention",
+                format!("value heads of {}", files.spec.value_dim(layer)),
+                "the width that the config names, in all layers",
+                "compress without [compress.attention]: cotk alone runs narrower values",
+            );
+        }
         let all = files.spec.routing.experts;
         let kept: Vec<(LayerId, Vec<ExpertId>)> = match container {
             None => {

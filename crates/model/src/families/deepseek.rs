@@ -73,6 +73,7 @@ impl Variant {
                 LayerKind::Moe { shared }
             },
             window: None,
+            value_dim: None,
         });
         let further_layers = (self.further_layers)(&mut keys)?;
         keys.finish()?;

@@ -42,6 +42,7 @@ impl Family for Mixtral {
         let layer = LayerSpec {
             kind: LayerKind::Moe { shared: None },
             window: common::window(&mut keys)?,
+            value_dim: None,
         };
         let layers = vec![layer; basics.layers];
         keys.finish()?;

@@ -47,6 +47,7 @@ impl Family for Olmoe {
         let layer = LayerSpec {
             kind: LayerKind::Moe { shared: None },
             window: None,
+            value_dim: None,
         };
         let layers = vec![layer; basics.layers];
         keys.finish()?;

@@ -46,6 +46,7 @@ impl Family for Qwen2Moe {
                 LayerKind::Dense { intermediate }
             },
             window,
+            value_dim: None,
         });
         keys.finish()?;
         Ok(basics.spec(

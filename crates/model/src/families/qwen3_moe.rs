@@ -54,6 +54,7 @@ impl Family for Qwen3Moe {
                     LayerKind::Dense { intermediate }
                 },
                 window,
+                value_dim: None,
             })
             .collect();
         keys.finish()?;

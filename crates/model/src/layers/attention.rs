@@ -10,7 +10,7 @@ use cotk_kernels::cpu::gemm::Threads;
 use cotk_kernels::cpu::rows;
 use cotk_kernels::cpu::team;
 
-use super::cache::LayerCache;
+use super::cache::{KvKind, LayerCache};
 use super::clock::Part;
 use super::grouped::Grouped;
 use super::latent::Latent;
@@ -22,7 +22,7 @@ use super::router::max;
 use super::{Scratch, add};
 use crate::checkpoint::{CheckpointError, TensorSource};
 use crate::families::{Family, LayerTensor, Tensor};
-use crate::spec::{AttentionKind, AttentionSpec, ModelSpec};
+use crate::spec::{AttentionKind, AttentionSpec, LayerSpec, ModelSpec};
 use cotk_run::units::LayerId;
 
 /// Keys of one block.
@@ -178,6 +178,19 @@ impl Heads {
                 scale,
                 window,
             },
+        }
+    }
+
+    /// For one layer, whose values may be narrower than the model's.
+    pub fn of_layer(spec: &ModelSpec, layer: &LayerSpec) -> Self {
+        let heads = Self::new(&spec.attention, layer.window);
+        match spec.attention.kind {
+            AttentionKind::Grouped { .. } => Self {
+                value_dim: spec.value_dim(layer),
+                ..heads
+            },
+            // What is cached and mixed are latent vectors, whatever values are made of them.
+            AttentionKind::Latent { .. } => heads,
         }
     }
 
@@ -564,25 +577,24 @@ impl Attention {
         layer: LayerId,
     ) -> Result<Self, CheckpointError> {
         let name = |part| family.tensor_name(Tensor::Layer(layer, part));
-        let attention = &spec.attention;
-        let (projections, value_width, has_bias) = match attention.kind {
+        let own = &spec.layers[layer.index()];
+        let value_dim = spec.value_dim(own);
+        let (projections, has_bias) = match spec.attention.kind {
             AttentionKind::Grouped { output_bias, .. } => (
-                Projections::Grouped(Grouped::load(spec, source, name)?),
-                attention.heads * attention.head_dim,
+                Projections::Grouped(Grouped::load(spec, value_dim, source, name)?),
                 output_bias,
             ),
-            AttentionKind::Latent { value_dim, bias, .. } => (
-                Projections::Latent(Latent::load(spec, source, name)?),
-                attention.heads * value_dim,
-                bias,
-            ),
+            AttentionKind::Latent { bias, .. } => {
+                (Projections::Latent(Latent::load(spec, value_dim, source, name)?), bias)
+            }
         };
+        let value_width = spec.attention.heads * value_dim;
         let mut output = Linear::load(source, &name(LayerTensor::Output), [spec.hidden, value_width])?;
         if has_bias {
             output = output.with_bias(source, &name(LayerTensor::OutputBias))?;
         }
         Ok(Self {
-            heads: Heads::new(attention, spec.layers[layer.index()].window),
+            heads: Heads::of_layer(spec, own),
             eps: spec.norm_eps,
             norm: source.load_f32(&name(LayerTensor::AttentionNorm), &[spec.hidden])?,
             projections,
@@ -610,15 +622,50 @@ impl Attention {
         self.attend_with(hidden, spans, &mut scratch);
     }
 
+    /// What the output projection sees of the new tokens: each head's values mixed, `[tokens, heads · value_dim]`. As
+    /// [`attend`](Self::attend) otherwise; `hidden` stays as it is.
+    pub(super) fn mixed_values(&self, rope: &Rope, hidden: &[f32], spans: &mut [Span<'_>]) -> Vec<f32> {
+        let mut scratch = Scratch::default();
+        let positions = spans
+            .iter()
+            .flat_map(|s| s.cache.positions()..s.cache.positions() + s.tokens);
+        rope.angles(positions, &mut scratch.angles);
+        self.mix_with(hidden, spans, &mut scratch).to_vec()
+    }
+
+    /// An empty cache of this layer.
+    pub(super) fn cache(&self, kind: KvKind) -> LayerCache {
+        LayerCache::of(&self.heads, kind)
+    }
+
     /// The same with the angles of the rows' positions in `scratch`.
     pub(super) fn attend_with<S: Spans + ?Sized>(&self, hidden: &mut [f32], spans: &mut S, scratch: &mut Scratch) {
+        self.mix_with(hidden, spans, scratch);
+        let Scratch {
+            wide,
+            mixed,
+            out,
+            clock,
+            ..
+        } = scratch;
+        let values: &[f32] = match &self.projections {
+            Projections::Grouped(_) => mixed,
+            Projections::Latent(_) => wide,
+        };
+        out.resize(hidden.len(), 0.0);
+        self.output.apply_to(values, out);
+        clock.lap(Part::Dense);
+        add(hidden, out);
+    }
+
+    /// Norm, projections, and the values mixed by softmax, where they lie in `scratch`.
+    fn mix_with<'s, S: Spans + ?Sized>(&self, hidden: &[f32], spans: &mut S, scratch: &'s mut Scratch) -> &'s [f32] {
         let Scratch {
             angles,
             normed,
             rows,
             wide,
             mixed,
-            out,
             clock,
             ..
         } = scratch;
@@ -633,17 +680,13 @@ impl Attention {
         clock.lap(Part::Dense);
         self.heads.attend_to(rows, spans, mixed);
         clock.lap(Part::Attention);
-        let values: &[f32] = match &self.projections {
+        match &self.projections {
             Projections::Grouped(_) => mixed,
             Projections::Latent(latent) => {
                 latent.values(mixed, wide);
                 wide
             }
-        };
-        out.resize(hidden.len(), 0.0);
-        self.output.apply_to(values, out);
-        clock.lap(Part::Dense);
-        add(hidden, out);
+        }
     }
 }
 

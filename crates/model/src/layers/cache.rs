@@ -9,7 +9,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::attention::Heads;
-use crate::spec::AttentionSpec;
+use crate::spec::{AttentionSpec, LayerSpec, ModelSpec};
 
 /// How cached numbers are held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -185,6 +185,11 @@ impl LayerCache {
     /// Nothing cached: the next token stands at position 0.
     pub fn new(spec: &AttentionSpec, kind: KvKind) -> Self {
         Self::of(&Heads::new(spec, None), kind)
+    }
+
+    /// The same for one layer, whose values may be narrower.
+    pub fn of_layer(spec: &ModelSpec, layer: &LayerSpec, kind: KvKind) -> Self {
+        Self::of(&Heads::of_layer(spec, layer), kind)
     }
 
     pub(super) fn of(heads: &Heads, kind: KvKind) -> Self {

@@ -26,6 +26,7 @@ impl Grouped {
     /// When the model has other attention.
     pub(super) fn load(
         spec: &ModelSpec,
+        value_dim: usize,
         source: &dyn TensorSource,
         name: impl Fn(LayerTensor) -> String,
     ) -> Result<Self, CheckpointError> {
@@ -61,7 +62,7 @@ impl Grouped {
             head_dim,
             query: linear(LayerTensor::Query, LayerTensor::QueryBias, heads * head_dim)?,
             key: linear(LayerTensor::Key, LayerTensor::KeyBias, kv_heads * head_dim)?,
-            value: linear(LayerTensor::Value, LayerTensor::ValueBias, kv_heads * head_dim)?,
+            value: linear(LayerTensor::Value, LayerTensor::ValueBias, kv_heads * value_dim)?,
             norms: match widths {
                 None => None,
                 Some([query, key]) => Some([

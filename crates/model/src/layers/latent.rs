@@ -54,13 +54,14 @@ impl Latent {
     /// When the model has other attention.
     pub(super) fn load(
         spec: &ModelSpec,
+        value_dim: usize,
         source: &dyn TensorSource,
         name: impl Fn(LayerTensor) -> String,
     ) -> Result<Self, CheckpointError> {
         let AttentionKind::Latent {
             q_rank,
             kv_rank,
-            value_dim,
+            value_dim: _,
             bias,
             norm_eps,
         } = spec.attention.kind

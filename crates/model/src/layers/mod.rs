@@ -19,6 +19,7 @@ pub mod router;
 pub use self::mlp::{Mlp, sigmoid, silu};
 
 use self::attention::{Attention, Rows, Span, Spans};
+use self::cache::{KvKind, LayerCache};
 use self::clock::{Clock, Part};
 use self::linear::Linear;
 use self::norm::{rms_norm, rms_norm_to};
@@ -137,6 +138,16 @@ impl Layer {
         self.attention.attend(rope, hidden, spans);
     }
 
+    /// What attention's output projection sees: each head's values mixed, `[tokens, heads · value_dim]`; `hidden` stays.
+    pub fn mixed_values(&self, rope: &Rope, hidden: &[f32], spans: &mut [Span<'_>]) -> Vec<f32> {
+        self.attention.mixed_values(rope, hidden, spans)
+    }
+
+    /// An empty cache of keys and values of this layer.
+    pub fn cache(&self, kind: KvKind) -> LayerCache {
+        self.attention.cache(kind)
+    }
+
     /// What router and experts see: the normed state, `[tokens, hidden]`.
     pub fn mixer_input(&self, hidden: &[f32]) -> Vec<f32> {
         rms_norm(hidden, &self.mixer_norm, self.eps)
@@ -178,6 +189,32 @@ impl Layer {
             Mixer::Moe { bias, rule, .. } if bias.is_empty() => RouterScores::new(scores, rule),
             Mixer::Moe { bias, rule, .. } => RouterScores::new(scores, rule)?.with_bias(bias),
         }
+    }
+
+    /// Rows of the router `[experts, hidden]`, and what is added to its scores for the choice (empty: nothing); `None` in
+    /// a dense layer.
+    pub fn router(&self) -> Option<(std::borrow::Cow<'_, [f32]>, &[f32])> {
+        match &self.mixer {
+            Mixer::Dense(_) => None,
+            Mixer::Moe { router, bias, .. } => Some((router.weights(), bias)),
+        }
+    }
+
+    /// The same layer with another router.
+    ///
+    /// # Panics
+    /// In a dense layer; a router of other shape.
+    #[must_use]
+    pub fn with_router(mut self, other: Linear) -> Self {
+        match &mut self.mixer {
+            Mixer::Dense(_) => panic!("a dense layer routes nothing"),
+            Mixer::Moe { router, .. } => {
+                let shape = |linear: &Linear| (linear.outputs(), linear.inputs());
+                assert_eq!(shape(&other), shape(router), "a row for each expert");
+                *router = other;
+            }
+        }
+        self
     }
 
     /// `hidden +=` everything after attention but the routed experts: the shared expert, or the MLP of a dense layer.
