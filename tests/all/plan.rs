@@ -118,6 +118,12 @@ fn batches_cost_more_and_a_file_is_planned_alike_twice() {
         .result(0);
     let flags = result["prediction"]["flags"].to_string();
     assert!(flags.contains("threads"), "{flags}");
+    // With the time of the nearest number of threads, not with none.
+    let nearest = place
+        .run(["plan", &file, "--threads", "2", "--profile", &profile, "--json"])
+        .result(0);
+    let ratio = number(&result["prediction"], "ms") / number(&nearest["prediction"], "ms");
+    assert!((0.5..2.0).contains(&ratio), "{ratio}");
 }
 
 #[test]

@@ -224,10 +224,14 @@ impl Model {
 
     /// What a key's path says, neighbours of its own number of threads aside. µs; 0 without a fit.
     fn bare_us(&self, key: &Key) -> f64 {
+        let fit = self.fits.get(&key.path(self.block));
+        fit.map_or(0.0, |fit| self.by_us(fit, key))
+    }
+
+    /// What a fit says of a key, be it the fit of its path or of another number of threads: of several threads by what one
+    /// thread takes, which is known better than by its terms alone. µs.
+    fn by_us(&self, fit: &PathFit, key: &Key) -> f64 {
         let features = key.features(self.block);
-        let Some(fit) = self.fits.get(&features.path) else {
-            return 0.0;
-        };
         match (fit.team, key.with_threads(1)) {
             (Some(team), Some(one)) => {
                 let alone = self.own_part(&one, &mut Vec::new());
@@ -446,12 +450,7 @@ impl Model {
         if flags.len() > before {
             spread_ln = spread_ln.max(1.0); // another number of threads: hardly more than the order of magnitude
         }
-        // Of several threads: what one thread takes is known better than by its terms alone.
-        let said_us = if fit.team.is_some() {
-            self.bare_us(key)
-        } else {
-            fit.us(&features)
-        };
+        let said_us = self.by_us(fit, key);
         let mut learnt = self.smoother.factor(key, &features.path) * said_us / fit.us(&features).max(f64::MIN_POSITIVE);
         let mut beside_ln = fit.spread_ln;
         if let Some((ln, half_ln)) = self.neighbours.at(key, &fit.path).filter(|_| flags.len() == before) {

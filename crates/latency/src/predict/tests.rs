@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::fit::team::Team;
 use crate::fit::{Sample, fit};
 use crate::graph::Numerics;
 use crate::work::{Context, ConvKey, ExpertKey, Heat, Term};
@@ -117,6 +118,36 @@ fn other_threads_stand_in_and_an_unknown_kind_is_refused() {
         text.contains("conv.blocked/t1") && text.contains("conv 3x3/1 16→16"),
         "{text}"
     );
+}
+
+/// Law: a number of threads between or beyond the measured ones takes the time of the nearest, wide and flagged: never none.
+#[test]
+fn a_number_of_threads_that_was_not_measured_takes_the_nearests_time() {
+    let mut model = model();
+    let one = model.fits.values().find(|fit| fit.path.family == Family::ConvInt8);
+    let mut two = one.expect("convolutions were fitted").clone();
+    two.path.threads = 2;
+    two.team = Some(Team {
+        call_us: 1.5,
+        share: 0.55,
+        late_us: 3.0,
+    });
+    model.fits.insert(two.path, two);
+    let predict = |threads| model.predict(&Work::Operator(conv(20, 24, 8, threads))).unwrap();
+    let two = predict(2);
+    assert!(two.ms > 0.0 && (two.terms.sum_ms() - two.ms).abs() < 1e-9);
+    for threads in [3, 4, 64] {
+        let other = predict(threads);
+        assert!(
+            (other.ms / two.ms - 1.0).abs() < 1e-9,
+            "{threads}: {} and {}",
+            other.ms,
+            two.ms
+        );
+        assert!((other.hi_ms / other.ms).ln() >= 1.0, "{threads}");
+        let is_said = |flag: &Flag| matches!(flag, Flag::OtherThreads { measured: 2, .. });
+        assert!(other.flags.iter().any(is_said), "{:?}", other.flags);
+    }
 }
 
 proptest! {
