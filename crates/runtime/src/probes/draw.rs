@@ -1,8 +1,10 @@
 //! Which operators of the engine are measured: sizes that every profile needs, shapes of released models, and draws from the
 //! distribution of use. No measuring here. Law: what does not fit the part of the cache that hot keys have is cold.
 
+use std::collections::BTreeMap;
+
 use cotk_kernels::cpu::noise::Width;
-use cotk_latency::work::{AttentionKey, DenseKey, ExpertKey, GlueKey, Heat, Key};
+use cotk_latency::work::{AttentionKey, Block, DenseKey, ExpertKey, GlueKey, Heat, Key, Path};
 use cotk_model::layers::cache::KvKind;
 use cotk_run::seeds::Stream;
 use rand::RngExt;
@@ -130,13 +132,23 @@ impl EngineProbe {
         keys
     }
 
-    /// Every second of the seeds that are built in little time: for measurements of a minute.
+    /// Every second seed of each kernel path, the first one at least, of what is built in little time: for measurements of a
+    /// minute.
     pub fn quick_seeds(&self) -> Vec<Key> {
         let is_small = |key: &Key| match key {
             Key::Dense(d) => d.weight_bytes() <= QUICK_BYTES,
             _ => true,
         };
-        self.seeds().into_iter().filter(is_small).step_by(2).collect()
+        let mut seen: BTreeMap<Path, usize> = BTreeMap::new();
+        let mut is_wanted = |key: &Key| {
+            // No path of the engine depends on the blocks of another runtime.
+            let count = seen.entry(key.path(Block(1))).or_default();
+            *count += 1;
+            *count % 2 == 1
+        };
+        let mut keys = self.seeds();
+        keys.retain(|key| is_small(key) && is_wanted(key));
+        keys
     }
 
     /// One key of the distribution of use. What does not fit the part of the cache that hot keys have is cold.
@@ -269,4 +281,21 @@ fn log_uniform(rng: &mut Stream, low: u32, high: u32) -> u32 {
     )]
     let value = (a * (rng.random_range(0.0..1.0) * (b / a).ln()).exp()) as u32;
     value.clamp(low, high - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::mix::Cpu;
+
+    #[test]
+    fn a_quick_profile_has_every_path_of_a_full_ones_seeds() {
+        let probe = EngineProbe::new(Cpu::selected().unwrap(), vec![1, 2], 0).unwrap();
+        let paths = |keys: &[Key]| -> BTreeSet<Path> { keys.iter().map(|key| key.path(Block(1))).collect() };
+        let (all, quick) = (probe.seeds(), probe.quick_seeds());
+        assert_eq!(paths(&all), paths(&quick));
+        assert!(quick.len() < 2 * all.len() / 3, "{} of {}", quick.len(), all.len());
+    }
 }
