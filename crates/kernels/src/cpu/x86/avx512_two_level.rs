@@ -180,18 +180,25 @@ unsafe fn add(
     unsafe {
         let scale = _mm512_set1_ps(acts.add(DEPTHS).cast::<f32>().read());
         let sum = acts.add(DEPTHS + 1).cast::<f32>().read();
-        let mut part = |dot: __m512i, sum: f32, half_step: usize| {
-            let centred = _mm512_fnmadd_ps(zero_point, _mm512_set1_ps(sum), _mm512_cvtepi32_ps(dot));
-            *sums = _mm512_fmadd_ps(centred, _mm512_mul_ps(scales[places.of(half_step)], scale), *sums);
-        };
+        // No closure: one with no features of its own is called, not inlined.
+        macro_rules! part {
+            ($dot:expr, $sum:expr, $half_step:expr) => {
+                let centred = _mm512_fnmadd_ps(zero_point, _mm512_set1_ps($sum), _mm512_cvtepi32_ps($dot));
+                *sums = _mm512_fmadd_ps(
+                    centred,
+                    _mm512_mul_ps(scales[places.of($half_step)], scale),
+                    *sums,
+                );
+            };
+        }
         if places.is_half() {
             let of_one = acts.add(DEPTHS + 2).cast::<f32>().read();
-            part(one, of_one, half_step);
+            part!(one, of_one, half_step);
             if places.has(half_step + 1) {
-                part(other, sum - of_one, half_step + 1);
+                part!(other, sum - of_one, half_step + 1);
             }
         } else {
-            part(_mm512_add_epi32(one, other), sum, half_step);
+            part!(_mm512_add_epi32(one, other), sum, half_step);
         }
     }
 }
