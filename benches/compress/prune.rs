@@ -36,9 +36,9 @@ struct Row {
     bar_at_most: Option<f64>,
     /// Share of the experts' weights.
     weights_gone: f64,
-    /// Layers in which the refit of down projections, and that of scales, was kept.
+    /// Layers in which the refit of down projections, that of scales, and that of the router was kept.
     #[serde(skip_serializing_if = "Option::is_none")]
-    healed_layers: Option<[usize; 2]>,
+    healed_layers: Option<[usize; 3]>,
     #[serde(serialize_with = "output::rounded")]
     perplexity: f64,
     /// Relative loss of layers' outputs: on the half that chose, on the other.

@@ -2,7 +2,7 @@
 //! layer sees what the compressed layers before it made, so that errors travel as they will when it is served.
 
 use cotk_container::manifest::{DroppedMeaning, Why};
-use cotk_container::writer::{CodedExpert, ContainerWriter, NewExpert, NewLayer};
+use cotk_container::writer::{CodedExpert, Constant, ContainerWriter, NewExpert, NewLayer, NewState, constant_values};
 use cotk_model::layers::linear::Linear;
 use cotk_model::layers::{Layer, Mlp};
 use cotk_model::moe::{MoeShape, route};
@@ -18,8 +18,10 @@ use crate::Result;
 use crate::choice::{Fate, LayerFates};
 use crate::decide::{self, Decisions};
 use crate::joint::build::held_sample;
-use crate::joint::code::{How, decoded_expert};
+use crate::joint::code::How;
+use crate::joint::stored::decoded_expert;
 use crate::layer::{LayerView, Samples, Usage};
+use crate::novice;
 use crate::partial::{BuiltLayer, BuiltMoe, Entry, Partial};
 use crate::pipeline::{Job, Streams};
 use crate::quality;
@@ -75,7 +77,7 @@ impl Job<'_> {
         let mut writer = ContainerWriter::resume(&partial.out(), entries)?;
         for index in done..self.layers() {
             let layer = self.load_student_layer(index)?;
-            let other = match self.source.coded.is_empty() {
+            let other = match self.source.is_dense_as_stored() {
                 true => None,
                 false => Some(self.load_layer(index)?),
             };
@@ -88,11 +90,11 @@ impl Job<'_> {
                         self.build_fated(partial, [&layer, teacher], index, streams, (fates, how), &mut writer)?
                     }
                     Wanted::Undisputed => {
-                        self.build_moe([&layer, teacher], index, streams, (None, None), &mut writer)?
+                        self.build_moe(partial, [&layer, teacher], index, streams, (None, None), &mut writer)?
                     }
                     Wanted::Changes { decisions, smaller } => {
                         let wanted = (Some(decisions), smaller);
-                        self.build_moe([&layer, teacher], index, streams, wanted, &mut writer)?
+                        self.build_moe(partial, [&layer, teacher], index, streams, wanted, &mut writer)?
                     }
                 })
             } else {
@@ -119,6 +121,7 @@ impl Job<'_> {
     /// The compressed model's dense part of the layer, and the source's.
     fn build_moe(
         &self,
+        partial: &Partial,
         [layer, teacher]: [&Layer; 2],
         index: usize,
         streams: &Streams,
@@ -131,6 +134,17 @@ impl Job<'_> {
             Some(smaller) => Some(self.smaller_layer(smaller, layer, index, calibration)?),
             None => None,
         };
+        let fitted = match smaller.as_ref().and_then(|smaller| smaller.router.clone()) {
+            None => None,
+            Some(rows) => {
+                let kept = self.keep_router(partial, layer, &rows)?;
+                Some((self.with_router(layer.clone(), rows), kept))
+            }
+        };
+        let (layer, router) = match &fitted {
+            Some((layer, kept)) => (layer, Some(*kept)),
+            None => (layer, None),
+        };
         let weights = smaller.as_ref().map(|smaller| smaller.experts.as_slice());
         let view = self.view(layer.id(), &usage, &samples);
         let changes = match decisions {
@@ -138,18 +152,25 @@ impl Job<'_> {
             None => self.undisputed(&usage),
         };
         let plain = self.plain_layer(layer.id())?;
+        // In the place of experts that go, where that is what going means.
+        let novices = |coded: &[Option<CodedExpert>], gain: f32| match self.request.recipe.compress.dropped {
+            DroppedMeaning::Novice => novice::constants(&view, coded, gain),
+            DroppedMeaning::Masked | DroppedMeaning::Removed => Ok(vec![None; coded.len()]),
+        };
         let coded = self.code(&view, &changes, weights, 1.0)?;
+        let constants = novices(&coded, 1.0)?;
         let gain = self.gain(
             layer,
-            &self.student(layer.id(), &coded, &living(&coded)),
+            &self.student(layer.id(), (&coded, &constants), &living(&coded, &constants)),
             &plain,
             calibration,
             index,
         )?;
         let mut coded = self.code(&view, &changes, weights, gain)?;
         self.measure_prefixes(&view, &mut coded, gain)?;
-        let living = living(&coded);
-        let student = self.student(layer.id(), &coded, &living);
+        let constants = novices(&coded, gain)?;
+        let living = living(&coded, &constants);
+        let student = self.student(layer.id(), (&coded, &constants), &living);
         let relative_error = self.step_student(layer, &student, Some(&plain), calibration, index)?;
         self.step_student(layer, &student, None, &streams.student, index)?;
         self.step_plain(teacher, &plain, &streams.teacher, index)?;
@@ -157,9 +178,10 @@ impl Job<'_> {
         let new = view
             .experts()
             .into_iter()
-            .zip(coded)
-            .map(|(expert, kept)| {
-                let new = NewExpert::new(why(&usage, expert), kept);
+            .zip(coded.into_iter().zip(constants))
+            .map(|(expert, (kept, constant))| {
+                let state = constant.map_or_else(|| NewState::from(kept), NewState::Constant);
+                let new = NewExpert::new(why(&usage, expert), state);
                 match &smaller {
                     Some(smaller) => new.decided(smaller.decisions[expert.index()].clone()),
                     None => new,
@@ -177,6 +199,7 @@ impl Job<'_> {
             entry,
             usage,
             relative_error,
+            router,
             hessians: Vec::new(),
         })
     }
@@ -201,10 +224,21 @@ impl Job<'_> {
             Some(options) => {
                 let whole = self.whole_stream(partial, &self.calibration_windows())?;
                 let tokens = self.layer_tokens(layer, calibration, &whole, index, chosen_from)?;
-                self.code_healed_layer(layer, fates, (&rows, &tokens), how, options)?
+                self.code_healed_layer(layer, fates, (&rows, &tokens, chosen_from), how, options)?
             }
         };
         let healed = coded.steps.iter().map(told).collect();
+        let fitted = match coded.router {
+            None => None,
+            Some(rows) => {
+                let kept = self.keep_router(partial, layer, &rows)?;
+                Some((self.with_router(layer.clone(), rows), kept))
+            }
+        };
+        let (layer, router) = match &fitted {
+            Some((layer, kept)) => (layer, Some(*kept)),
+            None => (layer, None),
+        };
         let (mut experts, hessians) = (coded.experts, coded.notes);
         let samples = Samples::none(self.source.files.spec.hidden, experts.len());
         let view = self.view(layer.id(), &rows.usage, &samples);
@@ -218,17 +252,19 @@ impl Job<'_> {
         };
         view.experts().into_par_iter().zip(&mut experts).try_for_each(measure)?;
 
-        let decoded = self.decoded_layer(layer.id(), &experts);
+        let constants = coded.constants;
+        let decoded = self.decoded_layer(layer.id(), &experts, &constants);
         self.step_plain(layer, &decoded, calibration, index)?;
         let plain = self.plain_layer(layer.id())?;
-        let student = self.student(layer.id(), &experts, &living);
+        let student = self.student(layer.id(), (&experts, &constants), &living);
         let relative_error = self.step_student(layer, &student, Some(&plain), &streams.student, index)?;
         self.step_plain(teacher, &plain, &streams.teacher, index)?;
-        let new = view.experts().into_iter().zip(experts);
-        let new = new.map(|(expert, kept)| {
+        let new = view.experts().into_iter().zip(experts.into_iter().zip(constants));
+        let new = new.map(|(expert, (kept, constant))| {
             let note = hessians.iter().find(|note| note.expert == expert);
             let decision = self.decision(partial, (layer.id(), expert), &fates[expert.index()], note);
-            NewExpert::new(why(&rows.usage, expert), kept).decided(decision)
+            let state = constant.map_or_else(|| NewState::from(kept), NewState::Constant);
+            NewExpert::new(why(&rows.usage, expert), state).decided(decision)
         });
         let entry = writer.append(NewLayer {
             layer: layer.id(),
@@ -243,12 +279,18 @@ impl Job<'_> {
             entry,
             usage,
             relative_error,
+            router,
             hessians,
         })
     }
 
     /// What the codes say, in f32: the stream that later layers are fitted to need not go through 8-bit activations.
-    pub(crate) fn decoded_layer(&self, layer: LayerId, coded: &[Option<CodedExpert>]) -> PlainMoe {
+    pub(crate) fn decoded_layer(
+        &self,
+        layer: LayerId,
+        coded: &[Option<CodedExpert>],
+        constants: &[Option<Constant>],
+    ) -> PlainMoe {
         let spec = &self.source.files.spec;
         let experts = coded.par_iter().map(|coded| coded.as_ref().map(decoded_expert));
         let shape = MoeShape {
@@ -260,7 +302,9 @@ impl Job<'_> {
             DroppedMeaning::Removed => Absent::Removed,
             DroppedMeaning::Masked | DroppedMeaning::Novice => Absent::Masked,
         };
-        PlainMoe::from_experts(shape, vec![experts.collect()], absent)
+        let plain = PlainMoe::from_experts(shape, vec![experts.collect()], absent);
+        let values = |constant: &Option<Constant>| constant.as_ref().map(|c| constant_values(c.bytes()));
+        plain.with_constants(vec![constants.iter().map(values).collect()])
     }
 
     /// Codes the kept experts of a layer, their down projections times `gain`; `smaller`: weights in the place of the
@@ -296,12 +340,17 @@ impl Job<'_> {
         view.experts().into_par_iter().zip(coded).try_for_each(measure)
     }
 
-    fn student<'s>(&self, layer: LayerId, coded: &'s [Option<CodedExpert>], living: &'s [bool]) -> Student<'s> {
+    fn student<'s>(
+        &self,
+        layer: LayerId,
+        (experts, constants): (&'s [Option<CodedExpert>], &'s [Option<Constant>]),
+        living: &'s [bool],
+    ) -> Student<'s> {
         Student {
             store: CodedLayer {
                 layer,
-                experts: coded,
-                constants: &[],
+                experts,
+                constants,
             },
             living,
             meaning: self.request.recipe.compress.dropped,
@@ -410,8 +459,11 @@ fn why(usage: &Usage, expert: ExpertId) -> Why {
     }
 }
 
-fn living(coded: &[Option<CodedExpert>]) -> Vec<bool> {
-    coded.iter().map(Option::is_some).collect()
+fn living(coded: &[Option<CodedExpert>], constants: &[Option<Constant>]) -> Vec<bool> {
+    let pairs = coded.iter().zip(constants);
+    pairs
+        .map(|(coded, constant)| coded.is_some() || constant.is_some())
+        .collect()
 }
 
 /// The same expert with its output times `gain`.

@@ -160,13 +160,40 @@ pub struct Offer {
     pub expert: ExpertId,
     pub kind: Kind,
     pub choice: MatrixChoice,
-    /// Σ g²‖Δ expert output‖² with this matrix alone changed, over held-out tokens that were routed here, relative to the
-    /// layer's state and scaled to the traffic, as [`crate::layer::LayerView::loss`] does; before the layer's sensitivity.
+    /// g²‖Δ expert output‖² with this matrix alone changed, relative to the layer's state and per token of the layer: the
+    /// mean over held-out tokens that were routed here, times what the expert counts
+    /// ([`Offered::weighed`](crate::joint::offers::Offered)); before the layer's sensitivity.
     pub error: f64,
     /// Without what aligning a record costs.
     pub bytes: u64,
     /// Predicted time for one token at this expert; 0 without a profile.
     pub ms: f64,
+}
+
+/// What an expert may be instead of codes for all of its weights.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Instead {
+    /// As [`Fate::Dropped`].
+    Dropped,
+    /// As [`Fate::Constant`].
+    Constant,
+    /// Inner channels that stay, ascending.
+    Channels(Vec<u32>),
+}
+
+/// One expert as something else, with what that alone was measured to lose.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Variant {
+    pub expert: ExpertId,
+    pub instead: Instead,
+    /// As [`Offer::error`].
+    pub error: f64,
+    /// Beside those of matrices.
+    pub bytes: u64,
+    /// Ways to store the matrices of what stays, errors against what stays.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub offers: Vec<Offer>,
 }
 
 /// What the first pass found out about one MoE layer.
@@ -176,6 +203,9 @@ pub struct LayerOffers {
     pub usage: Usage,
     /// By expert, kind, then bytes.
     pub offers: Vec<Offer>,
+    /// By expert.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub variants: Vec<Variant>,
     /// KL at the model's end per unit of [`Offer::error`], for gate, up and down; 1 where it was not measured.
     pub sensitivity: [f64; 3],
 }

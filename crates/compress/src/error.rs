@@ -87,9 +87,6 @@ pub enum CompressError {
         found: String,
         help: &'static str,
     },
-    /// A container cannot hold what the recipe asks for.
-    #[error("compress.prune.semantics is novice: a container cannot store constants, expected masked or removed")]
-    Novices,
     /// An exhaustive search was asked for where there are too many masks.
     #[error(
         "{layer}: {} of {} experts make {} masks, an exhaustive search tries at most {EXHAUSTIVE_MASKS}",

@@ -1,5 +1,7 @@
 //! After the last layer: quality, the container's other files, the report and what it predicts.
 
+use std::collections::BTreeMap;
+
 use cotk_container::dense::{PLANES, write_dense};
 use cotk_container::manifest::{self, Checksum, DENSE, EXPERTS, Manifest, Origin, State};
 use cotk_container::writer::{ContainerWriter, Head};
@@ -10,6 +12,7 @@ use cotk_run::recipe as recipes;
 use cotk_run::units::ExpertId;
 use cotk_runtime::cost::decode_step;
 
+use crate::choice::Form;
 use crate::layer::ExpertUsage;
 use crate::partial::{BuiltMoe, Entry, Partial};
 use crate::pipeline::{Job, Streams};
@@ -43,9 +46,13 @@ impl Job<'_> {
         self.with.cancel.check()?;
         let out = partial.out();
         let tensors = self.source.student.as_ref();
+        let routers = self.kept_routers(partial)?;
         write_dense(&out.join(DENSE), &self.source.dense, |tensor| {
             self.with.cancel.check()?;
             let name = tensor.name.strip_suffix(PLANES).unwrap_or(&tensor.name);
+            if let Some((_, rows)) = routers.iter().find(|(router, _)| router == name) {
+                return Ok(rows.clone());
+            }
             Ok::<_, CompressError>(tensors.raw(name)?.into_owned())
         })?;
         let copied = self.source.copied();
@@ -141,6 +148,12 @@ impl Job<'_> {
             calibration_tokens: self.texts.calibration_tokens(),
             experts_without_tokens: without,
             starved,
+            hessians_shrunk: (built.iter().flat_map(|moe| &moe.hessians))
+                .filter(|note| note.is_shrunk())
+                .count(),
+            matrices: forms(manifest),
+            tried: partial.tried(),
+            attention: partial.attention().cloned(),
             pruned: partial.pruned().cloned(),
             seed: self.request.recipe.seed,
             recipe_hash: String::from(manifest.recipe.hash),
@@ -156,7 +169,7 @@ impl Job<'_> {
     fn predict(&self, manifest: &Manifest, warnings: &mut Vec<String>) -> Result<Option<f64>> {
         let Some(cost) = self.with.cost else { return Ok(None) };
         let threads = u32::try_from(self.with.threads).unwrap_or(u32::MAX);
-        let step = decode_step(manifest, &self.source.files.spec, Mode::Exact, threads);
+        let step = decode_step(manifest, &self.source.student_spec, Mode::Exact, threads);
         match cost.predict(&Work::Step(&step)) {
             Ok(prediction) => Ok(Some(prediction.ms)),
             Err(error) => {
@@ -196,6 +209,24 @@ fn layer_report(moe: &BuiltMoe) -> LayerReport {
         gain: moe.entry.gain,
         dropped_share,
     }
+}
+
+/// Stored matrices by form.
+fn forms(manifest: &Manifest) -> BTreeMap<String, usize> {
+    let mut forms = BTreeMap::new();
+    for expert in manifest.layers.iter().flat_map(|layer| &layer.experts) {
+        if let State::Kept(record) = &expert.state {
+            for format in record.formats() {
+                let form = Form {
+                    code: format.code(),
+                    group: format.group(),
+                    scales: format.scales(),
+                };
+                *forms.entry(form.to_string()).or_default() += 1;
+            }
+        }
+    }
+    forms
 }
 
 /// Codes, scales, zero points, factors and constants over the weights of all experts of the source.

@@ -5,6 +5,7 @@
 //! the threads and wherever it was killed. Not here: formats, kernels, what a model family looks like.
 #![forbid(unsafe_code)]
 
+pub mod attention;
 pub mod baselines;
 pub mod choice;
 pub mod contest;
@@ -32,4 +33,5 @@ mod finish;
 #[cfg(test)]
 mod laws;
 mod measure;
+mod novice;
 mod walk;

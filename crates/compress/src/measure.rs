@@ -1,15 +1,17 @@
 //! The first pass: the source model's own stream, layer by layer, and what the stages propose for each. Decides nothing
 //! (`decide` does). Law: left out where there is nothing to allocate, its absence changes no byte.
 
+use cotk_container::manifest::DroppedMeaning;
 use cotk_model::moe::Alive;
 use cotk_run::units::ExpertId;
 
 use crate::Result;
-use crate::choice::{Form, LayerOffers};
+use crate::choice::{Form, Instead, LayerOffers};
 use crate::decide::Measured;
 use crate::joint::code::How;
 use crate::joint::offers::{Menu, Offered};
-use crate::joint::recipe::Joint;
+use crate::joint::recipe::{Joint, Share};
+use crate::joint::variants::Others;
 use crate::partial::{Entry, MeasuredLayer, Partial};
 use crate::pipeline::{Job, Streams};
 use crate::stage::{Change, DropLeastUsed, Proposal, RoundToNearest, Stage, record_bytes};
@@ -85,8 +87,9 @@ impl Job<'_> {
         let menu = Menu {
             forms: joint.forms(&self.request.recipe.compress.codes),
             always: always.to_vec(),
+            ranks: joint.ranks.clone(),
+            others: self.others(joint),
             how: How::of(joint).to_compare(),
-            prior: joint.traffic_prior.get(),
         };
         self.with
             .progress
@@ -124,7 +127,30 @@ impl Job<'_> {
             .map(|offered| (offered.offers.layer, &offered.offers.usage));
         crate::report::enough(&self.request.calibration, usages)?;
         self.weigh(partial, &mut offered, joint.sensitivity_tokens)?;
-        Ok(offered.into_iter().map(|offered| offered.offers).collect())
+        let weighed = |offered: Offered| offered.weighed(joint.traffic_prior.get(), joint.traffic_spread.get());
+        Ok(offered.into_iter().map(weighed).collect())
+    }
+
+    /// What the recipe offers beside codes.
+    fn others(&self, joint: &Joint) -> Others {
+        let inner = self.source.files.spec.moe_intermediate;
+        let gone = match self.request.recipe.compress.dropped {
+            DroppedMeaning::Masked => Some(Instead::Dropped),
+            DroppedMeaning::Novice => Some(Instead::Constant),
+            // Gates of those that stay change: no expert's loss is its own.
+            DroppedMeaning::Removed => None,
+        };
+        #[expect(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a share of a count of channels"
+        )]
+        let count = |share: &Share| (share.get() * inner as f64) as usize;
+        Others {
+            gone: gone.filter(|_| joint.max_dropped.get() > 0.0),
+            channels: joint.channels.iter().map(count).filter(|&count| count > 0).collect(),
+        }
     }
 
     /// One code for whatever `[compress.prune]` keeps: nothing to measure, nothing to allocate.

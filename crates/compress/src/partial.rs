@@ -12,6 +12,7 @@ use cotk_run::journal::Journal;
 use cotk_run::units::LayerId;
 use serde::{Deserialize, Serialize};
 
+use crate::attention::NarrowedAttention;
 use crate::contest::budgets::Standings;
 use crate::contest::table::Contested;
 use crate::decide::Measured;
@@ -48,6 +49,7 @@ pub enum Entry {
     Sensitivity(Sensitivity),
     Kinds(KindSensitivity),
     Tried(Tried),
+    Attention(Box<NarrowedAttention>),
     Pruned(Box<Pruned>),
     Judged(Box<Judged>),
     Shrunk(Box<Shrunk>),
@@ -119,6 +121,9 @@ pub struct BuiltMoe {
     pub usage: Usage,
     /// ‖student − teacher‖ / ‖teacher‖ of the experts' mixed output, on the student's inputs.
     pub relative_error: f64,
+    /// Of the router's rows, where they were fitted anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub router: Option<Checksum>,
     /// Of kept experts, where codes were chosen under Hessians.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub hessians: Vec<HessianNote>,
@@ -259,6 +264,14 @@ impl Partial {
     pub fn pruned(&self) -> Option<&Pruned> {
         self.entries.iter().find_map(|entry| match entry {
             Entry::Pruned(pruned) => Some(&**pruned),
+            _ => None,
+        })
+    }
+
+    /// What became of attention, if it was made narrower.
+    pub fn attention(&self) -> Option<&NarrowedAttention> {
+        self.entries.iter().find_map(|entry| match entry {
+            Entry::Attention(found) => Some(&**found),
             _ => None,
         })
     }

@@ -28,7 +28,6 @@ use crate::joint::offers::matrix_bytes;
 use crate::joint::recipe::{Joint, Share};
 use crate::partial::{Begun, Entry, Identity, Partial, layer_id, partial_path};
 use crate::prune;
-use crate::prune::gram::Semantics;
 use crate::prune::plan::{Pruned, Wish};
 use crate::quality;
 use crate::recipe::Recipe;
@@ -118,13 +117,10 @@ pub fn plan(request: &Request, with: &Surroundings<'_>) -> Result<Plan> {
 /// [`CompressError`]; what is finished then stays in `OUT.partial/`, and the same request goes on from there.
 pub fn compress(request: &Request, with: &Surroundings<'_>) -> Result<Report> {
     let clock = Instant::now();
-    let job = Job::open(request, with)?;
+    let mut job = Job::open(request, with)?;
     let plan = job.plan()?;
     job.check_budget(&plan)?;
     check_disk(&plan, request)?;
-    if request.recipe.compress.semantics() == Semantics::Novice {
-        return Err(CompressError::Novices);
-    }
     let mut partial = match Partial::begin(&request.out, &job.identity()?)? {
         Begun::Finished(report) => return Ok(*report),
         Begun::Compared(_) | Begun::Stood(_) => {
@@ -136,6 +132,7 @@ pub fn compress(request: &Request, with: &Surroundings<'_>) -> Result<Report> {
     let streams = job.streams(&partial);
     job.recover(&mut partial, &streams)?;
     let resumed = partial.is_resumed();
+    job.narrow_attention(&mut partial)?;
 
     if let Some(joint) = &request.recipe.compress.joint {
         let layers = job.fates(&mut partial, &streams, joint)?;
@@ -229,7 +226,7 @@ impl Job<'_> {
             });
         }
         let offers = self.offers(partial, streams, joint, &[])?;
-        self.joint_fates(partial, &offers, joint, &limits)
+        Ok(self.joint_fates(partial, &offers, joint, &limits)?.0)
     }
 
     /// What `[budget]` leaves for the experts' codes.
@@ -350,7 +347,7 @@ impl<'a> Job<'a> {
         let mut warnings = self.texts.warnings.clone();
         let ratio = recipe.compress.drop_ratio;
         warnings.extend(ratio.not_as_asked(spec.routing.experts, spec.routing.top_k));
-        if recipe.compress.codes.get().len() > 1 && recipe.budget.bytes.is_none() {
+        if recipe.compress.codes.get().len() > 1 && recipe.budget.is_open() {
             warnings.push("several codes and no budget: every expert gets the one that loses least".to_owned());
         }
         if self.with.cost.is_none() {
@@ -490,7 +487,7 @@ impl<'a> Job<'a> {
     /// The same as the container will hold it.
     pub(crate) fn load_student_layer(&self, layer: usize) -> Result<Layer> {
         self.source.files.source.release();
-        let spec = &self.source.files.spec;
+        let spec = &self.source.student_spec;
         Ok(Layer::load(spec, self.source.student.as_ref(), layer_id(layer))?)
     }
 }

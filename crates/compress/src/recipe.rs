@@ -7,6 +7,7 @@ use cotk_run::recipe::{self, Source};
 use cotk_run::units::significant;
 use serde::{Deserialize, Serialize};
 
+use crate::attention::recipe::Attention;
 use crate::choice::Form;
 use crate::joint::recipe::{Joint, Share};
 use crate::prune::gram::Semantics;
@@ -78,6 +79,9 @@ pub struct Compress {
     /// Make experts smaller: inner channels go.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shrink: Option<Shrink>,
+    /// Make the values of attention narrower: low rank of values and outputs, per head.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention: Option<Attention>,
     /// Choose the codes of every matrix by GPTQ, and among forms by measured loss, in the place of `group`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub joint: Option<Joint>,
@@ -198,6 +202,13 @@ pub struct Budget {
     /// KL(source ‖ output) on held-out calibration text: the smallest output that is not above it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_kl_nats: Option<Share>,
+}
+
+impl Budget {
+    /// Whether nothing limits the choice.
+    pub fn is_open(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// `[latency]`: what predicts the time of a token.
@@ -493,6 +504,18 @@ impl Recipe {
     fn settle_budgets(&self) -> Result<()> {
         let budget = &self.budget;
         let refuse = |keys, found, help| Err(CompressError::Contradiction { keys, found, help });
+        let may_drop = self
+            .compress
+            .joint
+            .as_ref()
+            .map_or(0.0, |joint| joint.max_dropped.get());
+        if may_drop > 0.0 && self.compress.dropped == DroppedMeaning::Removed {
+            return refuse(
+                ["compress.dropped", "compress.joint.max_dropped"],
+                format!("removed and {may_drop}"),
+                "without an expert the gates of all others change: its loss is not its own; say masked or novice",
+            );
+        }
         if let (Some(bytes), Some(bits)) = (budget.bytes, budget.bits_per_expert_weight) {
             return refuse(
                 ["budget.bytes", "budget.bits_per_expert_weight"],

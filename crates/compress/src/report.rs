@@ -1,5 +1,6 @@
 //! What a compression did: the `result` of `--json`, the facts for the ledger, and `report.md`.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
@@ -7,6 +8,8 @@ use cotk_run::facts::Fact;
 use cotk_run::units::{Bytes, ExpertId, LayerId, significant};
 use serde::{Deserialize, Serialize};
 
+use crate::attention::NarrowedAttention;
+use crate::joint::points::Tried;
 use crate::layer::Usage;
 use crate::prune::plan::Pruned;
 use crate::quality::Quality;
@@ -112,6 +115,19 @@ pub struct Report {
     pub experts_without_tokens: usize,
     /// All below [`ENOUGH_TOKENS`], by name.
     pub starved: Vec<Starved>,
+    /// Experts whose Hessians leaned on others', with the tokens let in.
+    #[serde(default)]
+    pub hessians_shrunk: usize,
+    /// Stored matrices of experts by form, `plain2 g64`.
+    #[serde(default)]
+    pub matrices: BTreeMap<String, usize>,
+    /// Joint allocations that were measured end to end, in order; the one with the least KL was built, or, under a target
+    /// of KL, the smallest that met it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tried: Vec<Tried>,
+    /// What `[compress.attention]` made narrower.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention: Option<NarrowedAttention>,
     /// What `[compress.prune]` chose, and what it costs; absent where use alone decided.
     pub pruned: Option<Pruned>,
     pub seed: u64,
@@ -241,6 +257,10 @@ impl Report {
                 number(layer.dropped_share),
             );
         }
+        self.allocation(&mut text);
+        if let Some(attention) = &self.attention {
+            text += &attention.markdown();
+        }
         self.pruning(&mut text);
         if !self.warnings.is_empty() {
             let _ = writeln!(text, "\nWarnings:\n");
@@ -249,6 +269,49 @@ impl Report {
             }
         }
         text
+    }
+
+    /// What the joint allocation tried and what it chose.
+    fn allocation(&self, text: &mut String) {
+        let number = |x: f64| significant(x, 3);
+        if !self.tried.is_empty() {
+            let _ = writeln!(
+                text,
+                "\nAllocations tried end to end, codes fitted to a part of the calibration text, KL on held-out sections of it. \
+                 Trust: the power that measured sensitivities were raised to. Expected: Σ of measured errors × traffic × sensitivities; \
+                 the prior on traffic is in it: it ranks, KL says.\n"
+            );
+            let _ = writeln!(
+                text,
+                "| trust | bytes of codes | expected | KL, nats |\n|---:|---:|---:|---:|"
+            );
+            for tried in &self.tried {
+                let _ = writeln!(
+                    text,
+                    "| {} | {} | {} | {} |",
+                    tried.trust,
+                    tried
+                        .record_bytes
+                        .map_or_else(String::new, |bytes| Bytes(bytes).to_string()),
+                    number(tried.expected_loss),
+                    number(tried.kl_nats),
+                );
+            }
+        }
+        if self.matrices.len() > 1 {
+            let _ = writeln!(text, "\n| form | matrices |\n|---|---:|");
+            for (form, count) in &self.matrices {
+                let _ = writeln!(text, "| {form} | {count} |");
+            }
+        }
+        if self.hessians_shrunk > 0 {
+            let _ = writeln!(
+                text,
+                "\n{} experts had too few tokens for a Hessian of their own: theirs lean on tokens that would have come next, \
+                 and on the layer's (λ in `cotk inspect --expert`).",
+                self.hessians_shrunk
+            );
+        }
     }
 
     /// Why these experts and so many per layer, and which figures rest on few tokens.

@@ -11,9 +11,11 @@ use cotk_model::checkpoint::TensorSource;
 use cotk_model::checkpoint::coded::CodingSource;
 use cotk_model::folder::ModelFolder;
 use cotk_model::inventory;
+use cotk_model::spec::ModelSpec;
 use cotk_run::files;
 use cotk_run::units::{ExpertId, LayerId};
 
+use crate::attention::Narrowed;
 use crate::recipe::DenseBits;
 use crate::{CompressError, Result};
 
@@ -36,8 +38,12 @@ pub struct Source {
     pub origin: SourceModel,
     /// The dense part as the container will hold it.
     pub dense: Vec<DenseTensor>,
-    /// What it is read from: the source itself, or some matrices coded on the way.
+    /// What it is read from: the source itself, or some matrices narrower or coded on the way.
     pub student: Arc<dyn TensorSource>,
+    /// Shapes of the dense part as the container will hold it.
+    pub student_spec: ModelSpec,
+    /// Whether some of it is narrower than in the source.
+    is_narrowed: bool,
     /// Those, as the manifest describes them.
     pub coded: BTreeMap<String, Matrix>,
     /// Of its files: weights, config, tokenizer.
@@ -69,18 +75,8 @@ impl Source {
                 expert_bytes += inventory::expert_storage(spec, source, layer, expert)?.0;
             }
         }
-        let (student, coded): (Arc<dyn TensorSource>, _) = match dense_bits.coded() {
-            None => (files.source.clone(), BTreeMap::new()),
-            Some(bits) => {
-                let coding = CodingSource::new(files.source.clone(), &inventory::codable(spec), bits)?;
-                let coded = coding.matrices().clone();
-                (Arc::new(coding), coded)
-            }
-        };
-        let dense = inventory::dense_names(spec, student.as_ref())
-            .into_iter()
-            .filter_map(|name| dense_tensor(name, student.as_ref()))
-            .collect();
+        let (student, coded) = student_of(files.source.clone(), spec, dense_bits)?;
+        let dense = dense_of(spec, student.as_ref());
         let bytes = file_bytes(&files)?;
         let per_expert = 3 * spec.hidden as u64 * spec.moe_intermediate as u64;
         let origin = SourceModel {
@@ -101,8 +97,27 @@ impl Source {
             student,
             coded,
             bytes,
+            student_spec: files.spec.clone(),
+            is_narrowed: false,
             files,
         })
+    }
+
+    /// Takes the tensors of `own` in the place of the source's, whose shapes are then those of `spec`.
+    ///
+    /// # Errors
+    /// A shape that no code has.
+    pub(crate) fn narrow(&mut self, own: Arc<dyn TensorSource>, spec: ModelSpec, dense_bits: DenseBits) -> Result<()> {
+        let narrowed = Arc::new(Narrowed::new(self.files.source.clone(), own));
+        (self.student, self.coded) = student_of(narrowed, &spec, dense_bits)?;
+        self.dense = dense_of(&spec, self.student.as_ref());
+        (self.student_spec, self.is_narrowed) = (spec, true);
+        Ok(())
+    }
+
+    /// Whether the container's dense part is the source's, bit for bit.
+    pub fn is_dense_as_stored(&self) -> bool {
+        self.coded.is_empty() && !self.is_narrowed
     }
 
     /// Files to copy as they are: those that the source has.
@@ -117,6 +132,27 @@ impl Source {
     pub fn moe_layers(&self) -> Vec<LayerId> {
         self.files.spec.moe_layers()
     }
+}
+
+/// What a container's dense part is read from, and what of it is coded.
+fn student_of(
+    source: Arc<dyn TensorSource>,
+    spec: &ModelSpec,
+    dense_bits: DenseBits,
+) -> Result<(Arc<dyn TensorSource>, BTreeMap<String, Matrix>)> {
+    Ok(match dense_bits.coded() {
+        None => (source, BTreeMap::new()),
+        Some(bits) => {
+            let coding = CodingSource::new(source, &inventory::codable(spec), bits)?;
+            let coded = coding.matrices().clone();
+            (Arc::new(coding), coded)
+        }
+    })
+}
+
+fn dense_of(spec: &ModelSpec, student: &dyn TensorSource) -> Vec<DenseTensor> {
+    let names = inventory::dense_names(spec, student).into_iter();
+    names.filter_map(|name| dense_tensor(name, student)).collect()
 }
 
 /// A tensor of the dense part as it will be written.

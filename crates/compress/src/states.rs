@@ -209,9 +209,11 @@ impl Rows {
 
 /// The first half of a layer for whole windows: `hidden += attention(norm(hidden))`, positions from 0 in each.
 pub fn attend(spec: &ModelSpec, rope: &Rope, layer: &Layer, hidden: &mut [f32], windows: &[usize]) {
+    let tokens: usize = windows.iter().sum();
+    debug_assert_eq!(hidden.len(), tokens * spec.hidden, "a row a token");
     let mut caches: Vec<LayerCache> = windows
         .iter()
-        .map(|_| LayerCache::new(&spec.attention, KvKind::default()))
+        .map(|_| layer.cache(KvKind::default()))
         .collect();
     let mut spans: Vec<Span<'_>> = windows
         .iter()

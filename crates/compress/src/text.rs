@@ -1,6 +1,6 @@
 //! Which tokens calibrate and which judge. Law: what judges is never used to choose; the seed draws the calibration.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 
 use cotk_data::text::{MARKER, documents, split};
@@ -31,6 +31,8 @@ pub struct Texts {
     pub calibration: Vec<Vec<u32>>,
     /// For each of them whether it judges what the others were fitted to: whole sections of the text, spread over it.
     pub held_out: Vec<bool>,
+    /// For each of them the section of the text that it comes from: about a thousand tokens that are likely of one kind.
+    pub sections: Vec<u64>,
     /// One text, scored by sliding windows.
     pub quality: Vec<u32>,
     /// What the quality text is, for tables.
@@ -105,7 +107,7 @@ pub fn draw(
         .min(context)
         .max(SHORTEST_WINDOW.min(context));
     let mut stream = seeds.stream("calibration");
-    let mut windows: Vec<(bool, Vec<u32>)> = Vec::new();
+    let mut windows: Vec<(u64, Vec<u32>)> = Vec::new();
     let mut sections = Sections::default();
     for document in &documents {
         let tokens = tokenizer.encode_bare(document)?;
@@ -114,19 +116,19 @@ pub fn draw(
         let (head, rest) = tokens.split_at(first);
         sections.begin_document();
         for piece in [head].into_iter().chain(rest.chunks(window)) {
-            windows.push((sections.is_held_out(piece.len()), piece.to_vec()));
+            windows.push((sections.of(piece.len()), piece.to_vec()));
         }
     }
     windows.retain(|(_, w)| w.len() >= SHORTEST_WINDOW.min(window));
     spread(&mut windows, stream.random());
     let wanted = recipe.calibration_tokens.get();
     let mut total = 0;
-    let (mut drawn, mut held_out) = (Vec::new(), Vec::new());
-    for (is_held_out, mut piece) in windows {
+    let (mut drawn, mut sections) = (Vec::new(), Vec::new());
+    for (section, mut piece) in windows {
         piece.truncate(wanted - total);
         total += piece.len();
         drawn.push(piece);
-        held_out.push(is_held_out);
+        sections.push(section);
         if total == wanted {
             break;
         }
@@ -137,6 +139,7 @@ pub fn draw(
             "calibration text has {total} usable tokens, {wanted} were asked for"
         ));
     }
+    let mut held_out = held_out(&sections);
     if held_out.iter().all(|held| *held) || !held_out.contains(&true) {
         // Too few sections: windows then, of which the first fits.
         held_out = (1u64..).take(drawn.len()).map(|i| i % HELD_OUT_ONE_IN == 0).collect();
@@ -144,13 +147,25 @@ pub fn draw(
     Ok(Texts {
         calibration: drawn,
         held_out,
+        sections,
         quality,
         quality_name,
         warnings,
     })
 }
 
-/// Which section a piece of text belongs to, and whether that one is held out.
+/// For each piece whether its section judges: one in so many of those that were drawn, spread evenly over the text.
+fn held_out(sections: &[u64]) -> Vec<bool> {
+    let drawn: BTreeSet<u64> = sections.iter().copied().collect();
+    let numbered = drawn.into_iter().zip(1u64..);
+    let judging: HashSet<u64> = numbered
+        .filter(|(_, number)| number.wrapping_mul(GOLDEN) < u64::MAX / HELD_OUT_ONE_IN)
+        .map(|(section, _)| section)
+        .collect();
+    sections.iter().map(|section| judging.contains(section)).collect()
+}
+
+/// Which section a piece of text belongs to.
 #[derive(Default)]
 struct Sections {
     section: u64,
@@ -173,13 +188,13 @@ impl Sections {
     }
 
     /// Of the next piece of the document.
-    fn is_held_out(&mut self, tokens: usize) -> bool {
+    fn of(&mut self, tokens: usize) -> u64 {
         if self.own_tokens >= SECTION_TOKENS {
             self.begin_section();
         }
         self.tokens += tokens;
         self.own_tokens += tokens;
-        (self.section + 1).wrapping_mul(GOLDEN) < u64::MAX / HELD_OUT_ONE_IN
+        self.section
     }
 }
 
@@ -255,20 +270,34 @@ mod tests {
     }
 
     #[test]
-    fn sections_hold_whole_short_documents_and_an_eighth_is_held_out() {
+    fn sections_hold_whole_short_documents_and_an_eighth_is_held_out_all_over_the_text() {
         let mut sections = Sections::default();
-        let (mut held, mut all) = (0, 0);
+        let mut all = Vec::new();
         for document in 0..2000usize {
             sections.begin_document();
             let section = sections.section;
             let pieces = if document % 10 == 0 { 40 } else { 2 };
             for _ in 0..pieces {
-                held += usize::from(sections.is_held_out(100));
-                all += 1;
+                all.push(sections.of(100));
             }
             assert!(pieces > 2 || sections.section == section);
         }
-        assert!((all / 9..all / 7).contains(&held), "{held} of {all}");
+        // Of a text that is drawn whole, and of every ninth piece of it.
+        for by in [1, 9] {
+            let drawn: Vec<u64> = all.iter().step_by(by).copied().collect();
+            let held = held_out(&drawn);
+            for part in held.chunks_exact(held.len() / 4) {
+                let count = part.iter().filter(|held| **held).count();
+                assert!(
+                    (part.len() / 11..part.len() / 6).contains(&count),
+                    "{count} of {}",
+                    part.len()
+                );
+            }
+            let pieces: Vec<(&u64, &bool)> = drawn.iter().zip(&held).collect();
+            let is_whole = |pair: &[(&u64, &bool)]| pair[0].0 != pair[1].0 || pair[0].1 == pair[1].1;
+            assert!(pieces.windows(2).all(is_whole), "a section is held out whole");
+        }
     }
 
     #[test]

@@ -376,13 +376,6 @@ pub(crate) fn failure(error: &CompressError) -> FaultReport {
             help: Some((*help).into()),
             ..facts("contradiction", WRONG_USE)
         },
-        CompressError::Novices => FaultReport {
-            key: Some("compress.prune.semantics".into()),
-            found: Some("novice".into()),
-            expected: Some("masked or removed".into()),
-            help: Some("--compare judges novices without writing a container".into()),
-            ..facts("novices", WRONG_USE)
-        },
         CompressError::TooManyMasks { too_many, .. } => FaultReport {
             key: Some("compress.prune.method".into()),
             found: Some(format!("{} masks", too_many.masks)),

@@ -220,14 +220,14 @@ fn table(found: &Comparison) -> String {
             show(line.loss),
             overfit(line),
             line.healed
-                .map_or_else(String::new, |[downs, scales]| format!("{downs}+{scales}")),
+                .map_or_else(String::new, |[downs, scales, routers]| format!("{downs}+{scales}+{routers}")),
             line.masks_tried.to_string(),
             show(line.search_seconds),
         ]);
     }
     format!(
         "{}\n{}\n{}\nDropped experts are {}. {} targets in {} windows; perplexity before {}; intervals draw documents. \
-         Healed: layers whose refit and whose scales were kept. Masks are chosen on one half of a sample of calibration tokens, loss is that of the other, overfit how much more.\n",
+         Healed: layers whose refit, whose scales and whose router were kept. Masks are chosen on one half of a sample of calibration tokens, loss is that of the other, overfit how much more.\n",
         main.render(),
         domains.render(),
         counts.render(),

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use cotk_compress::report::ENOUGH_TOKENS;
+use cotk_container::decision::MatrixDecision;
 use cotk_container::low_rank::Role;
 use cotk_container::manifest::{DENSE, EXPERTS, Matrix, State, Why};
 use cotk_container::reader::Container;
@@ -131,6 +132,14 @@ pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
             .collect::<Vec<_>>(),
     });
 
+    let mut result = result;
+    let choices = container.as_deref().map(choices);
+    if let (Some(choices), Value::Object(fields)) = (&choices, &mut result) {
+        fields.insert("matrices".into(), json!(choices.matrices));
+        fields.insert("experts_with_few_tokens".into(), json!(choices.few_tokens));
+        fields.insert("experts_with_shrunk_hessians".into(), json!(choices.shrunk));
+    }
+
     let mut text = String::new();
     #[expect(clippy::cast_precision_loss, reason = "shown with three digits")]
     let millions = |count: u64| format!("{} M", significant(count as f64 / 1e6, 4));
@@ -167,10 +176,51 @@ pub fn run(args: &Args, _cx: &Context) -> Result<Outcome, Fault> {
             format!("{matrices}, {}", Bytes(*bytes)),
         ]);
     }
+    if let Some(choices) = &choices {
+        facts.row([
+            format!("experts that fewer than {ENOUGH_TOKENS} tokens chose"),
+            choices.few_tokens.to_string(),
+        ]);
+        facts.row([
+            "experts whose Hessian leaned on others'".to_owned(),
+            choices.shrunk.to_string(),
+        ]);
+        for (form, count) in &choices.matrices {
+            facts.row([format!("matrices of experts: {form}"), count.to_string()]);
+        }
+    }
     text.push_str(&facts.render());
     text.push('\n');
     text.push_str(&layers_table(&per_layer, args.experts));
     Ok(Outcome::new(result, text))
+}
+
+/// What was chosen for the experts of a container, counted.
+struct Choices {
+    /// Matrices by form, `plain2 g64`.
+    matrices: BTreeMap<String, usize>,
+    few_tokens: usize,
+    shrunk: usize,
+}
+
+fn choices(container: &Container) -> Choices {
+    let mut found = Choices {
+        matrices: BTreeMap::new(),
+        few_tokens: 0,
+        shrunk: 0,
+    };
+    for expert in container.manifest().layers.iter().flat_map(|layer| &layer.experts) {
+        found.few_tokens += usize::from(expert.why.tokens < ENOUGH_TOKENS);
+        let decided = expert.decision.as_deref().and_then(|decision| decision.matrices);
+        let leaned = |matrix: &MatrixDecision| matrix.lambda.is_some_and(|lambda| lambda > 0.0);
+        found.shrunk += usize::from(decided.is_some_and(|matrices| matrices.iter().any(leaned)));
+        if let State::Kept(record) = &expert.state {
+            for matrix in [&record.gate, &record.up, &record.down] {
+                *found.matrices.entry(inspect_expert::form(matrix)).or_default() += 1;
+            }
+        }
+    }
+    found
 }
 
 /// Dense matrices by the bits that they are stored at: how many, and their bytes.

@@ -343,7 +343,8 @@ fn format_name(format: MatrixFormat) -> String {
     form.to_string()
 }
 
-fn form(matrix: &Matrix) -> String {
+/// How a matrix is stored, the rank of a correction apart.
+pub(super) fn form(matrix: &Matrix) -> String {
     match matrix.rank.map(|factors| factors.role) {
         Some(Role::Product) => format!("two factors, {}", format_name(matrix.format)),
         Some(Role::Correction) | None => format_name(matrix.format),

@@ -67,6 +67,7 @@ pub(crate) fn drawn(seed: u64) -> Vec<LayerOffers> {
                     state_square: 1.0,
                 },
                 offers,
+                variants: Vec::new(),
                 sensitivity: [1.0, 2.0, 0.5],
             }
         })

@@ -25,11 +25,11 @@ use super::judge::{Bench, Judges, TextFigure, WindowScore, perplexity, uncompres
 use super::plot;
 use super::table::{BudgetLine, Contested, Counts, Ranking, Skipped, lines, ranking};
 use crate::baselines::PUBLISHED_GROUP;
-use crate::choice::{Chooser, Fate, Form, Kind, LayerFates, LayerOffers, Limits};
+use crate::choice::{Fate, Form, Kind, LayerFates, LayerOffers, Limits};
 use crate::finish::bits_per_expert_weight;
 use crate::heal::HealOptions;
-use crate::joint;
 use crate::joint::code::How;
+use crate::joint::points::Tried;
 use crate::joint::recipe::{Joint, Rounding};
 use crate::partial::{Begun, Entry, Identity, Partial, partial_path};
 use crate::pipeline::{Job, Request, Surroundings};
@@ -96,6 +96,8 @@ pub struct Standings {
     pub skipped: Vec<Skipped>,
     /// Of expected losses and KL.
     pub ranking: Option<Ranking>,
+    /// Joint allocations that were measured end to end on held-out calibration text; of each budget the best was built.
+    pub tried: Vec<Tried>,
     /// What all rows share: measuring the offers.
     pub offers_seconds: f64,
     pub offers_peak_rss_bytes: u64,
@@ -112,6 +114,7 @@ pub struct Standings {
 /// by the same request.
 pub fn contest(contest: &Contest, with: &Surroundings<'_>) -> Result<Standings> {
     let clock = Instant::now();
+    crate::attention::refuse_beside_comparison(&contest.request.recipe)?;
     let request = Request {
         eval_text: contest.texts.first().cloned(),
         ..contest.request.clone()
@@ -169,6 +172,7 @@ pub fn contest(contest: &Contest, with: &Surroundings<'_>) -> Result<Standings> 
         texts_before: judges.by_text(&before),
         allowance_bits: ALLOWANCE_BITS,
         ranking: ranking(&lines),
+        tried: partial.tried(),
         lines,
         skipped,
         offers_seconds,
@@ -273,6 +277,8 @@ impl Arena<'_> {
                 wanted.extend((0..entrant.seeds()).map(|seed| (budget, *entrant, seed)));
             }
         }
+        // What bars ask for comes first: a contest that is stopped has said the most.
+        wanted.sort_by_key(|(_, entrant, _)| entrant.rank());
         for &budget in &self.contest.plot_budgets {
             let own = self.contest.entrants.iter().filter(|entrant| entrant.is_plotted());
             wanted.extend(own.map(|entrant| (budget, *entrant, 0)));
@@ -297,7 +303,7 @@ impl Arena<'_> {
                 at + 1,
                 wanted.len()
             ));
-            match self.row(*budget, entrant, *seed) {
+            match self.row(partial, *budget, entrant, *seed) {
                 Ok(row) => {
                     partial.finished(Entry::Contested(Box::new(row.clone())))?;
                     done.push(row);
@@ -323,7 +329,7 @@ impl Arena<'_> {
     }
 
     /// Chooses, builds, judges; the container is gone afterwards.
-    fn row(&self, budget: f64, entrant: &Entrant, seed: u64) -> Result<Contested> {
+    fn row(&self, partial: &mut Partial, budget: f64, entrant: &Entrant, seed: u64) -> Result<Contested> {
         forget_peak();
         let clock = Instant::now();
         let name = format!("{}-{budget}-{seed}", entrant.name().replace(':', "-"));
@@ -345,7 +351,7 @@ impl Arena<'_> {
         let seed = self.job.request.recipe.seed + seed;
         let chosen = match entrant.chooser() {
             Some(chooser) => chooser.choose(self.offers, &limits, seed),
-            None => self.joint().choose(self.offers, &limits, seed),
+            None => self.job.joint_fates(partial, self.offers, self.job.joint(), &limits),
         };
         let (fates, expected_loss) = match chosen {
             Ok(chosen) => chosen,
@@ -380,14 +386,6 @@ impl Arena<'_> {
         drop(row);
         remove(&partial_path(&out))?;
         Ok(found)
-    }
-
-    /// The recipe's own allocation.
-    fn joint(&self) -> joint::choose::Joint {
-        joint::choose::Joint {
-            trust: 1.0,
-            top_k: self.job.source.files.spec.routing.top_k,
-        }
     }
 
     fn how(&self, entrant: &Entrant) -> How {
@@ -519,7 +517,7 @@ fn counts(fates: &[LayerFates], row: &Partial) -> Counts {
     }
     let hessians = row.built().into_iter().filter_map(|built| built.moe.as_ref());
     let hessians = hessians.flat_map(|moe| &moe.hessians);
-    counts.hessians_shrunk = hessians.filter(|note| note.lambda.iter().any(|&l| l > 0.0)).count();
+    counts.hessians_shrunk = hessians.filter(|note| note.is_shrunk()).count();
     counts
 }
 

@@ -201,6 +201,15 @@ impl Entrant {
         ["rtn", "gptq-uniform", "mc", "mop", "joint", "joint:healed"].contains(&self.name().as_str())
     }
 
+    /// When it is built, low first: what bars are asked of, the other methods as published, variants.
+    pub fn rank(&self) -> u8 {
+        match self.name().as_str() {
+            "gptq-uniform" | "mc" | "joint" | "joint:healed" => 0,
+            "rtn" | "mop" => 1,
+            _ => 2,
+        }
+    }
+
     /// Whether it may stand for the best uniform code of its budget.
     pub fn is_uniform(&self) -> bool {
         self.method == Method::GptqUniform && !self.is_healed

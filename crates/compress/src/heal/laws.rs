@@ -148,6 +148,7 @@ fn sweeps_end_in_the_joint_normal_equations() {
         lambdas: vec![0.05; 60],
         sweeps: 0,
         standard_errors: 0.0,
+        router: false,
     };
     let mut fit_only = options.clone();
     fit_only.lambdas.truncate(60);
@@ -241,6 +242,7 @@ fn a_constant_becomes_the_mean_of_what_was_dropped() {
         lambdas: vec![0.0],
         sweeps: 0,
         standard_errors: -1e9,
+        router: false,
     };
     let healed = heal_down(&tokens, &parts, &options).unwrap();
     let (mut sum, mut squares) = (vec![0.0; HIDDEN], 0.0);

@@ -6,7 +6,11 @@ mod down;
 #[cfg(test)]
 mod laws;
 mod pairs;
+mod router;
+#[cfg(test)]
+mod router_laws;
 mod scales;
+mod stored;
 
 use cotk_model::layers::Mlp;
 use cotk_model::layers::linear::Linear;
@@ -14,6 +18,7 @@ use cotk_model::moe::Routed;
 use serde::{Deserialize, Serialize};
 
 pub use self::down::{Healed, heal_down};
+pub use self::router::{Router, heal_router};
 pub use self::scales::heal_scales;
 
 /// One MoE layer's calibration tokens in memory; rows are tokens in stream order.
@@ -68,6 +73,9 @@ pub struct HealOptions {
     pub sweeps: usize,
     /// Of the held-out gain, that it must exceed.
     pub standard_errors: f64,
+    /// Whether the router is fitted too, after the experts.
+    #[serde(default)]
+    pub router: bool,
 }
 
 impl Default for HealOptions {
@@ -76,6 +84,7 @@ impl Default for HealOptions {
             lambdas: vec![0.3, 0.1, 0.03, 0.01, 0.003],
             sweeps: 2,
             standard_errors: 2.0,
+            router: false,
         }
     }
 }
@@ -114,7 +123,7 @@ impl<'a> Part<'a> {
 /// One step and what it was judged by; goes into the journal.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Step {
-    /// `down`, `scales`.
+    /// `down`, `scales`, `router`.
     pub name: String,
     /// Squared error of the layer's output on held-out tokens, relative to the targets', before and after.
     pub held_out_before: f64,
@@ -122,7 +131,7 @@ pub struct Step {
     /// Of their difference, paired over windows.
     pub standard_error: f64,
     pub is_kept: bool,
-    /// The pull that was best.
+    /// The pull that was best; of a router, the rate.
     pub lambda: Option<f64>,
 }
 

@@ -1,13 +1,10 @@
 //! From weights to codes: the Hessian of what each matrix of an expert sees, GPTQ under it, counted where it had to lean
 //! on others. Law: a matrix is fitted to the fitting part of the tokens alone.
 
-use cotk_container::writer::CodedExpert;
-use cotk_model::layers::linear::Linear;
-use cotk_model::layers::{Mlp, silu};
+use cotk_model::layers::silu;
 use cotk_quant::QuantError;
 use cotk_quant::code::{Bits, Code};
 use cotk_quant::coded::CodedMatrix;
-use cotk_quant::decode::decode;
 use cotk_quant::encode::encode;
 use cotk_quant::gptq::{self, Factor, Settings};
 use cotk_quant::hessian::{Accumulator, Moment, shrink};
@@ -57,7 +54,10 @@ impl How {
             refit_rounds: joint.refit_rounds,
             damping: joint.damping.get(),
             tries_starts: true,
-            heal: joint.heal.then(HealOptions::default),
+            heal: joint.heal.then(|| HealOptions {
+                router: joint.heal_router,
+                ..HealOptions::default()
+            }),
         }
     }
 
@@ -96,6 +96,13 @@ pub struct HessianNote {
     pub soft_tokens: u64,
     /// Inputs of gate and up, and of down, that never moved.
     pub dead: [usize; 2],
+}
+
+impl HessianNote {
+    /// Whether it leaned on others.
+    pub fn is_shrunk(&self) -> bool {
+        self.lambda.iter().any(|&lambda| lambda > 0.0)
+    }
 }
 
 /// Ready to code one expert.
@@ -269,22 +276,6 @@ fn starts(code: Code) -> Vec<(Bits, Option<f32>)> {
 fn score(solution: &gptq::Solution) -> f64 {
     let per_width = |loss: &gptq::WidthLoss| loss.loss * 4f64.powi(i32::try_from(loss.bits.get()).expect("at most 8"));
     solution.losses.iter().map(per_width).sum()
-}
-
-/// What the codes say, `[rows, cols]`.
-pub(crate) fn decoded(coded: &CodedMatrix) -> Vec<f32> {
-    let full = coded.format.code().full();
-    decode(&coded.prefix(full).expect("a code has its own full width"))
-}
-
-/// The expert that the codes say.
-pub(crate) fn decoded_expert(coded: &CodedExpert) -> Mlp {
-    let linear = |m: &CodedMatrix| Linear::new(decoded(m), m.format.rows(), m.format.cols());
-    Mlp {
-        gate: linear(&coded.gate),
-        up: linear(&coded.up),
-        down: linear(&coded.down),
-    }
 }
 
 /// `(Σ w)² / Σ w²`.

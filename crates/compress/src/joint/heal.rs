@@ -2,10 +2,9 @@
 //! what the layer should add, codes of down follow, and a factor for each expert gives its size back. Law: a step stands
 //! only where held-out tokens agree, and a refit only where they still do once it is coded.
 
-use cotk_container::writer::CodedExpert;
 use cotk_model::layers::linear::Linear;
 use cotk_model::layers::{Layer, Mlp};
-use cotk_quant::coded::CodedMatrix;
+use cotk_model::moe::Alive;
 use cotk_run::units::ExpertId;
 use rayon::prelude::*;
 
@@ -13,6 +12,7 @@ use super::build::CodedExperts;
 use super::code::{self, Fed, How};
 use super::recipe::Rounding;
 use super::rows::LayerRows;
+use super::stored::{self, Stored};
 use crate::Result;
 use crate::choice::{Fate, Kind};
 use crate::heal::{HealOptions, HealTokens, Part, Step, heal_down, heal_scales};
@@ -22,8 +22,8 @@ use crate::shrink::survey::LayerTokens;
 /// An expert with its first two matrices in codes.
 struct Begun {
     expert: ExpertId,
-    gate: CodedMatrix,
-    up: CodedMatrix,
+    gate: Stored,
+    up: Stored,
     fed: Fed,
     /// Gate and up as coded; down as the source has it, then as it was refitted.
     mlp: Mlp,
@@ -31,7 +31,9 @@ struct Begun {
 
 /// Codes of all down projections of a layer.
 struct Downs {
-    coded: Vec<Option<CodedMatrix>>,
+    coded: Vec<Option<Stored>>,
+    /// What stands in the place of experts that are not there.
+    constants: Vec<Option<Vec<f32>>>,
     scales: Step,
 }
 
@@ -55,28 +57,33 @@ impl Job<'_> {
         &self,
         layer: &Layer,
         fates: &[Fate],
-        (rows, tokens): (&LayerRows, &LayerTokens),
+        (rows, tokens, alive): (&LayerRows, &LayerTokens, Alive<'_>),
         how: &How,
         options: &HealOptions,
     ) -> Result<CodedExperts> {
         let mut begun = self.begin_experts(layer, fates, rows, how)?;
         let heal = tokens.to_heal();
-        let plain = self.downs(layer, fates, rows, &mut begun, (&heal, options), how)?;
+        let mut constants = self.constants(layer.id(), fates, rows)?;
+        let plain = self.downs(layer, fates, rows, (&mut begun, &constants), (&heal, options), how)?;
         let mlps: Vec<Option<Mlp>> = begun
             .iter()
             .map(|begun| begun.as_ref().map(|b| b.mlp.clone()))
             .collect();
-        let healed = heal_down(&heal, &Part::all(&mlps, &[]), options)?;
+        let healed = heal_down(&heal, &Part::all(&mlps, &constants), options)?;
         drop(mlps);
         let mut ridge = healed.step;
         let mut best = plain;
         if ridge.is_kept {
-            for (begun, down) in begun.iter_mut().zip(healed.downs) {
-                if let (Some(begun), Some(down)) = (begun, down) {
-                    begun.mlp.down = Linear::new(down, begun.mlp.down.outputs(), begun.mlp.down.inputs());
+            for ((begun, constant), down) in begun.iter_mut().zip(&mut constants).zip(healed.downs) {
+                match (begun, constant, down) {
+                    (Some(begun), _, Some(down)) => {
+                        begun.mlp.down = Linear::new(down, begun.mlp.down.outputs(), begun.mlp.down.inputs());
+                    }
+                    (None, Some(constant), Some(refitted)) => *constant = refitted,
+                    _ => {}
                 }
             }
-            let refitted = self.downs(layer, fates, rows, &mut begun, (&heal, options), how)?;
+            let refitted = self.downs(layer, fates, rows, (&mut begun, &constants), (&heal, options), how)?;
             // What is better before codes are chosen may be harder to code: what stands decides.
             ridge.held_out_before = best.error();
             ridge.held_out_after = refitted.error();
@@ -85,17 +92,35 @@ impl Job<'_> {
                 best = refitted;
             }
         }
-        let Downs { coded: downs, scales } = best;
-        let steps = vec![ridge, scales];
+        let Downs {
+            coded: downs,
+            constants,
+            scales,
+        } = best;
+        let mut steps = vec![ridge, scales];
+        let decoded: Vec<Option<Mlp>> = begun.iter().zip(&downs).map(|(b, down)| as_coded(b, down)).collect();
+        let mut router = None;
+        if options.router {
+            let found = self.recalibrated(layer, &heal, alive, &Part::all(&decoded, &constants), options)?;
+            if let Some((rows, step)) = found {
+                router = rows;
+                steps.push(step);
+            }
+        }
+        drop(decoded);
         let notes = begun.iter().flatten().map(|begun| begun.fed.note).collect();
-        let whole = |(begun, down): (Option<Begun>, Option<CodedMatrix>)| {
+        let whole = |(begun, down): (Option<Begun>, Option<Stored>)| {
             let (begun, down) = (begun?, down?);
-            Some(CodedExpert::new(begun.gate, begun.up, down))
+            Some(stored::expert(begun.gate, begun.up, down))
         };
+        let constants = constants.into_iter().enumerate();
+        let constants = constants.map(|(expert, values)| self.coded_constant(layer.id(), expert, values));
         Ok(CodedExperts {
+            constants: constants.collect::<Result<_>>()?,
             experts: begun.into_iter().zip(downs).map(whole).collect(),
             notes,
             steps,
+            router,
         })
     }
 
@@ -105,19 +130,29 @@ impl Job<'_> {
         layer: &Layer,
         fates: &[Fate],
         rows: &LayerRows,
-        begun: &mut [Option<Begun>],
+        (begun, constants): (&mut [Option<Begun>], &[Option<Vec<f32>>]),
         (heal, options): (&HealTokens<'_>, &HealOptions),
         how: &How,
     ) -> Result<Downs> {
         let all = vec![1.0; fates.len()];
         let coded = self.code_downs(layer, fates, rows, begun, &all, how)?;
         let decoded: Vec<Option<Mlp>> = begun.iter().zip(&coded).map(|(b, down)| as_coded(b, down)).collect();
-        let (factors, scales) = heal_scales(heal, &Part::all(&decoded, &[]), options)?;
+        let (factors, scales) = heal_scales(heal, &Part::all(&decoded, constants), options)?;
+        let mut constants = constants.to_vec();
         let coded = match scales.is_kept {
-            true => self.code_downs(layer, fates, rows, begun, &factors, how)?,
+            true => {
+                for (constant, factor) in constants.iter_mut().zip(&factors) {
+                    constant.iter_mut().flatten().for_each(|value| *value *= factor);
+                }
+                self.code_downs(layer, fates, rows, begun, &factors, how)?
+            }
             false => coded,
         };
-        Ok(Downs { coded, scales })
+        Ok(Downs {
+            coded,
+            constants,
+            scales,
+        })
     }
 
     /// Codes of gate and up of what is kept.
@@ -132,11 +167,11 @@ impl Job<'_> {
             let Fate::Coded { matrices, channels } = fate else {
                 return Ok(None);
             };
-            let mut mlp = self.kept_weights(layer.id(), expert, channels.as_deref())?;
-            let outer = code::outer(rows, expert, hidden, pool.as_ref(), how)?;
+            let mut outer = code::outer(rows, expert, hidden, pool.as_ref(), how)?;
+            let mut mlp = self.staying_weights(layer.id(), expert, channels.as_deref(), (rows, &mut outer), how)?;
             let (gate, up) = self.code_outer(layer.id(), expert, &mlp, matrices, &outer, how)?;
-            mlp.gate = Linear::new(code::decoded(&gate), mlp.gate.outputs(), hidden);
-            mlp.up = Linear::new(code::decoded(&up), mlp.up.outputs(), hidden);
+            mlp.gate = Linear::new(gate.decoded(), mlp.gate.outputs(), hidden);
+            mlp.up = Linear::new(up.decoded(), mlp.up.outputs(), hidden);
             let fed = outer.fed;
             Ok(Some(Begun {
                 expert,
@@ -159,9 +194,9 @@ impl Job<'_> {
         begun: &mut [Option<Begun>],
         scales: &[f32],
         how: &How,
-    ) -> Result<Vec<Option<CodedMatrix>>> {
+    ) -> Result<Vec<Option<Stored>>> {
         let hidden = self.source.files.spec.hidden;
-        let code = |((begun, fate), scale): ((&mut Option<Begun>, &Fate), &f32)| -> Result<Option<CodedMatrix>> {
+        let code = |((begun, fate), scale): ((&mut Option<Begun>, &Fate), &f32)| -> Result<Option<Stored>> {
             self.with.cancel.check()?;
             let (Some(begun), Fate::Coded { matrices, .. }) = (begun, fate) else {
                 return Ok(None);
@@ -182,9 +217,9 @@ impl Job<'_> {
 }
 
 /// The expert that the codes say.
-fn as_coded(begun: &Option<Begun>, down: &Option<CodedMatrix>) -> Option<Mlp> {
+fn as_coded(begun: &Option<Begun>, down: &Option<Stored>) -> Option<Mlp> {
     let (begun, down) = (begun.as_ref()?, down.as_ref()?);
     let mut mlp = begun.mlp.clone();
-    mlp.down = Linear::new(code::decoded(down), mlp.down.outputs(), mlp.down.inputs());
+    mlp.down = Linear::new(down.decoded(), mlp.down.outputs(), mlp.down.inputs());
     Some(mlp)
 }

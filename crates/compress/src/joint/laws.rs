@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use cotk_container::manifest::State;
 use cotk_container::reader::Container;
 use cotk_run::cancel::Cancel;
 use cotk_run::facts::FactList;
@@ -97,6 +98,20 @@ fn the_same_bytes_whatever_the_threads_and_wherever_interrupted() {
     let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
     let report = one.install(|| run(&whole, "moe-joint", &sets)).unwrap();
     assert!(report.bits_per_expert_weight <= 3.0 && report.bits_per_expert_weight > 2.8);
+    // What was tried and chosen is told, and nothing that is not so.
+    assert_eq!(report.tried.len(), 2);
+    let matrices: usize = report.layers.iter().map(|layer| 3 * layer.experts).sum();
+    assert!(report.matrices.len() > 1 && report.matrices.values().sum::<usize>() == matrices);
+    assert!(
+        report.warnings.iter().all(|w| !w.contains("no budget")),
+        "{:?}",
+        report.warnings
+    );
+    let text = fs_err::read_to_string(whole.join("report.md")).unwrap();
+    assert!(
+        text.contains("| trust |") && text.contains("| form | matrices |"),
+        "{text}"
+    );
     Container::open(&whole).unwrap().verify().unwrap();
 
     let three = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
@@ -188,5 +203,89 @@ fn caps_that_contradict_are_refused_before_anything_is_read() {
     }
     let folder = tempfile::tempdir().unwrap();
     let error = run(&folder.path().join("out"), "moe-joint", &["budget.target_ms=1"]).unwrap_err();
+    assert!(matches!(error, CompressError::Contradiction { .. }), "{error}");
+}
+
+/// Inner channels of the checkpoint's experts.
+const INNER: usize = 32;
+
+/// Of every expert of a container: kept, constant, dropped; and whether some matrix has a correction, some expert fewer
+/// channels.
+fn kinds(out: &Path) -> ([usize; 3], bool, bool) {
+    let container = Container::open(out).unwrap();
+    container.verify().unwrap();
+    let experts = container.manifest().layers.iter().flat_map(|layer| &layer.experts);
+    let (mut counts, mut corrected, mut sizes) = ([0; 3], false, std::collections::BTreeSet::new());
+    for expert in experts {
+        match &expert.state {
+            State::Kept(record) => {
+                counts[0] += 1;
+                corrected |= record.gate.rank() + record.up.rank() + record.down.rank() > 0;
+                sizes.insert(record.gate.format.rows());
+            }
+            State::Constant(_) => counts[1] += 1,
+            State::Dropped => counts[2] += 1,
+        }
+    }
+    (counts, corrected, sizes.first().is_some_and(|least| *least < INNER))
+}
+
+#[test]
+fn experts_go_shrink_or_are_corrected_only_where_the_recipe_offers_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let tight = "budget.bits_per_expert_weight=0.9";
+    let out = |name: &str| folder.path().join(name);
+    // Below what the narrowest codes of all experts take.
+    assert!(matches!(
+        run(&out("all"), "moe-joint", &[tight]),
+        Err(CompressError::Budget { .. })
+    ));
+
+    let report = run(&out("gone"), "moe-joint", &[tight, "compress.joint.max_dropped=0.5"]).unwrap();
+    let ([kept, constant, dropped], ..) = kinds(&out("gone"));
+    assert!(report.bits_per_expert_weight <= 0.9 && kept > 0 && dropped > 0 && constant == 0);
+
+    // Constants have bytes, too.
+    let novice = [
+        "budget.bits_per_expert_weight=1.0",
+        "compress.joint.max_dropped=0.5",
+        "compress.dropped=novice",
+        "compress.joint.heal=true",
+    ];
+    run(&out("novice"), "moe-joint", &novice).unwrap();
+    let ([kept, constant, dropped], ..) = kinds(&out("novice"));
+    assert!(kept > 0 && constant > 0 && dropped == 0);
+
+    let sets = [
+        "budget.bits_per_expert_weight=1.0",
+        "compress.joint.channels=[0.5, 0.75]",
+        "compress.joint.heal=true",
+    ];
+    let report = run(&out("channels"), "moe-joint", &sets).unwrap();
+    let (_, corrected, shrunk) = kinds(&out("channels"));
+    let bits = report.bits_per_expert_weight;
+    assert!(bits <= 1.0 && shrunk && !corrected, "{bits} {shrunk}");
+
+    // With one code alone more bytes can only go into corrections.
+    let sets = [
+        "budget.bits_per_expert_weight=6",
+        "compress.codes=[\"plain1\"]",
+        "compress.joint.ranks=[16]",
+    ];
+    let corrected = run(&out("ranks"), "moe-joint", &sets).unwrap();
+    assert!(kinds(&out("ranks")).1);
+    let plain = run(&out("plain"), "moe-joint", &sets[..2]).unwrap();
+    assert!(
+        corrected.kl_nats < plain.kl_nats,
+        "{} {}",
+        corrected.kl_nats,
+        plain.kl_nats
+    );
+
+    let removed = [
+        "compress.joint.max_dropped=0.5".to_owned(),
+        "compress.dropped=removed".to_owned(),
+    ];
+    let error = Recipe::load("moe-joint", &removed, None, None).unwrap_err();
     assert!(matches!(error, CompressError::Contradiction { .. }), "{error}");
 }

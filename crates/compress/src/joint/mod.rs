@@ -12,6 +12,8 @@ pub mod points;
 pub mod recipe;
 pub mod rows;
 pub mod sensitivity;
+pub(crate) mod stored;
+pub(crate) mod variants;
 
 #[cfg(test)]
 mod laws;

@@ -3,7 +3,9 @@
 //! error; what stays, and what is asked for by name, is solved and measured as it would be built.
 
 use cotk_latency::work::{Key, Work};
+use cotk_model::layers::linear::Linear;
 use cotk_model::layers::{Mlp, silu};
+use cotk_quant::QuantError;
 use cotk_quant::decode::decode;
 use cotk_quant::encode::encode;
 use cotk_quant::gptq::{Factor, weighted_square};
@@ -16,8 +18,10 @@ use serde::{Deserialize, Serialize};
 
 use super::code::{self, HessianNote, How, times};
 use super::recipe::Rounding;
-use super::rows::{LayerRows, Part, Picked};
-use crate::choice::{Form, Kind, LayerOffers, MatrixChoice, Offer};
+use super::rows::{LayerRows, Part, Picked, Traffic};
+use super::stored::Stored;
+use super::variants::Others;
+use crate::choice::{Form, Kind, LayerOffers, MatrixChoice, Offer, Variant};
 use crate::pipeline::Job;
 use crate::{CompressError, Result};
 
@@ -35,12 +39,39 @@ const SLACK: f64 = 1.15;
 /// What the first pass keeps of a layer in the journal.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Offered {
+    /// Errors per unit of an expert's traffic.
     pub offers: LayerOffers,
-    /// For gate, up and down: Σ over experts of the error of `probe_form` rounded to nearest, without a prior on traffic.
+    /// Of each expert.
+    pub traffic: Vec<Traffic>,
+    /// For gate, up and down: Σ over experts of the error of `probe_form` rounded to nearest, times their mean traffic.
     pub probed: [f64; 3],
     pub notes: Vec<HessianNote>,
     /// Forms that were solved, of all experts and matrices.
     pub solved: usize,
+}
+
+impl Offered {
+    /// The offers with each error times what its expert counts: its mean traffic, `spread` times the deviation of that
+    /// between sections of the text, and `prior` times the mean over the layer's experts.
+    ///
+    /// Text to come is another mix of kinds, and holds kinds that calibration lacks. Over all mixes within a χ² distance
+    /// of `spread`² of the calibration's, mean + `spread` · deviation bounds what an expert gets; the prior stands for
+    /// kinds that no section shows.
+    pub(crate) fn weighed(&self, prior: f64, spread: f64) -> LayerOffers {
+        let all: f64 = self.traffic.iter().map(|traffic| traffic.mean).sum();
+        let mean = all / count(self.traffic.len().max(1) as u64);
+        let mut offers = self.offers.clone();
+        let counts: Vec<f64> = (self.traffic.iter())
+            .map(|own| own.mean + spread * own.deviation + prior * mean)
+            .collect();
+        let weigh = |offer: &mut Offer| offer.error *= counts[offer.expert.index()];
+        offers.offers.iter_mut().for_each(weigh);
+        for variant in &mut offers.variants {
+            variant.error *= counts[variant.expert.index()];
+            variant.offers.iter_mut().for_each(weigh);
+        }
+        offers
+    }
 }
 
 /// What sensitivities are measured with: an error that is small, and large against the noise of 8-bit activations.
@@ -54,28 +85,34 @@ pub(crate) struct Menu {
     pub(crate) forms: Vec<Form>,
     /// Offered wherever they lie.
     pub(crate) always: Vec<Form>,
+    /// Ranks of corrections to offer on top of each form's codes.
+    pub(crate) ranks: Vec<usize>,
+    pub(crate) others: Others,
     pub(crate) how: How,
-    pub(crate) prior: f64,
+}
+
+/// What was found of one expert.
+struct Found {
+    offers: Vec<Offer>,
+    variants: Vec<Variant>,
+    probed: [f64; 3],
+    note: HessianNote,
 }
 
 /// One expert while it is judged.
-struct Judge<'a> {
+pub(super) struct Judge<'a> {
     weights: &'a Mlp,
     hidden: usize,
     /// Weights of rows.
-    picked: Picked,
+    pub(super) picked: Picked,
     /// `gate·x` and `up·x`, `[rows, inner]`.
     gate: Vec<f32>,
     up: Vec<f32>,
-    inputs: Vec<f32>,
+    pub(super) inputs: Vec<f32>,
     /// `downᵀ·down`, `[inner, inner]`.
     down_square: Array2<f64>,
     /// Second moments of what down sees.
     middle: Moment,
-    /// From a mean over tokens of `weight · ‖Δ‖²` to the unit of offers.
-    unit: f64,
-    /// Share of that that is traffic of this expert alone.
-    own: f64,
 }
 
 impl Job<'_> {
@@ -83,15 +120,20 @@ impl Job<'_> {
     pub(crate) fn layer_offers(&self, layer: LayerId, rows: &LayerRows, menu: &Menu) -> Result<Offered> {
         let hidden = self.source.files.spec.hidden;
         let pool = code::pool(rows, hidden)?;
+        let windows = self.texts.calibration.iter().zip(&self.texts.sections);
+        let sections: Vec<u64> = windows.flat_map(|(window, &of)| vec![of; window.len()]).collect();
+        let traffic = rows.traffic(&sections);
         let experts: Vec<ExpertId> = (0..).map(ExpertId).take(rows.usage.experts.len()).collect();
         let of = |expert| self.expert_offers(layer, expert, rows, pool.as_ref(), menu);
         let found: Vec<_> = experts.into_par_iter().map(of).collect::<Result<_>>()?;
         let mut probed = [0.0; 3];
-        let (mut offers, mut notes) = (Vec::new(), Vec::new());
-        for (own, errors, note) in found {
-            offers.extend(own);
-            notes.push(note);
-            probed.iter_mut().zip(errors).for_each(|(sum, error)| *sum += error);
+        let (mut offers, mut variants, mut notes) = (Vec::new(), Vec::new(), Vec::new());
+        for (found, traffic) in found.into_iter().zip(&traffic) {
+            offers.extend(found.offers);
+            variants.extend(found.variants);
+            notes.push(found.note);
+            let sums = probed.iter_mut().zip(found.probed);
+            sums.for_each(|(sum, error)| *sum += error * traffic.mean);
         }
         Ok(Offered {
             solved: offers.len(),
@@ -99,8 +141,10 @@ impl Job<'_> {
                 layer,
                 usage: rows.usage.clone(),
                 offers,
+                variants,
                 sensitivity: [1.0; 3],
             },
+            traffic,
             probed,
             notes,
         })
@@ -113,55 +157,80 @@ impl Job<'_> {
         rows: &LayerRows,
         pool: Option<&Moment>,
         menu: &Menu,
-    ) -> Result<(Vec<Offer>, [f64; 3], HessianNote)> {
+    ) -> Result<Found> {
         self.with.cancel.check()?;
         let hidden = self.source.files.spec.hidden;
         let weights = self.kept_weights(layer, expert, None)?;
         let (gate, up) = (weights.gate.weights(), weights.up.weights());
         let mut outer = code::outer(rows, expert, hidden, pool, &menu.how)?;
         let inner = code::inner(rows, &mut outer.fed, hidden, (&gate, &up), &menu.how)?;
-        let judge = Judge::new(&weights, expert, rows, hidden, menu.prior)?;
-        let mut offers = Vec::new();
+        let judge = Judge::new(&weights, expert, rows, hidden)?;
         let mut probed = [0.0; 3];
         for kind in Kind::ALL {
-            let (factor, matrix) = match kind {
-                Kind::Gate => (&outer.factor, &gate),
-                Kind::Up => (&outer.factor, &up),
-                Kind::Down => (&inner, &weights.down.weights()),
-            };
+            let matrix = of_kind(&weights, kind).weights();
             let (height, width) = kind.shape(hidden, weights.gate.outputs());
-            let fail = |source| CompressError::Weights {
-                file: self.source.files.source.file("").to_owned(),
-                layer,
-                expert,
-                matrix: kind.name(),
-                source,
-            };
-            let probe = probe_form().format(height, width).map_err(fail)?;
-            let probe = decode(
-                &encode(matrix, probe)
-                    .map_err(fail)?
-                    .prefix(probe_form().code.full())
-                    .expect("its full width"),
-            );
-            probed[kind as usize] = judge.error(kind, &probe)? * judge.own;
-            let forms = shortlist(matrix, width, factor, menu).map_err(fail)?;
-            for form in forms {
+            let fail = |source| self.unfit(layer, expert, kind, source);
+            let format = probe_form().format(height, width).map_err(fail)?;
+            let coded = encode(&matrix, format).map_err(fail)?;
+            let probe = decode(&coded.prefix(probe_form().code.full()).expect("its full width"));
+            probed[kind as usize] = judge.error(kind, &probe)?;
+        }
+        let place = (layer, expert);
+        let factors = [&outer.factor, &inner];
+        Ok(Found {
+            offers: self.matrix_offers(place, &weights, factors, &judge, menu)?,
+            variants: self.variants(place, &weights, rows, (&judge, factors), menu)?,
+            probed,
+            note: outer.fed.note,
+        })
+    }
+
+    /// Solves and measures the menu for the matrices of one expert, or of what stays of it; by kind, then bytes.
+    pub(super) fn matrix_offers(
+        &self,
+        (layer, expert): (LayerId, ExpertId),
+        weights: &Mlp,
+        [outer, inner]: [&Factor; 2],
+        judge: &Judge<'_>,
+        menu: &Menu,
+    ) -> Result<Vec<Offer>> {
+        let hidden = self.source.files.spec.hidden;
+        let mut offers = Vec::new();
+        for kind in Kind::ALL {
+            let factor = if kind == Kind::Down { inner } else { outer };
+            let matrix = of_kind(weights, kind).weights();
+            let (height, width) = kind.shape(hidden, weights.gate.outputs());
+            let fail = |source| self.unfit(layer, expert, kind, source);
+            for form in shortlist(&matrix, width, factor, menu).map_err(fail)? {
                 let format = form.format(height, width).map_err(fail)?;
-                let coded = code::code_matrix(matrix, height, form, factor, &menu.how).map_err(fail)?;
-                let error = judge.error(kind, &code::decoded(&coded))?;
-                offers.push(Offer {
-                    expert,
-                    kind,
-                    choice: MatrixChoice { form, rank: 0 },
-                    error,
-                    bytes: matrix_bytes(&format),
-                    ms: self.matrix_ms(form),
-                });
+                let coded = code::code_matrix(&matrix, height, form, factor, &menu.how).map_err(fail)?;
+                for &rank in [0].iter().chain(&menu.ranks) {
+                    let stored = Stored::corrected(coded.clone(), &matrix, factor, rank)?;
+                    let factors = stored.factors.as_ref().map_or(0, |factors| factors.low_rank().bytes());
+                    offers.push(Offer {
+                        expert,
+                        kind,
+                        choice: MatrixChoice { form, rank },
+                        error: judge.error(kind, &stored.decoded())?,
+                        bytes: matrix_bytes(&format) + factors,
+                        ms: self.matrix_ms(form),
+                    });
+                }
             }
         }
         offers.sort_by_key(|offer| (offer.kind, offer.bytes));
-        Ok((offers, probed, outer.fed.note))
+        Ok(offers)
+    }
+
+    /// A matrix that cannot be coded, by name.
+    pub(super) fn unfit(&self, layer: LayerId, expert: ExpertId, kind: Kind, source: QuantError) -> CompressError {
+        CompressError::Weights {
+            file: self.source.files.source.file("").to_owned(),
+            layer,
+            expert,
+            matrix: kind.name(),
+            source,
+        }
     }
 
     /// A third of what an expert of this form takes; 0 without a profile: no budget weighs it then.
@@ -187,8 +256,16 @@ pub fn matrix_bytes(format: &cotk_quant::layout::MatrixFormat) -> u64 {
     (format.total_bytes() + 4 * format.code().planes()) as u64
 }
 
+fn of_kind(mlp: &Mlp, kind: Kind) -> &Linear {
+    match kind {
+        Kind::Gate => &mlp.gate,
+        Kind::Up => &mlp.up,
+        Kind::Down => &mlp.down,
+    }
+}
+
 impl<'a> Judge<'a> {
-    fn new(weights: &'a Mlp, expert: ExpertId, rows: &LayerRows, hidden: usize, prior: f64) -> Result<Self> {
+    pub(super) fn new(weights: &'a Mlp, expert: ExpertId, rows: &LayerRows, hidden: usize) -> Result<Self> {
         let mut picked = rows.of(expert, Part::Held);
         if picked.tokens.len() < FEW_ROWS {
             let more = rows.likely(expert, Part::Held, FEW_ROWS - picked.tokens.len(), 1.0);
@@ -210,13 +287,6 @@ impl<'a> Judge<'a> {
         let down = ArrayView2::from_shape((hidden, inner), &down)
             .expect("a down projection")
             .mapv(f64::from);
-        let usage = &rows.usage;
-        let (tokens, all): (u64, u64) = (
-            usage.experts[expert.index()].tokens,
-            usage.experts.iter().map(|e| e.tokens).sum(),
-        );
-        let mean = count(all) / usage.experts.len() as f64;
-        let traffic = count(tokens) + prior * mean;
         Ok(Self {
             weights,
             hidden,
@@ -225,22 +295,35 @@ impl<'a> Judge<'a> {
             inputs,
             down_square: down.t().dot(&down),
             middle: middle.finish(),
-            unit: traffic / (count(usage.tokens.max(1)) * hidden as f64),
-            own: if traffic > 0.0 { count(tokens) / traffic } else { 0.0 },
             picked,
         })
     }
 
-    /// Mean over held-out tokens of the squared error of the expert's output with one matrix in the place of another,
-    /// each times its weight, times traffic per token.
+    /// As [`error`](Self::error), with other outputs `[tokens, hidden]` in the place of the expert's own.
+    pub(super) fn whole_error(&self, others: &[f32]) -> f64 {
+        let middle: Vec<f32> = self.gate.iter().zip(&self.up).map(|(g, u)| silu(*g) * u).collect();
+        let own = times(&middle, &self.weights.down.weights(), self.weights.gate.outputs());
+        let rows = own.chunks_exact(self.hidden).zip(others.chunks_exact(self.hidden));
+        let square = |(a, b): (&[f32], &[f32])| -> f64 { a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum() };
+        let sum: f64 = rows.map(square).zip(&self.picked.weights).map(|(x, w)| x * w).sum();
+        let weights: f64 = self.picked.weights.iter().sum();
+        if weights > 0.0 {
+            sum / weights / count(self.hidden as u64)
+        } else {
+            0.0
+        }
+    }
+
+    /// Squared error of the expert's output with one matrix in the place of another, per value: its mean over held-out
+    /// tokens, weighted. (How much these weigh is the traffic's to say: a few held-out tokens know the error that a form
+    /// makes, but not how often the expert is used.)
     fn error(&self, kind: Kind, matrix: &[f32]) -> Result<f64> {
         let inner = self.weights.gate.outputs();
         let mean = match kind {
             Kind::Down => {
                 let down = self.weights.down.weights();
                 let difference: Vec<f32> = matrix.iter().zip(&*down).map(|(a, b)| a - b).collect();
-                let mean_weight = self.middle.weight / count(self.middle.tokens.max(1));
-                weighted_square(&difference, self.middle.second.view())? * mean_weight
+                weighted_square(&difference, self.middle.second.view())?
             }
             Kind::Gate | Kind::Up => {
                 let other = times(&self.inputs, matrix, self.hidden);
@@ -257,10 +340,11 @@ impl<'a> Judge<'a> {
                 let seen = difference.dot(&self.down_square);
                 let rows = difference.rows().into_iter().zip(seen.rows()).zip(&self.picked.weights);
                 let sum: f64 = rows.map(|((d, s), w)| w * d.dot(&s)).sum();
-                sum / count(self.picked.tokens.len().max(1) as u64)
+                let weights: f64 = self.picked.weights.iter().sum();
+                if weights > 0.0 { sum / weights } else { 0.0 }
             }
         };
-        Ok(mean * self.unit)
+        Ok(mean / count(self.hidden as u64))
     }
 }
 

@@ -1,13 +1,13 @@
 //! Allocations tried end to end before one is built: fitted to a part of the calibration text, judged by KL on the sections
 //! that nothing is fitted to. Law: what was tried stands in the journal, and the same choice comes out of it.
 
-use cotk_model::moe::Alive;
+use cotk_runtime::store::alive;
 use serde::{Deserialize, Serialize};
 
 use super::choose;
 use super::code::How;
 use super::recipe::Joint;
-use crate::choice::{Chooser, LayerFates, LayerOffers, Limits};
+use crate::choice::{Chooser, Fate, LayerFates, LayerOffers, Limits};
 use crate::contest::judge::mean_kl;
 use crate::partial::{Entry, Partial};
 use crate::pipeline::Job;
@@ -47,37 +47,38 @@ struct Bench<'a> {
 }
 
 impl Job<'_> {
-    /// What becomes of every expert: the best of the allocations that the recipe has points for, or, under a target of KL,
-    /// the smallest that meets it.
+    /// What becomes of every expert, and what that is expected to lose: the best of the allocations that the recipe has
+    /// points for, or, under a target of KL, the smallest that meets it.
     pub(crate) fn joint_fates(
         &self,
         partial: &mut Partial,
         offers: &[LayerOffers],
         joint: &Joint,
         limits: &Limits,
-    ) -> Result<Vec<LayerFates>> {
+    ) -> Result<(Vec<LayerFates>, f64)> {
         let target = self.request.recipe.budget.max_kl_nats.map(|kl| kl.get());
         let chooser = |trust| choose::Joint {
             trust,
             top_k: self.source.files.spec.routing.top_k,
+            max_dropped: joint.max_dropped.get(),
         };
         let points = joint.points.clamp(1, TRUSTS.len());
         if let Some(target) = target {
             return self.smallest(partial, offers, joint, limits, target);
         }
         // Said before anything is tried.
-        let (first, _) = chooser(1.0).choose(offers, limits, self.request.recipe.seed)?;
+        let first = chooser(1.0).choose(offers, limits, self.request.recipe.seed)?;
         if points == 1 || offers.is_empty() {
             return Ok(first);
         }
         let mut bench = None;
-        let mut best: Option<(f64, Vec<LayerFates>)> = None;
+        let mut best: Option<(f64, (Vec<LayerFates>, f64))> = None;
         for &trust in &TRUSTS[..points] {
             let (fates, expected) = chooser(trust).choose(offers, limits, self.request.recipe.seed)?;
             let wanted = (trust, limits.record_bytes, expected);
             let tried = self.try_out(partial, &mut bench, joint, &fates, wanted)?;
             if best.as_ref().is_none_or(|(least, _)| tried.kl_nats < *least) {
-                best = Some((tried.kl_nats, fates));
+                best = Some((tried.kl_nats, (fates, expected)));
             }
         }
         self.clear(bench);
@@ -92,22 +93,23 @@ impl Job<'_> {
         joint: &Joint,
         limits: &Limits,
         target: f64,
-    ) -> Result<Vec<LayerFates>> {
+    ) -> Result<(Vec<LayerFates>, f64)> {
         let chooser = choose::Joint {
             trust: 1.0,
             top_k: self.source.files.spec.routing.top_k,
+            max_dropped: joint.max_dropped.get(),
         };
         let (least, most) = choose::range_bytes(offers);
         let most = limits.record_bytes.map_or(most, |bytes| bytes.min(most));
         let mut bench = None;
-        let mut at = |partial: &mut Partial, bytes: u64| -> Result<(f64, Vec<LayerFates>)> {
+        let mut at = |partial: &mut Partial, bytes: u64| -> Result<(f64, (Vec<LayerFates>, f64))> {
             let limits = Limits {
                 record_bytes: Some(bytes),
                 ..*limits
             };
             let (fates, expected) = chooser.choose(offers, &limits, self.request.recipe.seed)?;
             let tried = self.try_out(partial, &mut bench, joint, &fates, (1.0, Some(bytes), expected))?;
-            Ok((tried.kl_nats, fates))
+            Ok((tried.kl_nats, (fates, expected)))
         };
         let (kl, mut best) = at(partial, most)?;
         if kl > target {
@@ -210,10 +212,12 @@ impl Job<'_> {
             if layer.is_moe() {
                 let fates = fates.iter().find(|fates| fates.layer == layer.id());
                 let fates = &fates.expect("every MoE layer has fates").experts;
-                let rows = self.gather_parts(partial, &layer, &student, index, Alive::All, &bench.held_out)?;
+                let living: Vec<bool> = fates.iter().map(|fate| *fate != Fate::Dropped).collect();
+                let alive = alive(self.request.recipe.compress.dropped, &living);
+                let rows = self.gather_parts(partial, &layer, &student, index, alive, &bench.held_out)?;
                 let coded = self.code_layer(layer.id(), fates, &rows, how)?;
                 rows.forget();
-                let decoded = self.decoded_layer(layer.id(), &coded.experts);
+                let decoded = self.decoded_layer(layer.id(), &coded.experts, &coded.constants);
                 self.step_plain(&layer, &decoded, &student, index)?;
             } else {
                 self.step_dense(&layer, &student, index)?;

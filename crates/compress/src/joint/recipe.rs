@@ -31,6 +31,10 @@ pub struct Joint {
     /// kinds in the calibration text.
     #[serde(default = "defaults::prior")]
     pub traffic_prior: Share,
+    /// Times the deviation of an expert's traffic between sections of the calibration text that is added to its mean:
+    /// without it the choice sacrifices kinds of text that are a small part of the mix.
+    #[serde(default = "defaults::spread")]
+    pub traffic_spread: Share,
     /// Calibration tokens on which each layer and matrix kind is weighed by KL at the model's end; 0: all weigh the same.
     #[serde(default = "defaults::sensitivity_tokens")]
     pub sensitivity_tokens: usize,
@@ -38,6 +42,18 @@ pub struct Joint {
     /// agree.
     #[serde(default)]
     pub heal: bool,
+    /// Fit routers too, after the experts.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub heal_router: bool,
+    /// Share of a layer's experts that may go (or become constants, where `compress.dropped` is novice), at most.
+    #[serde(default, skip_serializing_if = "Share::is_none")]
+    pub max_dropped: Share,
+    /// Shares of an expert's inner channels that may stay in the place of all, the others removed by OBS.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub channels: Vec<Share>,
+    /// Ranks of low-rank corrections that may stand on top of a matrix's codes, factors in 8 bits.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ranks: Vec<usize>,
     /// Allocations that are built and measured end to end, at most.
     #[serde(default = "defaults::points")]
     pub points: usize,
@@ -129,7 +145,17 @@ impl From<GroupSize> for RawGroup {
 #[serde(try_from = "f64", into = "f64")]
 pub struct Share(f64);
 
+impl Default for Share {
+    fn default() -> Self {
+        Self(0.0)
+    }
+}
+
 impl Share {
+    fn is_none(&self) -> bool {
+        self.0 == 0.0
+    }
+
     /// The number.
     pub fn get(self) -> f64 {
         self.0
@@ -202,6 +228,9 @@ mod defaults {
         Share(cotk_quant::gptq::DAMPING)
     }
     pub(super) fn prior() -> Share {
+        Share(1.0)
+    }
+    pub(super) fn spread() -> Share {
         Share(1.0)
     }
     pub(super) fn sensitivity_tokens() -> usize {

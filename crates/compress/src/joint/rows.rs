@@ -3,6 +3,7 @@
 //! Tokens are split by section of the text: most of them fit, the others judge what was fitted. Law: rows come in stream
 //! order, whatever the batches and threads; memory holds scores and choices of all tokens, inputs of those asked for.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::FileExt;
@@ -13,6 +14,7 @@ use cotk_model::moe::{Alive, Routed, route};
 use cotk_run::Error;
 use cotk_run::files::{self, Op, fault_point};
 use cotk_run::units::{ExpertId, LayerId};
+use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::layer::{Observer, Usage};
@@ -54,6 +56,17 @@ impl Picked {
             weights: at.iter().map(|&i| self.weights[i]).collect(),
         }
     }
+}
+
+/// How much of a layer's weighted error one expert can make: what its tokens weigh (see [`Picked::weights`]), per token of
+/// the layer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Traffic {
+    /// Over all tokens.
+    pub mean: f64,
+    /// Standard deviation between sections of the text, each counted by its tokens: 0 where all kinds of text use the
+    /// expert alike.
+    pub deviation: f64,
 }
 
 /// One MoE layer's rows.
@@ -171,6 +184,35 @@ impl LayerRows {
     /// Whether a token judges.
     pub fn held_out(&self) -> &[bool] {
         &self.held_out
+    }
+
+    /// Of every expert; `sections`: of every token, in stream order, those of a section in any order.
+    pub fn traffic(&self, sections: &[u64]) -> Vec<Traffic> {
+        let mut tokens: BTreeMap<u64, f64> = BTreeMap::new();
+        for section in sections {
+            *tokens.entry(*section).or_default() += 1.0;
+        }
+        let all: f64 = tokens.values().sum();
+        let of = |slots: &Vec<u32>| {
+            let mut weights: BTreeMap<u64, f64> = BTreeMap::new();
+            for &slot in slots {
+                let (token, gate) = (
+                    slot as usize / self.routed.slots,
+                    f64::from(self.routed.gates[slot as usize]),
+                );
+                *weights.entry(sections[token]).or_default() += gate * gate * f64::from(self.weights[token]);
+            }
+            let mean = weights.values().sum::<f64>() / all.max(1.0);
+            let squares = tokens.iter().map(|(section, tokens)| {
+                let own = weights.get(section).copied().unwrap_or(0.0) / tokens;
+                tokens * (own - mean) * (own - mean)
+            });
+            Traffic {
+                mean,
+                deviation: (squares.sum::<f64>() / all.max(1.0)).sqrt(),
+            }
+        };
+        self.slots_of.iter().map(of).collect()
     }
 
     /// Tokens of one part that came to an expert.

@@ -14,6 +14,7 @@ use super::mask::Mask;
 use super::plan::{Pruned, PrunedLayer, Wish};
 use super::recipe::{PAPER_FIELD, Prune};
 pub use super::rows::RowWish;
+use crate::attention::refuse_beside_comparison;
 pub use crate::contest::judge::TextFigure;
 use crate::contest::judge::{Bench, Judges, WindowScore, interval, kl, mean_scores, perplexity, uncompressed};
 use crate::decide::Measured;
@@ -77,8 +78,8 @@ pub struct Line {
     pub kl_of_paper_ci95: Option<[f64; 2]>,
     /// Share of the experts' weights that is gone.
     pub gone: f64,
-    /// Layers whose healing was kept on held-out tokens, of those that were healed: down projections, scales.
-    pub healed: Option<[usize; 2]>,
+    /// Layers whose healing was kept on held-out tokens: down projections, scales, router.
+    pub healed: Option<[usize; 3]>,
     pub perplexity: f64,
     /// Mean over layers of the relative loss on the half of the tokens that chose.
     pub chosen_loss: f64,
@@ -120,6 +121,7 @@ pub struct Comparison {
 /// with by the same request.
 pub fn compare(compare: &Compare, with: &Surroundings<'_>) -> Result<Comparison> {
     let clock = Instant::now();
+    refuse_beside_comparison(&compare.request.recipe)?;
     let first = compare.texts.first().cloned();
     let request = Request {
         eval_text: first,
@@ -231,7 +233,10 @@ impl Job<'_> {
                         let plan = self.shrink_plan(partial, measured, surveys, whole, how, &row.pruned, much)?;
                         row.search_seconds = clock.elapsed().as_secs_f64();
                         self.embed(&student, &windows)?;
-                        let healing = wish.is_healed.then(HealOptions::default);
+                        let healing = wish.is_healed.then(|| HealOptions {
+                            router: wish.has_router,
+                            ..HealOptions::default()
+                        });
                         let built = (&row.pruned, plan.as_slice());
                         row.steps = self.walk_slim(partial, measured, whole, built, healing.as_ref(), &student)?;
                         row.plan = Some(plan);
@@ -365,6 +370,7 @@ impl Job<'_> {
             };
             let like = |text: &str, wish: &RowWish| RowWish {
                 is_healed: wish.is_healed,
+                has_router: wish.has_router,
                 ..RowWish::parse(text).expect("this row is known")
             };
             let scores =
@@ -441,7 +447,7 @@ impl Job<'_> {
             kl_of_paper: paper.map(|(ratio, _)| ratio),
             kl_of_paper_ci95: paper.map(|(_, interval)| interval),
             gone,
-            healed: wish.is_healed.then(|| [kept("down"), kept("scales")]),
+            healed: wish.is_healed.then(|| [kept("down"), kept("scales"), kept("router")]),
             perplexity: perplexity(own),
             chosen_loss: mean(&|layer| layer.chosen_loss),
             loss: mean(&|layer| layer.loss),

@@ -74,7 +74,7 @@ fn dropped(out: &Path) -> Vec<usize> {
         layer
             .experts
             .iter()
-            .filter(|e| matches!(e.state, State::Dropped))
+            .filter(|e| matches!(e.state, State::Dropped | State::Constant(_)))
             .count()
     };
     container.manifest().layers.iter().map(count).collect()
@@ -101,9 +101,14 @@ impl Progress for Stop<'_> {
 #[test]
 fn half_of_the_experts_go_and_the_container_says_what_that_means() {
     let folder = tempfile::tempdir().unwrap();
-    for (semantics, meaning) in [("masked", DroppedMeaning::Masked), ("removed", DroppedMeaning::Removed)] {
+    let meanings = [
+        ("masked", DroppedMeaning::Masked),
+        ("removed", DroppedMeaning::Removed),
+        ("novice", DroppedMeaning::Novice),
+    ];
+    for (semantics, meaning) in meanings {
         for spread in ["equal", "unequal", "paper"] {
-            if semantics == "removed" && spread != "unequal" {
+            if semantics != "masked" && spread != "unequal" {
                 continue;
             }
             let name = format!("{semantics}-{spread}");
@@ -117,7 +122,14 @@ fn half_of_the_experts_go_and_the_container_says_what_that_means() {
             let counts = dropped(&request.out);
             assert_eq!(counts.iter().sum::<usize>(), 12, "{name}: {counts:?}");
             assert!(spread != "equal" || counts == [4, 4, 4], "{name}: {counts:?}");
-            assert_eq!(Container::open(&request.out).unwrap().manifest().dropped, meaning);
+            let container = Container::open(&request.out).unwrap();
+            assert_eq!(container.manifest().dropped, meaning);
+            let routable = container
+                .manifest()
+                .layers
+                .iter()
+                .map(cotk_container::manifest::Layer::routable);
+            assert_eq!(routable.sum::<usize>(), if semantics == "novice" { 24 } else { 12 });
             assert!(report.kl_nats > 0.0);
         }
     }
@@ -252,10 +264,6 @@ fn a_comparison_that_was_stopped_goes_on_to_the_same_table() {
 #[test]
 fn what_cannot_be_pruned_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let novice = request(folder.path(), "novice", &["compress.prune.semantics=novice"]);
-    assert!(matches!(run(&novice), Err(CompressError::Novices)));
-    assert!(!novice.out.exists() && !partial_path(&novice.out).exists());
-
     let sets = ["compress.drop_ratio=0.25", "compress.prune.ratio=0.25"].map(str::to_owned);
     let error = Recipe::load("moe-int4", &sets, None, None).unwrap_err();
     assert!(matches!(error, CompressError::Contradiction { .. }), "{error}");

@@ -24,6 +24,9 @@ pub struct RowWish {
     pub has_both: bool,
     #[serde(default)]
     pub is_healed: bool,
+    /// Whether healing fits routers too.
+    #[serde(default)]
+    pub has_router: bool,
 }
 
 /// Rows that make experts smaller: name, way, whether whole experts go too.
@@ -58,9 +61,10 @@ impl RowWish {
                 "layers" => wish.has_field = false,
                 "experts" => (wish.way, wish.has_both) = (Way::Whole, false),
                 "healed" => wish.is_healed = true,
+                "router" => (wish.is_healed, wish.has_router) = (true, true),
                 other => {
                     return Err(format!(
-                        "`{other}` in `{text}`: expected equal, unequal, paper, field, layers, experts or healed"
+                        "`{other}` in `{text}`: expected equal, unequal, paper, field, layers, experts, healed or router"
                     ));
                 }
             }
@@ -81,6 +85,7 @@ impl RowWish {
             way: Way::Whole,
             has_both: false,
             is_healed: false,
+            has_router: false,
         };
         if let Some(&(name, way, has_both)) = SHRINKING.iter().find(|row| row.0 == name) {
             let is_paper = name == "paper";
@@ -149,7 +154,11 @@ impl RowWish {
             (Method::Paper, Spread::Paper, _) => what.to_owned(),
             (_, spread, _) => format!("{what} {}", spread.name()),
         };
-        for (is_so, word) in [(self.has_field, " field"), (self.is_healed, " healed")] {
+        for (is_so, word) in [
+            (self.has_field, " field"),
+            (self.is_healed, " healed"),
+            (self.has_router, " router"),
+        ] {
             if is_so {
                 name.push_str(word);
             }
@@ -188,6 +197,7 @@ mod tests {
             ("rank:equal:healed", "rank equal healed"),
             ("mix", "mix unequal"),
             ("reap:healed", "reap equal healed"),
+            ("reap:router", "reap equal healed router"),
         ] {
             assert_eq!(RowWish::parse(text).unwrap().name(), name);
         }

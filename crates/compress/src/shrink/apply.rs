@@ -1,14 +1,16 @@
 //! A layer made smaller and mended, in f32: what comparisons walk through and what a container's codes begin from. Law:
 //! unhealed, it depends on the teacher's stream alone; healed, on the student's own.
 
-use cotk_model::layers::Mlp;
 use cotk_model::layers::linear::Linear;
+use cotk_model::layers::{Layer, Mlp};
+use cotk_model::moe::Alive;
 use rayon::prelude::*;
 
 use super::slim::{Slim, Slimmed, slim};
 use super::survey::LayerTokens;
 use crate::Result;
 use crate::heal::{HealOptions, HealTokens, Part, Step, heal_down, heal_scales};
+use crate::pipeline::Job;
 use crate::prune::experts::Experts;
 
 /// One layer's experts, smaller; `None`: nothing stays of that one.
@@ -17,6 +19,8 @@ pub(crate) struct SlimLayer {
     /// `[hidden]` of each that is gone and answers with a constant.
     pub(crate) constants: Vec<Option<Vec<f32>>>,
     pub(crate) steps: Vec<Step>,
+    /// Rows of the router, where they were fitted anew, `[experts, hidden]`.
+    pub(crate) router: Option<Vec<f32>>,
 }
 
 impl LayerTokens {
@@ -49,6 +53,7 @@ impl SlimLayer {
             constants: vec![None; smaller.len()],
             experts: smaller,
             steps: Vec::new(),
+            router: None,
         })
     }
 
@@ -77,6 +82,25 @@ impl SlimLayer {
             }
         }
         self.steps.push(step);
+        Ok(())
+    }
+
+    /// Fits the layer's router to what the experts have become, where `options` have it.
+    pub(crate) fn recalibrate(
+        &mut self,
+        job: &Job<'_>,
+        layer: &Layer,
+        (tokens, alive): (&LayerTokens, Alive<'_>),
+        options: &HealOptions,
+    ) -> Result<()> {
+        if !options.router {
+            return Ok(());
+        }
+        let found = job.recalibrated(layer, &tokens.to_heal(), alive, &self.parts(), options)?;
+        if let Some((rows, step)) = found {
+            self.router = rows;
+            self.steps.push(step);
+        }
         Ok(())
     }
 

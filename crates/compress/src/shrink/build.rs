@@ -36,6 +36,8 @@ pub(crate) struct SmallerLayer {
     /// Of each: what to say of it.
     pub(crate) decisions: Vec<Decision>,
     pub(crate) healed: Vec<Healed>,
+    /// Rows of the router, where they were fitted anew.
+    pub(crate) router: Option<Vec<f32>>,
 }
 
 impl Job<'_> {
@@ -80,7 +82,10 @@ impl Job<'_> {
         Ok(Some(Smaller {
             whole,
             layers: measured.iter().map(|measured| measured.layer).zip(plan).collect(),
-            healing: shrink.heal.then(HealOptions::default),
+            healing: shrink.heal.then(|| HealOptions {
+                router: shrink.heal_router,
+                ..HealOptions::default()
+            }),
         }))
     }
 
@@ -100,6 +105,7 @@ impl Job<'_> {
         let mut slim = SlimLayer::build(&experts, how, &tokens)?;
         if let Some(options) = &smaller.healing {
             slim.heal(&tokens, options)?;
+            slim.recalibrate(self, layer, (&tokens, chosen_from), options)?;
         }
         let inner = self.source.files.spec.moe_intermediate;
         let decision = |slim: &Slim| Decision {
@@ -110,6 +116,7 @@ impl Job<'_> {
         Ok(SmallerLayer {
             decisions: how.iter().map(decision).collect(),
             healed: slim.steps.iter().map(told).collect(),
+            router: slim.router,
             experts: (slim.experts.into_iter())
                 .map(|slimmed| slimmed.map(|slimmed| slimmed.mlp))
                 .collect(),

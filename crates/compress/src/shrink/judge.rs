@@ -208,7 +208,7 @@ impl Job<'_> {
         let mut moe = measured.iter().enumerate();
         let mut steps = Vec::new();
         for index in 0..self.layers() {
-            let (layer, experts) = self.load_whole(index)?;
+            let (mut layer, experts) = self.load_whole(index)?;
             let at = experts.as_ref().and_then(|_| moe.next());
             let built = match (&experts, at) {
                 (Some(experts), Some((at, found))) => {
@@ -231,6 +231,10 @@ impl Job<'_> {
                     }
                     if let Some(options) = healing {
                         slim.heal(&tokens, options)?;
+                        slim.recalibrate(self, &layer, (&tokens, alive), options)?;
+                        if let Some(rows) = slim.router.take() {
+                            layer = self.with_router(layer, rows);
+                        }
                     }
                     steps.push(std::mem::take(&mut slim.steps));
                     Some((slim.into_experts(spec.hidden), mask))

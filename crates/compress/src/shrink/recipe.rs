@@ -23,6 +23,9 @@ pub struct Shrink {
     /// Refit down projections and scales to the layer's target, where held-out tokens gain.
     #[serde(default = "defaults::heal")]
     pub heal: bool,
+    /// Fit routers too, after the experts.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub heal_router: bool,
 }
 
 /// How inner sizes are spread.
@@ -49,6 +52,11 @@ impl From<Sizing> for Spread {
 pub struct Multiple(usize);
 
 impl Multiple {
+    /// One that is known to be in bounds.
+    pub(crate) const fn of(size: usize) -> Self {
+        Self(size)
+    }
+
     /// The number.
     pub fn get(self) -> usize {
         self.0
