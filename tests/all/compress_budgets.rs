@@ -7,29 +7,12 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::checkpoint::Parts;
-use crate::program::{Ran, Workplace, in_repository, tiny_model};
-
-fn text(name: &str) -> String {
-    let path = in_repository("data/tiny-qwen2moe").join(name);
-    path.to_str().expect("UTF-8").to_owned()
-}
+use crate::compress_args::{compress_of, text};
+use crate::program::{Ran, Workplace, tiny_model};
 
 /// `cotk compress` of `model` with few tokens.
 fn args_of(model: &str, more: &[&str]) -> Vec<String> {
-    let train = text("train.txt");
-    let base = [
-        "compress",
-        "--moe",
-        model,
-        "-o",
-        "out",
-        "--calibration",
-        &train,
-        "--set",
-        "compress.calibration_tokens=2000",
-        "--json",
-    ];
-    base.iter().chain(more).map(|arg| (*arg).to_owned()).collect()
+    compress_of(model, 2000, more)
 }
 
 fn args(more: &[&str]) -> Vec<String> {
@@ -43,7 +26,8 @@ const FEW_FORMS: [&str; 4] = [
     "compress.joint.sensitivity_tokens=500",
 ];
 
-fn contest(rows: &str, budgets: &str) -> Vec<String> {
+/// A contest of these rows at these budgets.
+pub(crate) fn contest(rows: &str, budgets: &str) -> Vec<String> {
     let judge = text("heldout.txt");
     let more = [
         "--compare",
@@ -237,7 +221,7 @@ fn an_expert_that_never_fires_is_coded_counted_and_named() {
 }
 
 /// Everything that does not tell how long it took.
-fn figures(place: &Workplace) -> Value {
+pub(crate) fn figures(place: &Workplace) -> Value {
     let text = fs_err::read_to_string(place.join("out/comparison.json")).unwrap();
     let mut found: Value = serde_json::from_str(&text).unwrap();
     let forget = |value: &mut Value| {

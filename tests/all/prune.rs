@@ -1,28 +1,11 @@
 //! `cotk compress` with `[compress.prune]` and `--compare`: the promised form, and what cannot be right.
 
-use crate::program::{Workplace, in_repository, tiny_model};
-
-fn text(name: &str) -> String {
-    let path = in_repository("data/tiny-qwen2moe").join(name);
-    path.to_str().expect("UTF-8").to_owned()
-}
+use crate::compress_args::{compress_of, text};
+use crate::program::{Workplace, tiny_model};
 
 /// `cotk compress` of the tiny model with few tokens.
 fn args(more: &[&str]) -> Vec<String> {
-    let (tiny, train) = (tiny_model(), text("train.txt"));
-    let base = [
-        "compress",
-        "--moe",
-        &tiny,
-        "-o",
-        "out",
-        "--calibration",
-        &train,
-        "--set",
-        "compress.calibration_tokens=1500",
-        "--json",
-    ];
-    base.iter().chain(more).map(|arg| (*arg).to_owned()).collect()
+    compress_of(&tiny_model(), 1500, more)
 }
 
 #[test]
@@ -104,7 +87,6 @@ fn what_cannot_be_pruned_or_compared_is_refused_by_name() {
         (args(&["--compare", "reap"]), "--eval-text"),
         (args(&["--eval-text", &judge, "--eval-text", &judge]), "expected one"),
         (prune("compress.drop_ratio=0.25"), "contradict"),
-        (prune("compress.prune.semantics=novice"), "cannot store constants"),
         (prune("compress.prune.method=reep"), "reap"),
         (prune("compress.prune.metod=reap"), "method"),
         (prune("compress.prune.field_masks=0"), "expected 1 to 8"),

@@ -1,33 +1,13 @@
 //! `cotk compress --recipe moe-shrink`: containers whose experts have inner sizes of their own are run, evaluated and
 //! inspected as any other, and what cannot be right is refused.
 
-use crate::program::{Workplace, in_repository, tiny_model};
-
-fn text(name: &str) -> String {
-    let path = in_repository("data/tiny-qwen2moe").join(name);
-    path.to_str().expect("UTF-8").to_owned()
-}
+use crate::compress_args::{compress_of, text};
+use crate::program::{Workplace, tiny_model};
 
 /// `cotk compress` of the tiny model with few tokens.
-fn args(more: &[&str]) -> Vec<String> {
-    let (tiny, train) = (tiny_model(), text("train.txt"));
-    let base = [
-        "compress",
-        "--moe",
-        &tiny,
-        "-o",
-        "out",
-        "--calibration",
-        &train,
-        "--recipe",
-        "moe-shrink",
-        "--set",
-        "compress.calibration_tokens=1500",
-        "--set",
-        "compress.shrink.end_tokens=500",
-        "--json",
-    ];
-    base.iter().chain(more).map(|arg| (*arg).to_owned()).collect()
+pub(crate) fn args(more: &[&str]) -> Vec<String> {
+    let own = ["--recipe", "moe-shrink", "--set", "compress.shrink.end_tokens=500"];
+    compress_of(&tiny_model(), 1500, &[&own[..], more].concat())
 }
 
 #[test]
