@@ -18,7 +18,7 @@ use super::avx512::extract;
 /// 8 a token, 4 bit) on a Zen 4 core, of what plain reading gets in the same seconds: 75 to 80 % at 5760 and 6912 bytes, 71
 /// at 4608 and 9216, 64 at 256, 55 at 768 to 2304; with gate and up in turn step by step and scales before codes, 58. A bare
 /// loop over one such stream reads all of it at 256 to 768, which these kernels do not: why is not known.
-const AHEAD: usize = 5760;
+pub(super) const AHEAD: usize = 5760;
 
 /// One block of `W` matrices of one format × one token.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")]

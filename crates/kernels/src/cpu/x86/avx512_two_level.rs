@@ -17,8 +17,8 @@ use super::super::dispatch::BlockOut;
 use super::super::panels::{DEPTHS, Panel, STEP_WORDS};
 use super::super::tiles::{Coded, TileAt, by_fields};
 use super::super::two_level::{Places, Walk};
-use super::avx512::{AHEAD, field, prefetch};
-use super::avx512_stream::dots;
+use super::avx512::{field, prefetch};
+use super::avx512_stream::{AHEAD, dots};
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")]
 pub(super) fn block(coded: &Coded<'_>, block: usize, panel: &Panel<'_>, out: &mut [BlockOut]) {
