@@ -175,7 +175,7 @@ fn worker(place: &Workplace, order: &[u8]) -> Ran {
 #[test]
 fn a_worker_refuses_what_is_no_job() {
     let place = Workplace::new();
-    let job = r#"{"session":0,"process":0,"seed":0,"settings":{"sessions":1,"per_path":0,"pace":{"rounds":1,"slice":{"secs":0,"nanos":1000},"patience":{"secs":0,"nanos":0}},"network_pace":{"rounds":1,"slice":{"secs":0,"nanos":1000},"patience":{"secs":0,"nanos":0}},"budget":null},"subjects":SUBJECTS,"networks":[],"limit":null}"#;
+    let job = r#"{"session":0,"process":0,"seed":0,"settings":{"sessions":1,"per_path":0,"pace":{"rounds":1,"slice":{"secs":0,"nanos":1000},"patience":{"secs":0,"nanos":0}},"network_pace":{"rounds":1,"slice":{"secs":0,"nanos":1000},"patience":{"secs":0,"nanos":0}},"budget":null},"subjects":SUBJECTS,"networks":[],"limit":null,"needed":0,"needed_limit":null}"#;
     let order = |subjects: &str, threads: &str| {
         let job = job.replace("SUBJECTS", subjects);
         format!(r#"{{"job":{job},"threads":{threads},"block":16,"cache_bytes":0}}"#)
