@@ -15,6 +15,7 @@ pub mod norm;
 pub(crate) mod product;
 pub mod rope;
 pub mod router;
+mod running;
 
 pub use self::mlp::{Mlp, sigmoid, silu};
 
