@@ -7,7 +7,7 @@ use half::f16;
 
 /// A scale that is no number.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct BadScale {
+pub struct BadScale {
     /// Of the matrix; rows that only fill up a row block count on.
     pub row: usize,
     pub found: f32,
@@ -16,25 +16,26 @@ pub(crate) struct BadScale {
 /// The first f16 of plane 0 that is NaN or infinite: the scale of a group or, two-level, of eight. Reads one value in
 /// [`MatrixFormat::group`](cotk_quant::layout::MatrixFormat::group) weights, in file order.
 pub(crate) fn bad_scale(codes: &Prefix<'_>) -> Option<BadScale> {
+    (0..codes.format().row_blocks()).find_map(|block| bad_scale_of(codes, block))
+}
+
+/// The same in one row block.
+pub fn bad_scale_of(codes: &Prefix<'_>, block: usize) -> Option<BadScale> {
     let format = codes.format();
     let step = format.step_bytes(0);
-    for block in 0..format.row_blocks() {
-        for tile in 0..format.tiles() {
-            let scales = &codes.tile(0, block, tile)[format.tile_steps(tile) * step..];
-            // Of two levels a tile begins at most one block, and its f16 come first.
-            let scales = match format.scales() {
-                ScaleForm::F16 => scales,
-                ScaleForm::TwoLevel => &scales[..scales.len().min(SCALE_BYTES)],
-            };
-            if let Some((at, found)) = bad_half(scales) {
-                return Some(BadScale {
-                    row: block * BLOCK_ROWS + at % BLOCK_ROWS,
-                    found,
-                });
-            }
-        }
-    }
-    None
+    (0..format.tiles()).find_map(|tile| {
+        let scales = &codes.tile(0, block, tile)[format.tile_steps(tile) * step..];
+        // Of two levels a tile begins at most one block, and its f16 come first.
+        let scales = match format.scales() {
+            ScaleForm::F16 => scales,
+            ScaleForm::TwoLevel => &scales[..scales.len().min(SCALE_BYTES)],
+        };
+        let (at, found) = bad_half(scales)?;
+        Some(BadScale {
+            row: block * BLOCK_ROWS + at % BLOCK_ROWS,
+            found,
+        })
+    })
 }
 
 /// The first f16 (little endian) that is NaN or infinite, and where.

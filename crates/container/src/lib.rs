@@ -7,6 +7,7 @@
 
 pub mod decision;
 pub mod dense;
+pub mod finite;
 pub mod gguf;
 pub mod layout;
 pub mod low_rank;
@@ -21,6 +22,5 @@ pub use self::error::{ContainerError, Result};
 pub use cotk_quant::QuantError;
 
 mod error;
-mod finite;
 #[cfg(test)]
 mod laws;

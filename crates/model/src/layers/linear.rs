@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use cotk_container::dense::{decode, decode_row};
+use cotk_container::finite::bad_scale_of;
 use cotk_container::manifest::Matrix;
 use cotk_kernels::cpu::activations::Activations;
 use cotk_kernels::cpu::dispatch::Isa;
@@ -213,12 +214,19 @@ impl Linear {
         };
         let plain = matrix.plain(plane).expect("checked when it was made");
         let format = plain.format();
-        let groups = format.cols().div_ceil(format.group());
-        let of_row = |row: usize| {
-            let scale = |group: usize| (row * format.cols() + group * format.group(), plain.scale_at(row, group));
-            (0..groups).map(scale).find(|(_, scale)| !scale.is_finite())
+        let bad = (0..format.row_blocks())
+            .into_par_iter()
+            .find_map_first(|block| bad_scale_of(&plain, block))?;
+        // Which weights it belongs to matters only now.
+        let scale = |group: usize| {
+            (
+                bad.row * format.cols() + group * format.group(),
+                plain.scale_at(bad.row, group),
+            )
         };
-        (0..format.rows()).into_par_iter().find_map_first(of_row)
+        let groups = if bad.row < format.rows() { format.groups() } else { 0 };
+        let named = (0..groups).map(scale).find(|(_, scale)| !scale.is_finite());
+        Some(named.unwrap_or((bad.row * format.cols(), bad.found)))
     }
 
     /// The same with a bias read from `name`, `[outputs]`.
