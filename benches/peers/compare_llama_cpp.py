@@ -40,15 +40,15 @@ COTK = os.environ.get("COTK", str(ROOT / "target/debug/cotk"))
 CASES = {
     "ref-8": ("ref-qwen2moe", None, 8, True, 512, 128, [1, 4], 60),
     "ref-4": ("ref-qwen2moe", None, 4, True, 512, 128, [1, 4], 60),
-    "olmoe-4": ("olmoe-1b-7b", None, 4, True, 512, 48, [1, 4], 220),
-    "olmoe-8": ("olmoe-1b-7b", None, 8, True, 512, 48, [1, 4], 240),
+    "olmoe-4": ("olmoe-1b-7b", None, 4, True, 512, 48, [1, 4], 330),
+    "olmoe-8": ("olmoe-1b-7b", None, 8, True, 512, 48, [1, 4], 350),
     "busy": ("olmoe-1b-7b", None, 8, True, 0, 16, [1], 80),
-    "qwen15-4": ("qwen1.5-moe-a2.7b", None, 4, True, 512, 32, [1, 4], 300),
-    "qwen15-8": ("qwen1.5-moe-a2.7b", 12, 8, True, 512, 32, [1, 4], 220),
+    "qwen15-4": ("qwen1.5-moe-a2.7b", None, 4, True, 512, 32, [1, 4], 550),
+    "qwen15-8": ("qwen1.5-moe-a2.7b", 12, 8, True, 512, 32, [1, 4], 330),
     "olmoe-3": ("olmoe-1b-7b", None, 3, False, 0, 32, [1], 40),
     "olmoe-2": ("olmoe-1b-7b", None, 2, False, 0, 32, [1], 40),
     "qwen15-2": ("qwen1.5-moe-a2.7b", None, 2, False, 0, 32, [1], 50),
-    "first-token": ("olmoe-1b-7b", None, 4, False, 0, 8, [1], 50),
+    "first-token": ("olmoe-1b-7b", None, 4, False, 0, 8, [1], 55),
 }
 FILE_OF = {"busy": "olmoe-8"}
 VOCAB = {"olmoe-1b-7b": 50304, "qwen1.5-moe-a2.7b": 151936, "ref-qwen2moe": 4096}
@@ -248,7 +248,7 @@ def write(args, case, head, rows):
 def head(args, case, command):
     model = next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), "?")
     git = lambda *a: subprocess.run(["git", "-C", str(ROOT), *a], capture_output=True, text=True).stdout.strip()
-    changed = " with local changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    changed = " with local changes" if git("status", "--porcelain", "--untracked-files=no", "--", "crates", "Cargo.toml", "Cargo.lock") else ""
     return {
         "machine": f"{model}, {os.cpu_count()} cores",
         "commit": git("rev-parse", "--short=12", "HEAD") + changed,
