@@ -175,10 +175,20 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         text_tokens: if args.small { 1024 } else { 8192 },
         decode_tokens: (!args.small).then_some(64),
     };
-    let found = if out.join(TABLE).is_file() {
+    // A finished table stands only for the same request to the same program.
+    let program = cotk_run::files::checksum_file(&std::env::current_exe()?)?;
+    let asked = format!("{program:016x} {wanted:?}\n");
+    let asked_file = place.out.join("contest.asked");
+    let is_same = fs_err::read_to_string(&asked_file).is_ok_and(|before| before == asked);
+    let found = if is_same && out.join(TABLE).is_file() {
         serde_json::from_slice(&fs_err::read(out.join(TABLE))?)?
     } else {
-        contest(&wanted, &surroundings(&FactList::default(), &Cancel::new()))?
+        if out.exists() && !out.with_extension("partial").exists() {
+            fs_err::remove_dir_all(&out)?;
+        }
+        let found = contest(&wanted, &surroundings(&FactList::default(), &Cancel::new()))?;
+        fs_err::write(&asked_file, &asked)?;
+        found
     };
     fs_err::create_dir_all(&args.out)?;
     fs_err::copy(out.join("pareto.svg"), args.out.join("compress-joint.svg"))?;

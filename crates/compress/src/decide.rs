@@ -69,7 +69,7 @@ fn least_used(recipe: &Compress, measured: &[Measured], top_k: usize) -> Vec<Mas
     usages.iter().zip(counts).map(mask).collect()
 }
 
-/// Chooses under the byte budget of the records.
+/// Chooses under the byte budget of the records; `gone_bytes`: what stands in the place of an expert that goes.
 ///
 /// # Errors
 /// [`CompressError::Budget`] when even the narrowest codes are too large.
@@ -79,6 +79,7 @@ pub fn decide(
     pruned: Option<&Pruned>,
     top_k: usize,
     record_budget: Option<u64>,
+    gone_bytes: u64,
 ) -> Result<Decisions> {
     let masks: Vec<Mask> = match pruned {
         Some(pruned) => pruned.layers.iter().map(|layer| layer.mask.clone()).collect(),
@@ -103,7 +104,10 @@ pub fn decide(
         .map(|item| {
             let candidate = |p: &Proposal| Candidate {
                 loss: p.loss,
-                bytes: p.bytes,
+                bytes: match p.change {
+                    Change::Drop => gone_bytes,
+                    Change::Code(_) => p.bytes,
+                },
                 ms: p.ms,
             };
             item.iter().map(candidate).collect()
@@ -204,7 +208,7 @@ mod tests {
     #[test]
     fn drops_follow_ratio_and_shape_and_leave_top_k() {
         let measured = measured();
-        let of = |ratio, shape| dropped(&decide(&recipe(ratio, shape), &measured, None, 1, None).unwrap());
+        let of = |ratio, shape| dropped(&decide(&recipe(ratio, shape), &measured, None, 1, None, 0).unwrap());
         assert_eq!(of(0.0, "uniform"), [0, 0]);
         assert_eq!(of(0.25, "uniform"), [1, 1]);
         assert_eq!(of(0.5, "usage"), [1, 3]);
@@ -216,11 +220,14 @@ mod tests {
         let (measured, recipe) = (measured(), recipe(0.25, "uniform"));
         let mut last = f64::INFINITY;
         for budget in (60..=240).step_by(5) {
-            let decisions = decide(&recipe, &measured, None, 1, Some(budget)).unwrap();
+            let decisions = decide(&recipe, &measured, None, 1, Some(budget), 0).unwrap();
             assert!(decisions.loss <= last);
             last = decisions.loss;
         }
-        let error = decide(&recipe, &measured, None, 1, Some(59)).unwrap_err();
+        let error = decide(&recipe, &measured, None, 1, Some(59), 0).unwrap_err();
         assert!(matches!(error, CompressError::Budget { budget: 59, least: 60 }));
+        // A constant in the place of each of the two that go.
+        let error = decide(&recipe, &measured, None, 1, Some(65), 3).unwrap_err();
+        assert!(matches!(error, CompressError::Budget { budget: 65, least: 66 }));
     }
 }

@@ -9,10 +9,11 @@ use cotk_latency::work::Work;
 use cotk_model::moe::Mode;
 use cotk_run::files;
 use cotk_run::recipe as recipes;
-use cotk_run::units::ExpertId;
+use cotk_run::units::{ExpertId, significant};
 use cotk_runtime::cost::decode_step;
 
 use crate::choice::Form;
+use crate::joint::recipe::Share;
 use crate::layer::ExpertUsage;
 use crate::partial::{BuiltMoe, Entry, Partial};
 use crate::pipeline::{Job, Streams};
@@ -123,6 +124,10 @@ impl Job<'_> {
                 starved.len()
             ));
         }
+        warnings.extend(judged_by_fit(partial));
+        let predicted_decode_ms = self.predict(manifest, &mut warnings)?;
+        let target = self.request.recipe.budget.target_ms.map(Share::get);
+        warnings.extend(above_target(predicted_decode_ms, target));
         let counts: Vec<usize> = layers.iter().map(|l| l.experts_kept).collect();
         if counts.windows(2).any(|w| w[0] != w[1]) || counts.iter().any(|&c| c != spec.routing.experts) {
             warnings.push(
@@ -159,7 +164,7 @@ impl Job<'_> {
             recipe_hash: String::from(manifest.recipe.hash),
             seconds: 0.0,
             peak_rss_bytes: 0,
-            predicted_decode_ms: self.predict(manifest, &mut warnings)?,
+            predicted_decode_ms,
             resumed: false,
             warnings,
         })
@@ -178,6 +183,34 @@ impl Job<'_> {
             }
         }
     }
+}
+
+/// Experts whose errors were measured on tokens that their codes were fitted to, by name.
+fn judged_by_fit(partial: &Partial) -> Option<String> {
+    let measured = partial.measured();
+    let offered = measured.iter().filter_map(|m| m.offered.as_deref());
+    let named = offered.flat_map(|o| o.judged_by_fit.iter().map(|e| format!("{}.{}", o.offers.layer.0, e.0)));
+    let named: Vec<String> = named.collect();
+    (!named.is_empty()).then(|| {
+        format!(
+            "{} experts saw no held-out token that says anything of them: their errors were measured on tokens that their \
+             codes were fitted to, too low (layer.expert: {})",
+            named.len(),
+            named.join(" ")
+        )
+    })
+}
+
+/// A target bounds the routed experts; attention, norms and the head come on top.
+fn above_target(predicted: Option<f64>, target: Option<f64>) -> Option<String> {
+    let (predicted, target) = (predicted?, target?);
+    (predicted > target).then(|| {
+        format!(
+            "one token is predicted to take {} ms, above the target of {target} ms: that bounds its routed experts, the rest \
+             of the model comes on top",
+            significant(predicted, 4)
+        )
+    })
 }
 
 /// Experts whose figures rest on few tokens.
@@ -240,4 +273,18 @@ pub(crate) fn bits_per_expert_weight(manifest: &Manifest) -> f64 {
     });
     let bytes: u64 = bytes.sum();
     8.0 * bytes as f64 / manifest.source.expert_weights.max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prediction_above_the_target_is_said_with_both_numbers() {
+        let said = above_target(Some(2.5), Some(2.0)).unwrap();
+        assert!(said.contains("2.500 ms") && said.contains("2 ms"), "{said}");
+        for (predicted, target) in [(Some(2.0), Some(2.0)), (None, Some(2.0)), (Some(2.5), None)] {
+            assert_eq!(above_target(predicted, target), None);
+        }
+    }
 }

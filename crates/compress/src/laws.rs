@@ -539,3 +539,30 @@ fn any_failing_file_operation_is_named_and_the_next_run_ends_well() {
         }
     }
 }
+
+#[test]
+fn constants_in_the_place_of_dropped_experts_count_in_a_budget_of_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let make = |name: &str, bytes: u64| {
+        let budget = format!("budget.bytes={bytes}");
+        let sets = [
+            "compress.codes=['plain2', 'plain8']",
+            "compress.dropped=novice",
+            "compress.drop_ratio=0.5",
+            budget.as_str(),
+        ];
+        run(&request(&folder.path().join(name), &sets))
+    };
+    let least = match make("none", 1000).unwrap_err() {
+        CompressError::Budget { budget: 1000, least } => least,
+        other => panic!("{other}"),
+    };
+    for bytes in [least, least + 2500, least + 10_000] {
+        let name = bytes.to_string();
+        let report = make(&name, bytes).unwrap();
+        let size = |file: &str| fs_err::metadata(folder.path().join(&name).join(file)).unwrap().len();
+        let on_disk = size("dense.safetensors") + size("experts.bin");
+        assert_eq!(report.weight_bytes_after, on_disk);
+        assert!(on_disk <= bytes, "{on_disk} of {bytes}");
+    }
+}

@@ -10,7 +10,7 @@ use crate::choice::{Form, Instead, LayerOffers};
 use crate::decide::Measured;
 use crate::joint::code::How;
 use crate::joint::offers::{Menu, Offered};
-use crate::joint::recipe::{Joint, Share};
+use crate::joint::recipe::Joint;
 use crate::joint::variants::Others;
 use crate::partial::{Entry, MeasuredLayer, Partial};
 use crate::pipeline::{Job, Streams};
@@ -87,7 +87,7 @@ impl Job<'_> {
         let menu = Menu {
             forms: joint.forms(&self.request.recipe.compress.codes),
             always: always.to_vec(),
-            ranks: joint.ranks.clone(),
+            ranks: joint.stored_ranks(),
             others: self.others(joint),
             how: How::of(joint).to_compare(),
         };
@@ -140,16 +140,9 @@ impl Job<'_> {
             // Gates of those that stay change: no expert's loss is its own.
             DroppedMeaning::Removed => None,
         };
-        #[expect(
-            clippy::cast_precision_loss,
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "a share of a count of channels"
-        )]
-        let count = |share: &Share| (share.get() * inner as f64) as usize;
         Others {
             gone: gone.filter(|_| joint.max_dropped.get() > 0.0),
-            channels: joint.channels.iter().map(count).filter(|&count| count > 0).collect(),
+            channels: joint.inner_sizes(inner),
         }
     }
 

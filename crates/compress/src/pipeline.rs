@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use cotk_container::dense::dense_file_bytes;
-use cotk_container::manifest::{Checksum, REPORT};
+use cotk_container::layout::aligned_constant_bytes;
+use cotk_container::low_rank::{LowRank, Role};
+use cotk_container::manifest::{Checksum, DroppedMeaning, REPORT};
 use cotk_latency::predict::CostModel;
 use cotk_model::layers::Layer;
 use cotk_model::layers::rope::Rope;
@@ -21,8 +23,9 @@ use cotk_runtime::mix::Cpu;
 use serde::Serialize;
 
 use crate::build::Wanted;
-use crate::choice::{Fate, Kind, LayerFates, Limits};
+use crate::choice::{Fate, Form, Kind, LayerFates, Limits, MatrixChoice};
 use crate::decide::{self, Measured};
+use crate::joint::choose::most_gone;
 use crate::joint::code::How;
 use crate::joint::offers::matrix_bytes;
 use crate::joint::recipe::{Joint, Share};
@@ -107,7 +110,10 @@ pub(crate) struct Job<'a> {
 pub fn plan(request: &Request, with: &Surroundings<'_>) -> Result<Plan> {
     let job = Job::open(request, with)?;
     let plan = job.plan()?;
-    job.check_budget(&plan)?;
+    // Narrower attention is not known yet.
+    if request.recipe.compress.attention.is_none() {
+        job.check_budget(&plan)?;
+    }
     Ok(plan)
 }
 
@@ -119,7 +125,9 @@ pub fn compress(request: &Request, with: &Surroundings<'_>) -> Result<Report> {
     let clock = Instant::now();
     let mut job = Job::open(request, with)?;
     let plan = job.plan()?;
-    job.check_budget(&plan)?;
+    if request.recipe.compress.attention.is_none() {
+        job.check_budget(&plan)?;
+    }
     check_disk(&plan, request)?;
     let mut partial = match Partial::begin(&request.out, &job.identity()?)? {
         Begun::Finished(report) => return Ok(*report),
@@ -132,7 +140,9 @@ pub fn compress(request: &Request, with: &Surroundings<'_>) -> Result<Report> {
     let streams = job.streams(&partial);
     job.recover(&mut partial, &streams)?;
     let resumed = partial.is_resumed();
-    job.narrow_attention(&mut partial)?;
+    if job.narrow_attention(&mut partial)?.is_some() {
+        job.check_budget(&plan)?;
+    }
 
     if let Some(joint) = &request.recipe.compress.joint {
         let layers = job.fates(&mut partial, &streams, joint)?;
@@ -150,6 +160,7 @@ pub fn compress(request: &Request, with: &Surroundings<'_>) -> Result<Report> {
             pruned.as_ref(),
             top_k,
             record_budget,
+            job.gone_bytes(),
         )?;
         Some((decisions, job.smaller(&mut partial, &measured, pruned.as_ref())?))
     } else {
@@ -226,27 +237,53 @@ impl Job<'_> {
             });
         }
         let offers = self.offers(partial, streams, joint, &[])?;
-        Ok(self.joint_fates(partial, &offers, joint, &limits)?.0)
+        let fates = self.joint_fates(partial, &offers, joint, &limits);
+        Ok(fates.map_err(|error| self.whole_budget(error))?.0)
+    }
+
+    /// A refusal in bytes of codes, in those of `budget.bytes`.
+    fn whole_budget(&self, error: CompressError) -> CompressError {
+        let apart = self.apart_bytes();
+        match (error, self.request.recipe.budget.bytes, apart) {
+            (CompressError::Budget { least, .. }, Some(budget), Ok(apart)) => CompressError::Budget {
+                budget,
+                least: least + apart,
+            },
+            (error, ..) => error,
+        }
+    }
+
+    /// What a byte budget holds beside codes, scales and constants: the dense part, headers of records, and what aligning
+    /// sections and records costs at most.
+    fn apart_bytes(&self) -> Result<u64> {
+        let (spec, recipe) = (&self.source.files.spec, &self.request.recipe);
+        let experts = (self.source.moe_layers().len() * spec.routing.experts) as u64;
+        let mut aligning = 0;
+        let ranks = recipe
+            .compress
+            .joint
+            .as_ref()
+            .map_or_else(Vec::new, Joint::stored_ranks);
+        for form in recipe.compress.forms() {
+            for &rank in [0].iter().chain(&ranks) {
+                let own = matrices_bytes(form, rank, spec.hidden, spec.moe_intermediate)?;
+                let fate = Fate::Coded {
+                    matrices: [MatrixChoice { form, rank }; 3],
+                    channels: None,
+                };
+                let record = fate.coded_bytes(spec.hidden, spec.moe_intermediate)?;
+                aligning = record.saturating_sub(own).max(aligning);
+            }
+        }
+        Ok(dense_file_bytes(&self.source.dense) + experts * aligning)
     }
 
     /// What `[budget]` leaves for the experts' codes.
     pub(crate) fn limits(&self) -> Result<Limits> {
-        let (spec, recipe) = (&self.source.files.spec, &self.request.recipe);
-        let experts = (self.source.moe_layers().len() * spec.routing.experts) as u64;
+        let recipe = &self.request.recipe;
         let mut record_bytes = None;
-        if let Some(bytes) = self.record_budget() {
-            // Headers, and what aligning sections and records costs at most.
-            let mut aligning = 0;
-            for form in recipe.compress.forms() {
-                let mut own = 0;
-                for kind in Kind::ALL {
-                    let (rows, cols) = kind.shape(spec.hidden, spec.moe_intermediate);
-                    own += matrix_bytes(&form.format(rows, cols)?);
-                }
-                let record = Fate::uniform(form).coded_bytes(spec.hidden, spec.moe_intermediate)?;
-                aligning = record.saturating_sub(own).max(aligning);
-            }
-            record_bytes = Some(bytes.saturating_sub(experts * aligning));
+        if let Some(bytes) = recipe.budget.bytes {
+            record_bytes = Some(bytes.saturating_sub(self.apart_bytes()?));
         }
         if let Some(bits) = recipe.budget.bits_per_expert_weight {
             #[expect(
@@ -269,6 +306,9 @@ impl<'a> Job<'a> {
     pub(crate) fn open(request: &'a Request, with: &'a Surroundings<'a>) -> Result<Self> {
         let source = Source::open(&request.model, request.recipe.compress.dense_bits)?;
         let spec = &source.files.spec;
+        if let Some(joint) = &request.recipe.compress.joint {
+            joint.check_sizes(spec.hidden, spec.moe_intermediate)?;
+        }
         let texts = text::draw(
             &source.files.tokenizer,
             &request.calibration,
@@ -331,7 +371,8 @@ impl<'a> Job<'a> {
         };
         let kept = (layers * spec.routing.experts - dropped) as u64;
         let widest = self.form_bytes()?.into_iter().max();
-        let most = dense_file_bytes(&self.source.dense) + kept * widest.unwrap_or(0);
+        let gone = dropped as u64 * self.gone_bytes();
+        let most = dense_file_bytes(&self.source.dense) + kept * widest.unwrap_or(0) + gone;
         let weight_bytes_after = recipe.budget.bytes.map_or(most, |budget| budget.min(most));
         let quality = quality::plan(spec, self.texts.quality.len()).2;
         let quality_rows: usize = quality.iter().map(|w| w.inputs.len()).sum();
@@ -400,18 +441,53 @@ impl<'a> Job<'a> {
         recipe.forms().into_iter().map(bytes).collect()
     }
 
-    /// Whether the narrowest codes would fit: known before anything is read.
+    /// What stands in the place of an expert that is dropped.
+    fn gone_bytes(&self) -> u64 {
+        match self.request.recipe.compress.dropped {
+            DroppedMeaning::Novice => aligned_constant_bytes(self.source.files.spec.hidden),
+            DroppedMeaning::Masked | DroppedMeaning::Removed => 0,
+        }
+    }
+
+    /// Whether the narrowest codes would fit: known before anything is read, once the dense part is. What experts that may
+    /// go, or become smaller, take is the allocation's to say.
     fn check_budget(&self, plan: &Plan) -> Result<()> {
         let Some(budget) = self.request.recipe.budget.bytes else {
             return Ok(());
         };
-        let narrowest = self.form_bytes()?.into_iter().min();
-        let kept = (plan.experts - plan.experts_dropped) as u64;
-        let least = dense_file_bytes(&self.source.dense) + kept * narrowest.unwrap_or(0);
-        if least > budget {
+        let dense = dense_file_bytes(&self.source.dense);
+        let (needed, least) = match &self.request.recipe.compress.joint {
+            Some(joint) if joint.max_dropped.get() > 0.0 || !joint.channels.is_empty() => {
+                (dense, self.smallest_bytes(joint)?)
+            }
+            _ => {
+                let narrowest = self.form_bytes()?.into_iter().min();
+                let kept = (plan.experts - plan.experts_dropped) as u64;
+                let gone = plan.experts_dropped as u64 * self.gone_bytes();
+                let all = dense + kept * narrowest.unwrap_or(0) + gone;
+                (all, all)
+            }
+        };
+        if needed > budget {
             return Err(CompressError::Budget { budget, least });
         }
         Ok(())
+    }
+
+    /// The smallest budget that the joint allocation meets: as many experts gone as may go, the others as small as they get.
+    fn smallest_bytes(&self, joint: &Joint) -> Result<u64> {
+        let (spec, recipe) = (&self.source.files.spec, &self.request.recipe.compress);
+        let layers = self.source.moe_layers().len() as u64;
+        let inner = joint.inner_sizes(spec.moe_intermediate).into_iter().min();
+        let inner = inner.unwrap_or(spec.moe_intermediate);
+        let mut kept_bytes = u64::MAX;
+        for form in recipe.forms() {
+            kept_bytes = matrices_bytes(form, 0, spec.hidden, inner)?.min(kept_bytes);
+        }
+        let gone = most_gone(joint.max_dropped.get(), spec.routing.experts, spec.routing.top_k) as u64;
+        let kept = spec.routing.experts as u64 - gone;
+        let gone_bytes = self.gone_bytes().min(kept_bytes);
+        Ok(self.apart_bytes()? + layers * (kept * kept_bytes + gone * gone_bytes))
     }
 
     pub(crate) fn streams(&self, partial: &Partial) -> Streams {
@@ -453,7 +529,18 @@ impl<'a> Job<'a> {
         let measured_is_whole = partial.measured().last().is_none_or(|last| {
             last.layer + 1 == self.layers() || is_whole(&streams.calibration[0], last.layer + 1, last.states)
         });
-        if !(built_is_whole && measured_is_whole && surveys_are_whole) {
+        let is_kept = |path: PathBuf, expected: Checksum| {
+            files::checksum_file(&path).is_ok_and(|found| Checksum(found) == expected)
+        };
+        let attention_is_whole = partial
+            .attention()
+            .is_none_or(|found| is_kept(Self::attention_path(partial), found.file));
+        let fitted = partial.built().into_iter().filter_map(|built| built.moe.as_ref());
+        let routers_are_whole = fitted
+            .filter_map(|moe| Some((moe.entry.layer.0, moe.router?)))
+            .all(|(layer, expected)| is_kept(Self::router_path(partial, layer), expected));
+        let kept_is_whole = attention_is_whole && routers_are_whole;
+        if !(built_is_whole && measured_is_whole && surveys_are_whole && kept_is_whole) {
             self.with
                 .progress
                 .note("the unfinished output lost what its journal promises: beginning anew");
@@ -490,6 +577,19 @@ impl<'a> Job<'a> {
         let spec = &self.source.student_spec;
         Ok(Layer::load(spec, self.source.student.as_ref(), layer_id(layer))?)
     }
+}
+
+/// Codes, scales and zero points of an expert's three matrices, each with a correction of this rank.
+fn matrices_bytes(form: Form, rank: usize, hidden: usize, inner: usize) -> Result<u64> {
+    let mut own = 0;
+    for kind in Kind::ALL {
+        let (rows, cols) = kind.shape(hidden, inner);
+        own += matrix_bytes(&form.format(rows, cols)?);
+        if rank > 0 {
+            own += LowRank::try_new(Role::Correction, rows, cols, rank)?.bytes();
+        }
+    }
+    Ok(own)
 }
 
 /// Said before anything is written, with both numbers; what an unfinished output holds already counts as free.

@@ -170,6 +170,13 @@ impl Compress {
                 "codes of smaller experts are rounded to nearest: leave [compress.joint] out",
             );
         }
+        if shrink.heal_router && !shrink.heal {
+            return contradiction(
+                ["compress.shrink.heal", "compress.shrink.heal_router"],
+                "false and true".to_owned(),
+                "routers are fitted after the experts: set compress.shrink.heal=true",
+            );
+        }
         if self.dropped == DroppedMeaning::Novice {
             return contradiction(
                 ["compress.dropped", "compress.shrink"],
@@ -538,6 +545,13 @@ impl Recipe {
                 None => Ok(()),
             };
         };
+        if joint.heal_router && !joint.heal {
+            return refuse(
+                ["compress.joint.heal", "compress.joint.heal_router"],
+                "false and true".to_owned(),
+                "routers are fitted after the experts: set compress.joint.heal=true",
+            );
+        }
         if joint.forms(&self.compress.codes).is_empty() {
             return refuse(
                 ["compress.joint.scales", "compress.joint.groups"],
@@ -612,6 +626,10 @@ mod tests {
             ("prune = { ratio = 0.5, spreads = \"equal\" }", "spread"),
             ("prune = { method = \"reap\" }", "ratio"),
             ("drop_shapes = \"uniform\"", "drop_shape"),
+            ("joint = { max_dropped = 1.0 }", "expected 0 or more and below 1"),
+            ("joint = { channels = [1.0] }", "above 0 and below 1"),
+            ("joint = { channels = [0.5, 0.0] }", "above 0 and below 1"),
+            ("joint = { ranks = [0] }", "expected 1 to 65536"),
         ] {
             let error = parse(&format!("[compress]\n{line}\n")).unwrap_err().to_string();
             assert!(error.contains(expected) && error.contains("line 2"), "{line}: {error}");

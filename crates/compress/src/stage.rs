@@ -36,7 +36,7 @@ pub struct Proposal {
     pub change: Change,
     /// Comparable between experts and layers, see [`LayerView::loss`].
     pub loss: f64,
-    /// Of its record, with what aligning it may cost.
+    /// Of its record, with what aligning it may cost; of a drop 0: what going means is for `decide` to count.
     pub bytes: u64,
     /// Predicted time that one token at this expert takes; 0 without a profile.
     pub ms: f64,

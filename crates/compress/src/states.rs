@@ -211,10 +211,7 @@ impl Rows {
 pub fn attend(spec: &ModelSpec, rope: &Rope, layer: &Layer, hidden: &mut [f32], windows: &[usize]) {
     let tokens: usize = windows.iter().sum();
     debug_assert_eq!(hidden.len(), tokens * spec.hidden, "a row a token");
-    let mut caches: Vec<LayerCache> = windows
-        .iter()
-        .map(|_| layer.cache(KvKind::default()))
-        .collect();
+    let mut caches: Vec<LayerCache> = windows.iter().map(|_| layer.cache(KvKind::default())).collect();
     let mut spans: Vec<Span<'_>> = windows
         .iter()
         .zip(&mut caches)

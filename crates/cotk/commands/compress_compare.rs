@@ -219,8 +219,9 @@ fn table(found: &Comparison) -> String {
             dropped.join(" "),
             show(line.loss),
             overfit(line),
-            line.healed
-                .map_or_else(String::new, |[downs, scales, routers]| format!("{downs}+{scales}+{routers}")),
+            line.healed.map_or_else(String::new, |[downs, scales, routers]| {
+                format!("{downs}+{scales}+{routers}")
+            }),
             line.masks_tried.to_string(),
             show(line.search_seconds),
         ]);

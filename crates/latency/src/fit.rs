@@ -35,7 +35,7 @@ pub struct Coefficient {
     pub min: f64,
     pub max: f64,
     /// Half of the interval that holds nine in ten of what other samples would have given, by leaving out families of shapes
-    /// ([`jackknife`]); absent where too few are there to leave some out.
+    /// (`jackknife`); absent where too few are there to leave some out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spread_us: Option<f64>,
 }

@@ -123,7 +123,7 @@ impl Job<'_> {
         let Some(wanted) = self.request.recipe.compress.attention.clone() else {
             return Ok(None);
         };
-        let path = partial.states().join("attention.safetensors");
+        let path = Self::attention_path(partial);
         let known = partial.attention().cloned();
         let is_whole = |found: &NarrowedAttention| {
             files::checksum_file(&path).is_ok_and(|checksum| Checksum(checksum) == found.file)
@@ -147,6 +147,11 @@ impl Job<'_> {
             self.source.narrow(own, spec, bits)?;
         }
         Ok(Some(found))
+    }
+
+    /// Where the narrower tensors stand until the dense part is written.
+    pub(crate) fn attention_path(partial: &Partial) -> PathBuf {
+        partial.states().join("attention.safetensors")
     }
 
     fn factor_attention(&self, partial: &Partial, wanted: &Attention, path: PathBuf) -> Result<NarrowedAttention> {

@@ -24,7 +24,7 @@ const STEPS: usize = 60;
 const JUDGED_EVERY: usize = 15;
 /// First steps of a weight, as shares of its row's root mean square.
 const RATES: [f32; 2] = [0.01, 0.03];
-/// Pull towards the rows as they were, a share of a step's rate.
+/// Share of the way back to the rows as they were that the first step takes; later ones fall to zero as rates do.
 const PULL: f32 = 0.01;
 
 /// A router as it stands.

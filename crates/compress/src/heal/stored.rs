@@ -95,7 +95,7 @@ impl Job<'_> {
         layer.with_router(linear)
     }
 
-    fn router_path(partial: &Partial, layer: u32) -> PathBuf {
+    pub(crate) fn router_path(partial: &Partial, layer: u32) -> PathBuf {
         partial.states().join(format!("router-{layer}.bin"))
     }
 

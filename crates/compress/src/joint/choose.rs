@@ -195,7 +195,8 @@ impl Joint {
                 unit: unit @ "bytes",
             } => QuantError::NothingFits {
                 least: least + fixed as f64,
-                budget: budget + fixed as f64,
+                // As it was asked for: what is left of it may be nothing.
+                budget: budgets.bytes.map_or(budget, |bytes| bytes as f64),
                 unit,
             },
             other => other,
@@ -225,6 +226,19 @@ impl Joint {
         self.capped(layers, wholes, |way| way.least_bytes() as f64)
     }
 
+    /// Bytes of the smallest choice, with whatever may go gone, and of all experts whole at their widest.
+    pub(crate) fn range_bytes(&self, layers: &[LayerOffers]) -> (u64, u64) {
+        let wholes = self.wholes(layers);
+        let smallest = self.smallest(layers, &wholes);
+        let least = wholes
+            .iter()
+            .zip(smallest)
+            .map(|(whole, way)| whole.ways[way].least_bytes());
+        let widest = |item: &Item<'_>| item.offers.iter().map(|offer| offer.bytes).max().unwrap_or(0);
+        let most = wholes.iter().flat_map(|whole| &whole.ways[0].matrices).map(widest);
+        (least.sum(), most.sum())
+    }
+
     /// The way of least value for each expert; of those that would go, no more of a layer than the cap allows: those that
     /// gain most.
     fn capped(&self, layers: &[LayerOffers], wholes: &[Whole<'_>], value: impl Fn(&Way<'_>) -> f64) -> Vec<usize> {
@@ -246,21 +260,15 @@ impl Joint {
         }
         for (layer, mut going) in layers.iter().zip(going) {
             going.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-            for &(_, at, staying) in going.iter().skip(self.most_gone(layer.usage.experts.len())) {
+            for &(_, at, staying) in
+                going
+                    .iter()
+                    .skip(most_gone(self.max_dropped, layer.usage.experts.len(), self.top_k))
+            {
                 chosen[at] = staying;
             }
         }
         chosen
-    }
-
-    #[expect(
-        clippy::cast_precision_loss,
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a share of a count of experts"
-    )]
-    fn most_gone(&self, experts: usize) -> usize {
-        ((self.max_dropped * experts as f64) as usize).min(experts.saturating_sub(self.top_k))
     }
 
     /// Σ of what was chosen, with sensitivities as they were measured.
@@ -276,6 +284,17 @@ impl Joint {
         }
         loss
     }
+}
+
+/// Experts of a layer that may go: a share, but those that a token is routed to stay.
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a share of a count of experts"
+)]
+pub(crate) fn most_gone(share: f64, experts: usize, top_k: usize) -> usize {
+    ((share * experts as f64) as usize).min(experts.saturating_sub(top_k))
 }
 
 /// What becomes of every expert.
@@ -352,20 +371,6 @@ fn refused(error: QuantError) -> CompressError {
         QuantError::NothingFits { least, budget, .. } => CompressError::TargetTime { budget, least },
         other => CompressError::Allocation(other),
     }
-}
-
-/// Bytes of all matrices at their narrowest and at their widest.
-pub(crate) fn range_bytes(layers: &[LayerOffers]) -> (u64, u64) {
-    let bytes = |item: Item<'_>| {
-        let bytes = item.offers.iter().map(|offer| offer.bytes);
-        (bytes.clone().min().unwrap_or(0), bytes.max().unwrap_or(0))
-    };
-    let all = layers
-        .iter()
-        .enumerate()
-        .flat_map(|(index, layer)| items(index, &layer.offers));
-    all.map(bytes)
-        .fold((0, 0), |(least, most), (l, m)| (least + l, most + m))
 }
 
 #[cfg(test)]
@@ -509,5 +514,24 @@ mod tests {
                 other => panic!("{other}"),
             }
         }
+    }
+
+    #[test]
+    fn the_range_of_bytes_ends_where_nothing_smaller_fits_and_a_refusal_shows_the_budget_that_was_asked_for() {
+        let mut layers = [layer(0, &[1.0; 4], &[0.3; 4])];
+        assert_eq!(joint(0.5).range_bytes(&layers), (600, 4800));
+        assert_eq!(joint(0.0).range_bytes(&layers), (1200, 4800));
+        // Constants alone take more than there is.
+        for variant in &mut layers[0].variants {
+            (variant.instead, variant.bytes) = (Instead::Constant, 50);
+        }
+        assert_eq!(joint(0.5).range_bytes(&layers).0, 700);
+        for limit in [60, 699] {
+            match joint(0.5).choose(&layers, &bytes(limit), 0).unwrap_err() {
+                CompressError::Budget { budget, least } => assert_eq!((budget, least), (limit, 700)),
+                other => panic!("{other}"),
+            }
+        }
+        joint(0.5).choose(&layers, &bytes(700), 0).unwrap();
     }
 }

@@ -2,7 +2,8 @@
 //! measured on others. Law: rounding to nearest under diag(H) leaves out what is far above the lower hull of bytes and
 //! error; what stays, and what is asked for by name, is solved and measured as it would be built.
 
-use cotk_latency::work::{Key, Work};
+use cotk_container::low_rank::{Factors, LowRank};
+use cotk_latency::work::{ExpertKey, Key, Work};
 use cotk_model::layers::linear::Linear;
 use cotk_model::layers::{Mlp, silu};
 use cotk_quant::QuantError;
@@ -18,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::code::{self, HessianNote, How, times};
 use super::recipe::Rounding;
-use super::rows::{LayerRows, Part, Picked, Traffic};
+use super::rows::{LayerRows, Picked, Traffic};
 use super::stored::Stored;
 use super::variants::Others;
 use crate::choice::{Form, Kind, LayerOffers, MatrixChoice, Offer, Variant};
@@ -48,6 +49,9 @@ pub struct Offered {
     pub notes: Vec<HessianNote>,
     /// Forms that were solved, of all experts and matrices.
     pub solved: usize,
+    /// Experts that no held-out token came to or would have: judged on tokens that their codes were fitted to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub judged_by_fit: Vec<ExpertId>,
 }
 
 impl Offered {
@@ -97,6 +101,7 @@ struct Found {
     variants: Vec<Variant>,
     probed: [f64; 3],
     note: HessianNote,
+    is_judged_by_fit: bool,
 }
 
 /// One expert while it is judged.
@@ -105,6 +110,8 @@ pub(super) struct Judge<'a> {
     hidden: usize,
     /// Weights of rows.
     pub(super) picked: Picked,
+    /// No held-out token says anything.
+    is_by_fit: bool,
     /// `gate·x` and `up·x`, `[rows, inner]`.
     gate: Vec<f32>,
     up: Vec<f32>,
@@ -127,6 +134,8 @@ impl Job<'_> {
         let of = |expert| self.expert_offers(layer, expert, rows, pool.as_ref(), menu);
         let found: Vec<_> = experts.into_par_iter().map(of).collect::<Result<_>>()?;
         let mut probed = [0.0; 3];
+        let by_fit = found.iter().filter(|found| found.is_judged_by_fit);
+        let judged_by_fit = by_fit.map(|found| found.note.expert).collect();
         let (mut offers, mut variants, mut notes) = (Vec::new(), Vec::new(), Vec::new());
         for (found, traffic) in found.into_iter().zip(&traffic) {
             offers.extend(found.offers);
@@ -147,6 +156,7 @@ impl Job<'_> {
             traffic,
             probed,
             notes,
+            judged_by_fit,
         })
     }
 
@@ -182,6 +192,7 @@ impl Job<'_> {
             variants: self.variants(place, &weights, rows, (&judge, factors), menu)?,
             probed,
             note: outer.fed.note,
+            is_judged_by_fit: judge.is_by_fit,
         })
     }
 
@@ -206,14 +217,14 @@ impl Job<'_> {
                 let coded = code::code_matrix(&matrix, height, form, factor, &menu.how).map_err(fail)?;
                 for &rank in [0].iter().chain(&menu.ranks) {
                     let stored = Stored::corrected(coded.clone(), &matrix, factor, rank)?;
-                    let factors = stored.factors.as_ref().map_or(0, |factors| factors.low_rank().bytes());
+                    let factors = stored.factors.as_ref().map(Factors::low_rank);
                     offers.push(Offer {
                         expert,
                         kind,
                         choice: MatrixChoice { form, rank },
                         error: judge.error(kind, &stored.decoded())?,
-                        bytes: matrix_bytes(&format) + factors,
-                        ms: self.matrix_ms(form),
+                        bytes: matrix_bytes(&format) + factors.map_or(0, |factors| factors.bytes()),
+                        ms: self.matrix_ms(form, weights.gate.outputs(), factors),
                     });
                 }
             }
@@ -233,21 +244,32 @@ impl Job<'_> {
         }
     }
 
-    /// A third of what an expert of this form takes; 0 without a profile: no budget weighs it then.
-    fn matrix_ms(&self, form: Form) -> f64 {
+    /// A third of what an expert of this form and inner size takes, and of one that is such a correction, as the prediction
+    /// of a container counts it; 0 without a profile: no budget weighs it then.
+    fn matrix_ms(&self, form: Form, inner: usize, factors: Option<LowRank>) -> f64 {
         let spec = &self.source.files.spec;
         let Some(cost) = self.with.cost else { return 0.0 };
         let threads = u32::try_from(self.with.threads).unwrap_or(u32::MAX);
         let key = expert_key(
             spec.hidden,
-            spec.moe_intermediate,
+            inner,
             form.code.full().get(),
             form.code.planes(),
             form.group,
             threads,
         );
-        let predicted = cost.predict(&Work::Operator(Key::Expert(key))).ok();
-        predicted.map_or(0.0, |prediction| prediction.ms / 3.0)
+        let corrected = factors.map(|factors| ExpertKey {
+            rank: u32::try_from(factors.rank()).expect("ranks fit 32 bits"),
+            bits: factors.left.code().full().get(),
+            planes: 1,
+            group: u32::try_from(factors.left.group()).expect("groups fit 32 bits"),
+            ..key
+        });
+        let ms = |key| {
+            let predicted = cost.predict(&Work::Operator(Key::Expert(key))).ok();
+            predicted.map_or(0.0, |prediction| prediction.ms / 3.0)
+        };
+        ms(key) + corrected.map_or(0.0, ms)
     }
 }
 
@@ -266,13 +288,7 @@ fn of_kind(mlp: &Mlp, kind: Kind) -> &Linear {
 
 impl<'a> Judge<'a> {
     pub(super) fn new(weights: &'a Mlp, expert: ExpertId, rows: &LayerRows, hidden: usize) -> Result<Self> {
-        let mut picked = rows.of(expert, Part::Held);
-        if picked.tokens.len() < FEW_ROWS {
-            let more = rows.likely(expert, Part::Held, FEW_ROWS - picked.tokens.len(), 1.0);
-            picked.tokens.extend(more.tokens);
-            picked.gates.extend(more.gates);
-            picked.weights.extend(more.weights);
-        }
+        let (picked, is_by_fit) = rows.judging(expert, FEW_ROWS);
         let (gate, up) = (weights.gate.weights(), weights.up.weights());
         let inner = weights.gate.outputs();
         let many = sorted(picked.clone()).thinned(JUDGE_DOWN_ROWS);
@@ -296,6 +312,7 @@ impl<'a> Judge<'a> {
             down_square: down.t().dot(&down),
             middle: middle.finish(),
             picked,
+            is_by_fit,
         })
     }
 

@@ -99,8 +99,9 @@ impl Job<'_> {
             top_k: self.source.files.spec.routing.top_k,
             max_dropped: joint.max_dropped.get(),
         };
-        let (least, most) = choose::range_bytes(offers);
+        let (least, most) = chooser.range_bytes(offers);
         let most = limits.record_bytes.map_or(most, |bytes| bytes.min(most));
+        let least = least.min(most);
         let mut bench = None;
         let mut at = |partial: &mut Partial, bytes: u64| -> Result<(f64, (Vec<LayerFates>, f64))> {
             let limits = Limits {

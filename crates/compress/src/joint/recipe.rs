@@ -1,10 +1,12 @@
 //! `[compress.joint]`: codes chosen by GPTQ, per matrix and all together. Law: what loads is valid.
 
+use cotk_container::low_rank::RANK_STEP;
 use cotk_quant::layout::{ScaleForm, WHOLE_ROW};
 use serde::{Deserialize, Serialize};
 
 use crate::choice::Form;
-use crate::recipe::Codes;
+use crate::recipe::{Codes, DropRatio};
+use crate::{CompressError, Result};
 
 /// How codes are chosen, and from what. `compress.codes` says which widths.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -46,14 +48,14 @@ pub struct Joint {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub heal_router: bool,
     /// Share of a layer's experts that may go (or become constants, where `compress.dropped` is novice), at most.
-    #[serde(default, skip_serializing_if = "Share::is_none")]
-    pub max_dropped: Share,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub max_dropped: DropRatio,
     /// Shares of an expert's inner channels that may stay in the place of all, the others removed by OBS.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub channels: Vec<Share>,
+    pub channels: Vec<ChannelShare>,
     /// Ranks of low-rank corrections that may stand on top of a matrix's codes, factors in 8 bits.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub ranks: Vec<usize>,
+    pub ranks: Vec<Rank>,
     /// Allocations that are built and measured end to end, at most.
     #[serde(default = "defaults::points")]
     pub points: usize,
@@ -78,6 +80,118 @@ impl Joint {
             }
         }
         forms
+    }
+
+    /// Inner sizes that may stand in the place of `inner`, descending, each once.
+    pub fn inner_sizes(&self, inner: usize) -> Vec<usize> {
+        let mut sizes: Vec<usize> = self.channels.iter().map(|share| share.of(inner)).collect();
+        sizes.sort_unstable_by(|a, b| b.cmp(a));
+        sizes.dedup();
+        sizes
+    }
+
+    /// Ranks as they are stored, ascending, each once.
+    pub fn stored_ranks(&self) -> Vec<usize> {
+        let mut ranks: Vec<usize> = self.ranks.iter().map(|rank| rank.stored()).collect();
+        ranks.sort_unstable();
+        ranks.dedup();
+        ranks
+    }
+
+    /// Whether the model's experts can be of the sizes that are asked for.
+    ///
+    /// # Errors
+    /// [`CompressError::Contradiction`]: a rank at or above break-even, a share that leaves no channel.
+    pub fn check_sizes(&self, hidden: usize, inner: usize) -> Result<()> {
+        let whole = hidden * inner;
+        for (rank, factors) in (self.stored_ranks().into_iter()).map(|rank| (rank, rank * (hidden + inner))) {
+            if factors >= whole {
+                return Err(CompressError::Contradiction {
+                    keys: ["moe_intermediate_size", "compress.joint.ranks"],
+                    found: format!(
+                        "factors of rank {rank} hold {factors} weights, a matrix of {inner} x {hidden} itself {whole}"
+                    ),
+                    help: "give ranks below break-even, rows x columns / (rows + columns): wider codes take fewer bytes",
+                });
+            }
+        }
+        match self.channels.iter().find(|share| share.of(inner) == 0) {
+            None => Ok(()),
+            Some(share) => Err(CompressError::Contradiction {
+                keys: ["moe_intermediate_size", "compress.joint.channels"],
+                found: format!("{} of {inner} channels is less than one", share.0),
+                help: "give a larger share, or compress.joint.max_dropped",
+            }),
+        }
+    }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's form")]
+fn is_zero(ratio: &DropRatio) -> bool {
+    ratio.get() == 0.0
+}
+
+/// Of an expert's inner channels: above 0 and below 1.
+#[derive(Debug, Clone, Copy, PartialEq, PartialOrd, Serialize, Deserialize)]
+#[serde(try_from = "f64", into = "f64")]
+pub struct ChannelShare(f64);
+
+impl ChannelShare {
+    /// Channels, rounded down.
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a share of a count of channels"
+    )]
+    pub fn of(self, inner: usize) -> usize {
+        (self.0 * inner as f64) as usize
+    }
+}
+
+impl TryFrom<f64> for ChannelShare {
+    type Error = String;
+
+    fn try_from(x: f64) -> Result<Self, String> {
+        match x {
+            x if x > 0.0 && x < 1.0 => Ok(Self(x)),
+            x => Err(format!("{x} is not a share of channels: expected above 0 and below 1")),
+        }
+    }
+}
+
+impl From<ChannelShare> for f64 {
+    fn from(x: ChannelShare) -> Self {
+        x.0
+    }
+}
+
+/// Of a correction: 1 to 65536.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u64", into = "u64")]
+pub struct Rank(usize);
+
+impl Rank {
+    /// A multiple of [`RANK_STEP`], as records have it.
+    pub fn stored(self) -> usize {
+        self.0.next_multiple_of(RANK_STEP)
+    }
+}
+
+impl TryFrom<u64> for Rank {
+    type Error = String;
+
+    fn try_from(rank: u64) -> Result<Self, String> {
+        match usize::try_from(rank) {
+            Ok(rank) if (1..=65_536).contains(&rank) => Ok(Self(rank)),
+            _ => Err(format!("{rank} is not a rank: expected 1 to 65536")),
+        }
+    }
+}
+
+impl From<Rank> for u64 {
+    fn from(rank: Rank) -> Self {
+        rank.0 as Self
     }
 }
 
@@ -152,10 +266,6 @@ impl Default for Share {
 }
 
 impl Share {
-    fn is_none(&self) -> bool {
-        self.0 == 0.0
-    }
-
     /// The number.
     pub fn get(self) -> f64 {
         self.0

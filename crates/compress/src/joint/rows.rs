@@ -248,6 +248,32 @@ impl LayerRows {
         picked
     }
 
+    /// Tokens that judge an expert: held-out ones that came, and where they are fewer than `few`, those that would have; where
+    /// none of these says anything, the same of the tokens that are fitted to, and true.
+    pub fn judging(&self, expert: ExpertId, few: usize) -> (Picked, bool) {
+        let of = |part| {
+            let mut picked = self.of(expert, part);
+            if picked.tokens.len() < few {
+                let more = self.likely(expert, part, few - picked.tokens.len(), 1.0);
+                picked.tokens.extend(more.tokens);
+                picked.gates.extend(more.gates);
+                picked.weights.extend(more.weights);
+            }
+            picked
+        };
+        let says = |picked: &Picked| picked.weights.iter().sum::<f64>() > 0.0;
+        let held = of(Part::Held);
+        if says(&held) {
+            return (held, false);
+        }
+        let fitted = of(Part::Fit);
+        match says(&fitted) {
+            true => (fitted, true),
+            // It speaks nowhere: what it would lose if it did.
+            false => (self.all(Part::Fit, few), true),
+        }
+    }
+
     /// Evenly spread tokens of one part and what each counts for the layer as a whole: Σ gate² over its choices.
     pub fn all(&self, part: Part, count: usize) -> Picked {
         let mut picked = Picked::default();
@@ -345,5 +371,47 @@ fn inverse_mean_square(row: &[f32]) -> f32 {
         (row.len() as f64 / square) as f32
     } else {
         0.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_expert_that_no_held_out_token_says_anything_of_is_judged_by_those_that_were_fitted_to() {
+        // Two experts, one choice; the second one's score on tokens of the other is nothing.
+        let rows = |held_out: [bool; 4]| LayerRows {
+            layer: LayerId(0),
+            usage: Observer::new(1, 2).finish().0,
+            hidden: 1,
+            file: tempfile::tempfile().unwrap(),
+            path: PathBuf::new(),
+            experts: 2,
+            scores: vec![1.0, 0.0, 1.0, 0.0, 0.5, 0.5, 1.0, 0.0],
+            routed: Routed {
+                slots: 1,
+                experts: [0, 0, 1, 0].map(ExpertId).to_vec(),
+                gates: vec![1.0, 1.0, 0.5, 1.0],
+            },
+            slots_of: vec![vec![0, 1, 3], vec![2]],
+            weights: vec![1.0; 4],
+            held_out: held_out.to_vec(),
+        };
+        let (picked, by_fit) = rows([false, true, true, false]).judging(ExpertId(1), 1);
+        assert!(!by_fit && picked.tokens == [2]);
+        let (picked, by_fit) = rows([false, true, false, false]).judging(ExpertId(1), 1);
+        assert!(by_fit && picked.tokens == [2] && picked.weights == [0.25]);
+        // Nothing is held out.
+        let (picked, by_fit) = rows([false; 4]).judging(ExpertId(0), 1);
+        assert!(by_fit && picked.tokens == [0, 1, 3]);
+        // It speaks nowhere.
+        let (picked, by_fit) = rows([false, true, true, false]).judging(ExpertId(0), 1);
+        assert!(!by_fit && picked.tokens == [1]);
+        let mut silent = rows([false, true, true, false]);
+        (silent.slots_of, silent.routed.experts) = (vec![vec![0, 1, 2, 3], vec![]], [0; 4].map(ExpertId).to_vec());
+        silent.scores = [1.0, 0.0].repeat(4);
+        let (picked, by_fit) = silent.judging(ExpertId(1), 2);
+        assert!(by_fit && picked.weights.iter().sum::<f64>() > 0.0);
     }
 }

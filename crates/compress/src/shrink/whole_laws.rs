@@ -132,6 +132,7 @@ fn containers_hold_experts_of_the_planned_sizes_whatever_the_threads() {
     let more = [
         "compress.shrink.spread=equal",
         "compress.shrink.heal=false",
+        "compress.shrink.heal_router=false",
         "compress.prune.ratio=0.25",
         "compress.prune.spread=equal",
         "compress.prune.method=greedy",

@@ -133,7 +133,7 @@ thread_local! {
 }
 
 impl Heads {
-    /// For layers of `spec`; `window` as in [`LayerSpec`](crate::spec::LayerSpec).
+    /// For layers of `spec`; `window` as in [`LayerSpec`].
     pub fn new(spec: &AttentionSpec, window: Option<usize>) -> Self {
         let (heads, scale) = (spec.heads, spec.scale);
         match spec.kind {
